@@ -1,0 +1,59 @@
+"""fusecli: text features that carry what the image adds.
+
+    >>> import fusecli
+    >>> weights = fusecli.load("fusion.safetensors")
+    >>> fused = fusecli.fuse(weights, image, text)      # [N, D], NumPy or torch
+
+Public names are loaded on first use, so that importing the package costs nothing and torch is imported only
+by those who name `ImageTextFusion`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fusecli.checkpoint import fingerprint, identity, init, load, save
+    from fusecli.errors import FusecliError
+    from fusecli.fusion import Config, Weights, fuse
+    from fusecli.module import ImageTextFusion
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "fingerprint": "checkpoint",
+    "identity": "checkpoint",
+    "init": "checkpoint",
+    "load": "checkpoint",
+    "save": "checkpoint",
+    "FusecliError": "errors",
+    "Config": "fusion",
+    "Weights": "fusion",
+    "fuse": "fusion",
+    "ImageTextFusion": "module",
+}
+
+__all__ = [
+    "Config",
+    "FusecliError",
+    "ImageTextFusion",
+    "Weights",
+    "__version__",
+    "fingerprint",
+    "fuse",
+    "identity",
+    "init",
+    "load",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fusecli' has no attribute {name!r}")
+    value = getattr(import_module(f"fusecli.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,5 @@
+"""``python -m fusecli``."""
+
+from fusecli.cli import main
+
+main()

@@ -1,0 +1,172 @@
+"""The one seam between NumPy and torch.
+
+The mathematics is written once, over what both kinds of array share: ``@``, ``.mT``, ``reshape``,
+``swapaxes``, slices, ``namespace.amax(x, axis=...)``. What they do not share is here. torch is imported
+by `to_device` alone: elsewhere a tensor can only come from a program that has imported it already.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from fusecli.errors import DeviceError, UsageError, ValuesError
+
+#: A ``numpy.ndarray`` or a ``torch.Tensor``. No static type covers the operations they share.
+Array: TypeAlias = Any
+
+FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64", "longdouble")
+
+
+def is_torch(x: Array) -> bool:
+    """True for a torch tensor (parameters included), False for anything else."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def namespace(x: Array) -> ModuleType:
+    """The module whose functions work on ``x``: ``torch`` for tensors, else ``numpy``."""
+    return sys.modules["torch"] if is_torch(x) else np
+
+
+def dtype_name(x: Array) -> str:
+    """The dtype of ``x`` by the name that NumPy and torch share, e.g. ``"float32"``."""
+    name = str(x.dtype).removeprefix("torch.")
+    return "longdouble" if x.dtype == np.longdouble and name not in FLOAT_NAMES else name
+
+
+def compute_dtype(*arrays: Array) -> str:
+    """The dtype to compute in: ``"float64"`` if an array is wider than 32 bits, else ``"float32"``.
+
+    Raises:
+        ValuesError: an array is not of a floating dtype.
+    """
+    names = [dtype_name(x) for x in arrays]
+    for name in names:
+        if name not in FLOAT_NAMES:
+            raise ValuesError("features are not floats", found=name, wanted="a float dtype")
+    return "float64" if any(name in ("float64", "longdouble") for name in names) else "float32"
+
+
+def cast(x: Array, dtype: str) -> Array:
+    """``x`` as ``dtype`` (a name), itself when it already is."""
+    if is_torch(x):
+        return x.to(getattr(sys.modules["torch"], dtype))
+    if dtype == "bfloat16":
+        from ml_dtypes import bfloat16  # 15 ms that most runs do not need
+
+        return x.astype(bfloat16, copy=False)
+    return x.astype(np.dtype(dtype), copy=False)
+
+
+def like(x: Array, template: Array) -> Array:
+    """``x`` as the kind of array that ``template`` is, on its device; the dtype stays."""
+    if is_torch(template):
+        torch = sys.modules["torch"]
+        if is_torch(x):
+            return x.to(template.device)
+        if str(x.dtype) == "bfloat16":  # torch cannot take ml_dtypes arrays; float32 holds them
+            x = x.astype(np.float32)
+        return torch.from_numpy(np.array(x)).to(template.device)
+    return to_numpy(x)
+
+
+def to_numpy(x: Array) -> Array:
+    """``x`` as a NumPy array (bfloat16 tensors as float32, which holds them exactly)."""
+    if not is_torch(x):
+        return x
+    x = x.detach().cpu()
+    return (x.float() if dtype_name(x) == "bfloat16" else x).numpy()
+
+
+def to_device(name: str) -> Callable[[Array], Array]:
+    """A function that moves NumPy arrays to the torch device ``name``: ``cuda``, ``cuda:1``, …
+
+    Raises:
+        UsageError: no device is called that.
+        DeviceError: it is not there.
+    """
+    kind, _, number = name.partition(":")
+    if kind != "cuda" or (":" in name and not number.isdecimal()):
+        raise UsageError("unknown device", where="--device", found=name, wanted="cpu, cuda or cuda:N")
+    import torch  # only for those who asked for CUDA
+
+    if not torch.cuda.is_available():
+        raise DeviceError("no CUDA here", where="--device", found=name, hint="leave it out to compute on the CPU")
+    if int(number or 0) >= torch.cuda.device_count():
+        wanted = f"cuda:0 to cuda:{torch.cuda.device_count() - 1}"
+        raise DeviceError("no such CUDA device", where="--device", found=name, wanted=wanted)
+    return lambda x: torch.from_numpy(x).to(name)
+
+
+def place(x: Array) -> tuple[str, str]:
+    """What tells apart arrays that cannot meet in one operation: kind and device."""
+    return ("torch", str(x.device)) if is_torch(x) else ("numpy", "cpu")
+
+
+def filled(shape: tuple[int, ...], value: Array) -> Array:
+    """An array of ``shape`` with ``value`` in it, broadcast: kind, device and dtype of ``value``."""
+    if is_torch(value):
+        return value.expand(shape).clone()
+    x = np.empty(shape, value.dtype)
+    x[...] = value
+    return x
+
+
+def ones(shape: tuple[int, ...], template: Array) -> Array:
+    """An array of ones: kind, device and dtype of ``template``."""
+    return template.new_ones(shape) if is_torch(template) else np.ones(shape, template.dtype)
+
+
+def row_sums(x: Array) -> Array:
+    """Sums over the last axis, kept as an axis of 1.
+
+    NumPy sums in pairs only along contiguous memory. Along any other axis it adds one by one, and 577 such
+    additions in float32 lose a digit; so they are taken 64 at a time.
+    """
+    if is_torch(x) or x.strides[-1] == x.itemsize or x.shape[-1] <= 64:
+        return x.sum(-1, keepdims=True)
+    return sum(x[..., at : at + 64].sum(-1, keepdims=True) for at in range(0, x.shape[-1], 64))
+
+
+def largest(x: Array) -> float:
+    """The largest absolute value in ``x``; NaN if there is one."""
+    return max(float(x.max()), -float(x.min()))
+
+
+def detach(x: Array) -> Array:
+    """``x`` without its history, so that no gradient flows through what is computed from it."""
+    return x.detach() if is_torch(x) else x
+
+
+def contiguous(x: Array) -> Array:
+    """``x`` in C order, itself when it already is."""
+    return x.contiguous() if is_torch(x) else np.ascontiguousarray(x)
+
+
+def exp_inplace(x: Array) -> Array:
+    """``exp`` of ``x`` in its own memory (autograd follows it: the backward needs only the result)."""
+    return x.exp_() if is_torch(x) else np.exp(x, out=x)
+
+
+def needs_grad(*arrays: Array) -> bool:
+    """True if torch would record operations on one of ``arrays``."""
+    tensors = [x for x in arrays if is_torch(x)]
+    return bool(tensors) and sys.modules["torch"].is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def first_nonfinite(x: Array) -> tuple[int, ...] | None:
+    """Index of the first NaN or Inf in a NumPy array, None if there is none."""
+    if x.dtype in (np.float32, np.float64):
+        # Squares are finite only if all numbers are: one pass at memory speed. They may also overflow, so
+        # anything else is looked at again.
+        flat = x.reshape(-1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.isfinite(np.dot(flat, flat)):
+                return None
+    bad = ~np.isfinite(x)
+    return tuple(int(i) for i in np.unravel_index(int(bad.argmax()), x.shape)) if bad.any() else None

@@ -1,0 +1,379 @@
+"""The mathematics: fold, plan, scores, softmax, values.
+
+Letters, here and everywhere: ``N`` text rows, ``M`` image rows, ``D`` width of the fusion space,
+``Dt``/``Di`` widths of text and image, ``H`` heads, ``d = D / H``. With ``T [N, Dt]``, ``I [M, Di]``
+and, for head ``h``, rows ``h`` of the folded maps ``F_q [D, Dt]``, ``F_k``, ``F_v [D, Di]`` and
+columns ``h`` of ``W_o [D, D]``, multi-head attention (Vaswani et al. 2017, section 3.2.2) is
+
+    S_h = (T F_qᵀ_h + f_q,h) (I F_kᵀ_h)ᵀ / sqrt(d)        [N, M]
+    P_h = softmax over M of S_h
+    out = Σ_h P_h (I F_vᵀ_h) W_oᵀ_h + c                    [N, D],   c = W_o f_v + b_o
+
+The key bias adds one number to a whole row of S and drops out; the value bias passes through P,
+whose rows sum to 1, and joins the constant c. What is left is a chain of matrix products with one
+softmax in it, and `plan` chooses where to put the brackets.
+
+Everything works on NumPy arrays and torch tensors alike; with torch, autograd follows it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property, lru_cache
+
+from fusecli.arrays import (
+    Array,
+    cast,
+    contiguous,
+    detach,
+    dtype_name,
+    exp_inplace,
+    is_torch,
+    largest,
+    like,
+    namespace,
+    needs_grad,
+    row_sums,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Maps:
+    """The linear maps between features and fusion, all of one array kind, dtype and device."""
+
+    query: Array  # [D, Dt], holds the factor 1/sqrt(d)
+    query_bias: Array  # [D], holds it too
+    key_value: Array  # [2D, Di], F_k above F_v: one product gives keys and values
+    out: Array  # [D, D]
+    bias: Array  # [D], the constant c
+
+    def like(self, template: Array, dtype: str) -> Maps:
+        """The same as ``dtype`` where ``template`` lives."""
+        parts = (self.query, self.query_bias, self.key_value, self.out, self.bias)
+        return Maps(*(cast(like(x, template), dtype) for x in parts))
+
+    @property
+    def key(self) -> Array:
+        """``F_k [D, Di]``."""
+        return self.key_value[: len(self.out)]
+
+    @property
+    def value(self) -> Array:
+        """``F_v [D, Di]``."""
+        return self.key_value[len(self.out) :]
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """The layers of the reference module, under short names and with the shapes of `torch.nn`."""
+
+    text: tuple[Array, Array]  # weight [D, Dt], bias [D]
+    image: tuple[Array, Array]  # [D, Di], [D]
+    in_proj: tuple[Array, Array]  # [3D, D], [3D]: query, key, value
+    out_proj: tuple[Array, Array]  # [D, D], [D]
+    num_heads: int
+
+    def thirds(self) -> tuple[tuple[Array, Array], ...]:
+        """Weight and bias of query, key and value: views of ``in_proj``."""
+        dim = len(self.out_proj[0])
+        return tuple(
+            (self.in_proj[0][at : at + dim], self.in_proj[1][at : at + dim]) for at in (0, dim, 2 * dim)
+        )
+
+    @property
+    def scale(self) -> float:
+        """``1 / sqrt(d)``."""
+        return float((len(self.out_proj[0]) // self.num_heads) ** -0.5)
+
+
+def fold(layers: Layers) -> Maps:
+    """Multiply out the linear maps that follow one another; give float64 layers, round the result once.
+
+    Costs three products of ``D x D`` matrices, once per checkpoint. It is done for accuracy as much as for
+    speed: the projected features are then rounded once instead of twice.
+    """
+    (q, q_bias), (k, _), (v, v_bias) = layers.thirds()
+    (text, text_bias), (image, image_bias), (out, out_bias) = layers.text, layers.image, layers.out_proj
+    return Maps(
+        query=q @ text * layers.scale,
+        query_bias=(q @ text_bias + q_bias) * layers.scale,
+        key_value=namespace(k).concatenate([k @ image, v @ image]),
+        out=out,
+        bias=out @ (v @ image_bias + v_bias) + out_bias,
+    )
+
+
+def unfolded(layers: Layers) -> Maps:
+    """The maps for features that have been projected already, so that autograd reaches every layer.
+
+    The projected text is to be multiplied by ``layers.scale``.
+    """
+    (q, q_bias), _, (_, v_bias) = layers.thirds()
+    out, out_bias = layers.out_proj
+    return Maps(q, q_bias * layers.scale, layers.in_proj[0][len(out) :], out, out @ v_bias + out_bias)
+
+
+class Order(Enum):
+    """Where the brackets stand in a product of three: see `plan`."""
+
+    DIRECT = "direct"
+    IMAGE = "into the image"
+    TEXT = "into the text"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The order of the products, and the floating-point operations (multiply and add) they take."""
+
+    scores: Order
+    values: Order
+    flops: int
+
+
+# OpenBLAS copies ("packs") a weight matrix before it multiplies, whatever the number of rows: the
+# time of about this many rows more. Measured with benchmarks/kernel.py; see the README.
+PACKING_ROWS = 16
+
+
+@lru_cache(maxsize=1024)
+def plan(n: int, m: int, dim: int, text_dim: int, image_dim: int, num_heads: int) -> Plan:
+    """The cheapest association for one shape (the FLOPs of DESIGN section 2, widths kept apart).
+
+    Scores per head are ``T F_qᵀ_h · F_k,h Iᵀ``. ``DIRECT`` projects both sides to ``d``; ``IMAGE``
+    takes each key back to the text's width (``A_h = K_h F_q,h``: the text is never projected);
+    ``TEXT`` takes each query to the image's width (``B_h = Q_h F_k,h``: the image is never projected).
+    Values ``P_h I F_vᵀ_h W_oᵀ_h`` likewise. All nine combinations are weighed; scores and values share
+    only the product that makes keys and values at once, so each side has its own cheapest.
+    """
+    h = num_heads
+    score_flops = {
+        Order.DIRECT: _product(n, text_dim, dim) + _product(m, image_dim, dim) + 2 * n * m * dim,
+        Order.IMAGE: _product(m, image_dim, dim) + _product(m, dim, text_dim) + 2 * n * h * m * text_dim,
+        Order.TEXT: _product(n, text_dim, dim) + _product(n, dim, image_dim) + 2 * n * h * m * image_dim,
+    }
+    value_flops = {
+        Order.DIRECT: _product(m, image_dim, dim) + 2 * n * m * dim + _product(n, dim, dim),
+        Order.IMAGE: _product(m, image_dim, dim) + _product(m, dim, dim) + 2 * n * h * m * dim,
+        Order.TEXT: 2 * n * h * m * image_dim + _product(n, image_dim, dim) + _product(n, dim, dim),
+    }
+    scores = min(Order, key=lambda order: score_flops[order])
+    values = min(Order, key=lambda order: value_flops[order])
+    return Plan(scores, values, _flops(scores, values, n, m, dim, text_dim, image_dim, num_heads))
+
+
+def _product(rows: int, width_in: int, width_out: int) -> int:
+    return 2 * (rows + PACKING_ROWS) * width_in * width_out
+
+
+def _flops(
+    scores: Order, values: Order, n: int, m: int, dim: int, text_dim: int, image_dim: int, h: int
+) -> int:
+    by_scores = {
+        Order.DIRECT: n * text_dim * dim + m * image_dim * dim + n * m * dim,
+        Order.IMAGE: m * image_dim * dim + m * dim * text_dim + n * h * m * text_dim,
+        Order.TEXT: n * text_dim * dim + n * dim * image_dim + n * h * m * image_dim,
+    }
+    by_values = {
+        Order.DIRECT: m * image_dim * dim + n * m * dim + n * dim * dim,
+        Order.IMAGE: m * image_dim * dim + m * dim * dim + n * h * m * dim,
+        Order.TEXT: n * h * m * image_dim + n * image_dim * dim + n * dim * dim,
+    }
+    return 2 * (by_scores[scores] + by_values[values])
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The image's part of the scores, in one order and one precision."""
+
+    order: Order
+    num_heads: int
+    query: Array  # [D, Dt]
+    query_bias: Array  # [D]
+    key: Array  # [D, Di]
+    image: Array  # [M, Di]
+    rows: Array | None  # DIRECT [H, M, d]; IMAGE [Dt, H*M]
+    shift: Array | None  # IMAGE [H*M]: the query bias, met by every key
+
+    def queries(self, text: Array) -> Array:
+        """``text [N, Dt]`` projected: ``[H, N, d]``."""
+        query = _dot(text, self.query.mT)  # [N, D]
+        query += self.query_bias
+        return _split_heads(query, self.num_heads)  # [H, N, d]
+
+    def scores(self, text: Array) -> Array:
+        """Scores ``[H, N, M]`` of ``text [N, Dt]``."""
+        n, heads = len(text), self.num_heads
+        if self.order is Order.IMAGE:
+            flat = _dot(text, self.rows)  # [N, H*M]
+            flat += self.shift
+            return _split_heads(flat, heads)
+        query = self.queries(text)  # [H, N, d]
+        if self.order is Order.TEXT:
+            wide = _beside(_dot(query, _by_head(self.key, heads)))  # [Di, H*N]
+            return _dot(wide.mT, self.image.mT).reshape(heads, n, -1)
+        assert self.rows is not None
+        return _dot(query, self.rows.mT)
+
+    @cached_property
+    def exact(self) -> Keys:
+        """The same in float64."""
+        parts = (self.query, self.query_bias, self.key, self.image)
+        return see_keys(self.order, self.num_heads, *(cast(x, "float64") for x in parts))
+
+
+def see_keys(
+    order: Order, num_heads: int, query: Array, query_bias: Array, key: Array, image: Array, keys: Array | None = None
+) -> Keys:
+    """Compute `Keys`; ``keys [H, M, d]`` are the projected image rows if they are at hand."""
+    rows = shift = None
+    if order is not Order.TEXT:
+        rows = keys if keys is not None else _split_heads(_dot(image, key.mT), num_heads)  # [H, M, d]
+    if order is Order.IMAGE:
+        shift = (rows @ query_bias.reshape(num_heads, -1, 1)).reshape(-1)  # [H*M]
+        rows = _beside(_dot(rows, _by_head(query, num_heads)))  # [Dt, H*M]
+    return Keys(order, num_heads, query, query_bias, key, image, rows, shift)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSide:
+    """All that depends on the image alone: computed once, then met by any number of text blocks."""
+
+    maps: Maps
+    plan: Plan
+    num_heads: int
+    image: Array  # [M, Di]
+    keys: Keys
+    values: Array | None  # DIRECT [H, M, d]; IMAGE [D, H*M]
+
+
+def see(image: Array, maps: Maps, num_heads: int, plan: Plan) -> ImageSide:
+    """Compute the image's part of ``plan``. ``image [M, Di]`` has the dtype and device of ``maps``."""
+    keys = values = None
+    if plan.scores is not Order.TEXT and plan.values is not Order.TEXT:
+        both = _split_heads(_dot(image, maps.key_value.mT), 2 * num_heads)  # [2H, M, d]
+        keys, values = both[:num_heads], both[num_heads:]
+    elif plan.values is not Order.TEXT:
+        values = _split_heads(_dot(image, maps.value.mT), num_heads)  # [H, M, d]
+    if plan.values is Order.IMAGE:
+        values = _beside(_dot(values, _by_head(maps.out.mT, num_heads)))  # [D, H*M]
+    seen = see_keys(plan.scores, num_heads, maps.query, maps.query_bias, maps.key, image, keys)
+    return ImageSide(maps, plan, num_heads, image, seen, values)
+
+
+def meet(text: Array, side: ImageSide, *, need_weights: bool = False) -> tuple[Array, Array | None]:
+    """Let ``text [N, Dt]`` attend to a seen image.
+
+    Returns:
+        The fused rows ``[N, D]`` and, if asked for, the attention weights ``[H, N, M]``.
+    """
+    if side.plan.scores is side.plan.values is Order.DIRECT:
+        return _meet_by_heads(text, side, side.keys, need_weights)
+    scores = side.keys.scores(text)  # [H, N, M]
+    if _too_large(scores, side.keys):
+        scores = side.keys.exact.scores(cast(text, "float64"))
+    weights, total = _softmax(scores, text)  # [H, N, M], [H, N, 1]
+    if need_weights or side.plan.values is Order.IMAGE:
+        weights = weights / total  # not in place: autograd still needs the exponentials
+        total = None
+    return _mix(weights, total, side), weights if need_weights else None
+
+
+def _meet_by_heads(text: Array, side: ImageSide, keys: Keys, need_weights: bool) -> tuple[Array, Array | None]:
+    # A few heads at a time, so that their scores are still in the cache when the values are taken.
+    n, m, heads = len(text), len(side.image), side.num_heads
+    query = keys.queries(cast(text, dtype_name(keys.query)))  # [H, N, d]
+    step = heads if is_torch(text) else max(1, 2**18 // (n * m))
+    mixed, dump = [], []
+    for start in range(0, heads, step):
+        some = slice(start, start + step)
+        scores = _dot(query[some], keys.rows[some].mT)  # [h, N, M]
+        if _too_large(scores, keys):
+            return _meet_by_heads(text, side, keys.exact, need_weights)
+        weights, total = _softmax(scores, text)  # [h, N, M], [h, N, 1]
+        if need_weights:
+            weights = weights / total
+            dump.append(weights)
+        taken = _dot(weights, side.values[some])  # [h, N, d]
+        if not need_weights:
+            taken /= total
+        mixed.append(taken)
+    return _out(_join(mixed), side), _join(dump) if need_weights else None
+
+
+def _mix(weights: Array, total: Array | None, side: ImageSide) -> Array:
+    """``out [N, D]`` from weights ``[H, N, M]``, still to be divided by ``total [H, N, 1]`` if given."""
+    heads, n, m = weights.shape
+    if side.plan.values is Order.IMAGE:
+        flat = weights.swapaxes(0, 1).reshape(n, heads * m)
+        return _biased(_dot(flat, side.values.mT), side)
+    if side.plan.values is Order.TEXT:
+        seen = _dot(weights.reshape(heads * n, m), side.image).reshape(heads, n, -1)  # [H, N, Di]
+        mixed = _dot(seen, _by_head(side.maps.value, heads).mT)  # [H, N, d]
+    else:
+        mixed = _dot(weights, side.values)  # [H, N, d]
+    if total is not None:
+        mixed /= total
+    return _out(mixed, side)
+
+
+def _out(mixed: Array, side: ImageSide) -> Array:
+    joined = mixed.swapaxes(0, 1).reshape(mixed.shape[1], -1)  # [H, N, d] -> [N, D]
+    return _biased(_dot(joined, side.maps.out.mT), side)
+
+
+def _biased(fused: Array, side: ImageSide) -> Array:
+    fused += side.maps.bias
+    return contiguous(fused)
+
+
+# exp of anything in ±30 keeps all its digits, and so do products with values up to 1e25: no need to
+# subtract the row's maximum. Looking costs a third of subtracting.
+SAFE_SCORE = 30.0
+
+# exp turns the rounding of a score into a relative error of its weight, and rounding grows with the scores.
+# Beyond these sizes float32 was seen to lose more than twice what the reference loses (drawn shapes, norms to
+# 90), so the scores are computed again in float64. The orders that leave one side unprojected round more.
+LARGE_SCORE = {Order.DIRECT: 60.0, Order.IMAGE: 3.0, Order.TEXT: 3.0}
+
+
+def _too_large(scores: Array, keys: Keys) -> bool:
+    if dtype_name(scores) == "float64" or needs_grad(scores):
+        return False
+    return not largest(scores) <= LARGE_SCORE[keys.order]
+
+
+def _softmax(scores: Array, template: Array) -> tuple[Array, Array]:
+    """``exp`` of scores ``[H, N, M]`` and its row sums ``[H, N, 1]``; their quotient is the softmax.
+
+    Overwrites ``scores``. The result has the dtype of ``template``.
+    """
+    if is_torch(scores) or not largest(scores) <= SAFE_SCORE:
+        scores -= namespace(scores).amax(detach(scores), axis=-1, keepdims=True)
+    weights = exp_inplace(cast(scores, dtype_name(template)))
+    return weights, row_sums(weights)
+
+
+def _dot(a: Array, b: Array) -> Array:
+    """``a @ b``, computed as ``(bᵀ aᵀ)ᵀ`` where the result is wider than high.
+
+    OpenBLAS is up to three times as fast with the long side of the result first (the fewer the
+    tokens, the more it matters), and the transposed result costs nothing: it is a view.
+    """
+    return a @ b if a.shape[-2] >= b.shape[-1] else (b.mT @ a.mT).mT
+
+
+def _join(parts: list[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else namespace(parts[0]).concatenate(parts)
+
+
+def _split_heads(x: Array, num_heads: int) -> Array:
+    return x.reshape(len(x), num_heads, -1).swapaxes(0, 1)  # [rows, D] -> [H, rows, d]
+
+
+def _by_head(weight: Array, num_heads: int) -> Array:
+    return weight.reshape(num_heads, -1, weight.shape[-1])  # [D, width] -> [H, d, width]
+
+
+def _beside(x: Array) -> Array:
+    return x.mT.swapaxes(0, 1).reshape(x.shape[-1], -1)  # [H, rows, width] -> [width, H*rows]

@@ -1,0 +1,243 @@
+"""Weights and files: load, save, init, convert.
+
+A checkpoint is a ``.safetensors`` file with the tensors of `fusecli.fusion.tensor_shapes` and one metadata
+key, ``fusecli``, with canonical JSON. The bare ``state_dict`` of the article's module loads as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+import numpy as np
+
+from fusecli.arrays import Array, first_nonfinite, to_numpy
+from fusecli.errors import CheckpointError, FileError, InputError, UsageError, ValuesError
+from fusecli.formats import NumpyArray, open_sink, open_source, safetensors, sniff
+from fusecli.fusion import Config, Weights, tensor_shapes
+
+METADATA_KEY = "fusecli"
+FORMAT = 1
+PT_SUFFIXES = (".pt", ".pth", ".bin")
+
+
+def load(path: str | os.PathLike[str], num_heads: int | None = None) -> Weights:
+    """Read a checkpoint: ours, or a bare ``state_dict`` (``.safetensors``, ``.pt``, ``.pth``, ``.bin``).
+
+    Args:
+        path: the file.
+        num_heads: heads of a bare ``state_dict``, which does not say (default 8).
+
+    Raises:
+        FileError: the file cannot be read, or is none of these.
+        CheckpointError: a tensor is missing, one too many or misshapen, or holds NaN.
+        UsageError: ``num_heads`` contradicts the checkpoint.
+    """
+    path = os.fspath(path)
+    if path.endswith(PT_SUFFIXES):
+        return _bare(_read_pt(path), path, num_heads)
+    source = open_source(path)
+    if sniff(source) != "safetensors":
+        raise FileError(
+            "not a checkpoint", where=path, found=".npy", wanted=".safetensors", hint="make one with fusecli init"
+        )
+    tensors = {}
+    for name, stored in safetensors.open_tensors(source).items():
+        try:
+            tensors[name] = stored.read()
+        except ValuesError as error:
+            raise CheckpointError(error.what, where=error.where, found=error.found, wanted=error.wanted) from None
+    saved = safetensors.metadata(source).get(METADATA_KEY)
+    if saved is None:
+        return _bare(tensors, path, num_heads)
+    config = _config(saved, path)
+    if num_heads not in (None, config.num_heads):
+        raise UsageError("--num-heads contradicts the checkpoint", where=path, found=str(config.num_heads), hint="leave it out")
+    return _checked(config, tensors, path)
+
+
+def _config(saved: str, path: str) -> Config:
+    known = {field.name for field in fields(Config)}
+    try:
+        options = json.loads(saved)
+        version = options.pop("format")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise CheckpointError("metadata make no sense", where=path, found=saved[:80]) from None
+    if version != FORMAT or not set(options) <= known:
+        found = f"format {version}, options {', '.join(sorted(options))}"
+        raise CheckpointError("made by another version of fusecli", where=path, found=found, wanted=f"format {FORMAT}")
+    try:
+        return Config(**options)
+    except CheckpointError as error:
+        raise _located(error, path) from None
+
+
+def _checked(config: Config, tensors: Mapping[str, Array], path: str) -> Weights:
+    try:
+        weights = Weights(config, tensors)
+    except InputError as error:
+        raise _located(error, path) from None
+    for name, tensor in tensors.items():
+        bad = first_nonfinite(tensor)
+        if bad is not None:
+            place = f"{path}[{name}]{list(bad)}"
+            raise CheckpointError("not finite", where=place, found=str(tensor[bad]), wanted="finite numbers")
+    return weights
+
+
+def _located(error: InputError, path: str) -> CheckpointError:
+    where = f"{path}[{error.where}]" if error.where else path
+    return CheckpointError(error.what, where=where, found=error.found, wanted=error.wanted, hint=error.hint)
+
+
+def _bare(tensors: Mapping[str, Array], path: str, num_heads: int | None) -> Weights:
+    config = Config(num_heads=8 if num_heads is None else num_heads)
+    return _checked(config, article_names(tensors), path)
+
+
+def article_names(tensors: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
+    """A ``state_dict`` under the article's names.
+
+    A prefix that all names share goes; ``q/k/v_proj_weight`` (separate in `torch.nn.MultiheadAttention` when
+    it is built with ``kdim`` or ``vdim``) are stacked; layers built with ``bias=False`` get zeros.
+    """
+    names = list(tensors)
+    marks = [name.removesuffix("text_proj.weight") for name in names if name.endswith("text_proj.weight")]
+    prefix = marks[0] if len(marks) == 1 and all(name.startswith(marks[0]) for name in names) else ""
+    named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    thirds = [f"attention.{letter}_proj_weight" for letter in "qkv"]
+    if all(name in named for name in thirds):
+        parts = [named.pop(name) for name in thirds]
+        if len({part.shape for part in parts}) > 1:
+            found = ", ".join(str(list(part.shape)) for part in parts)
+            raise CheckpointError("q, k and v have different shapes", where="attention", found=found, wanted="[D, D] each")
+        named["attention.in_proj_weight"] = np.concatenate(parts)
+    for layers in (["text_proj."], ["image_proj."], ["attention.in_proj_", "attention.out_proj."]):
+        if not any(f"{layer}bias" in named for layer in layers):
+            for layer in layers:
+                weight = named.get(f"{layer}weight")
+                if weight is not None and weight.ndim == 2:
+                    named[f"{layer}bias"] = np.zeros(len(weight), weight.dtype)
+    return named
+
+
+def _read_pt(path: str) -> dict[str, NumpyArray]:
+    open_source(path)  # missing, unreadable or a directory: our own words
+    import torch  # a second to import, and needed for these files alone
+
+    try:
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds for a bad file
+        first = str(error).strip().split("\n")[0][:120]
+        raise FileError(
+            "not a PyTorch checkpoint of tensors", where=path, found=first, hint="torch.save(model.state_dict(), path)"
+        ) from None
+    for wrapper in ("state_dict", "model_state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
+            found = found[wrapper]
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise FileError("holds no state_dict", where=path, found=type(found).__name__, wanted="names and tensors")
+    return {str(name): to_numpy(tensor) for name, tensor in found.items()}
+
+
+def to_bytes(weights: Weights) -> bytes:
+    """The checkpoint as a file's bytes; the same weights give the same bytes."""
+    from safetensors.numpy import save  # the library: small, and the judge of what is well-formed
+
+    # The library stores the memory as it lies, whatever the strides: hand it C order only.
+    tensors = {name: np.ascontiguousarray(to_numpy(tensor)) for name, tensor in weights.tensors.items()}
+    options = {"format": FORMAT, **asdict(weights.config)}
+    return save(tensors, {METADATA_KEY: json.dumps(options, sort_keys=True, separators=(",", ":"))})
+
+
+def save(weights: Weights, path: str | os.PathLike[str]) -> None:
+    """Write a checkpoint, atomically.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    data = to_bytes(weights)
+    with open_sink(os.fspath(path)) as sink:
+        sink.put(0, data)
+
+
+def fingerprint(weights: Weights) -> str:
+    """12 hexadecimal digits that tell these weights and options from any others."""
+    return hashlib.sha256(to_bytes(weights)).hexdigest()[:12]
+
+
+def init(
+    feature_dim: int = 768,
+    num_heads: int = 8,
+    *,
+    text_dim: int | None = None,
+    image_dim: int | None = None,
+    seed: int = 0,
+) -> Weights:
+    """Untrained weights: those of ``torch.manual_seed(seed); ImageTextFusion(feature_dim, num_heads)``.
+
+    Drawn without torch, by the same generator (Mersenne Twister) in the same order, so that every machine gets
+    the same bytes.
+
+    Args:
+        feature_dim: ``D``.
+        num_heads: ``H``, a divisor of ``D``.
+        text_dim, image_dim: ``Dt`` and ``Di``; ``D`` by default.
+        seed: 0 to 2**32 - 1.
+
+    Raises:
+        CheckpointError: the heads do not divide the width.
+    """
+    config = Config(num_heads=num_heads)
+    if feature_dim % num_heads:
+        raise _indivisible(feature_dim, num_heads)
+    bits = np.random.MT19937()
+    bits.state = np.random.RandomState(seed).get_state(legacy=False)  # torch seeds its generator likewise
+    shapes = tensor_shapes(feature_dim, text_dim or feature_dim, image_dim or feature_dim)
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    # torch.nn.Linear: U(±1/sqrt(fan_in)) for weight and bias. MultiheadAttention: out_proj is a Linear whose
+    # bias is then set to zero; in_proj_weight is Xavier-uniform, in_proj_bias zero.
+    for name in ("text_proj", "image_proj", "attention.out_proj"):
+        bound = 1 / np.sqrt(shapes[f"{name}.weight"][1])
+        tensors[f"{name}.weight"] = _uniform(bits, shapes[f"{name}.weight"], bound)
+        bias = _uniform(bits, shapes[f"{name}.bias"], bound)
+        if name != "attention.out_proj":
+            tensors[f"{name}.bias"] = bias
+    bound = np.sqrt(6 / (4 * feature_dim))
+    tensors["attention.in_proj_weight"] = _uniform(bits, shapes["attention.in_proj_weight"], bound)
+    return Weights(config, tensors)
+
+
+def _uniform(bits: Any, shape: tuple[int, ...], bound: float) -> NumpyArray:
+    # at::uniform_real_distribution<float>: the low 24 bits of each draw, as a multiple of 2**-24, times the
+    # width, plus the lower end, rounded once (a fused multiply-add; float64 holds the product exactly).
+    raw = bits.random_raw(int(np.prod(shape))) & np.uint64(2**24 - 1)
+    low, high = np.float32(-bound), np.float32(bound)
+    unit = raw.astype(np.float64) * 2.0**-24
+    return (unit * np.float64(high - low) + np.float64(low)).astype(np.float32).reshape(shape)
+
+
+def identity(feature_dim: int = 768, num_heads: int = 1) -> Weights:
+    """Weights of identity projections: plain scaled dot-product attention of text over image.
+
+    For features that share a space already, as CLIP's do; nothing to train.
+
+    Raises:
+        CheckpointError: the heads do not divide the width.
+    """
+    shapes = tensor_shapes(feature_dim, feature_dim, feature_dim)
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    for name, tensor in tensors.items():
+        if name.endswith("weight"):
+            tensor.reshape(-1, feature_dim, feature_dim)[:] = np.eye(feature_dim, dtype=np.float32)
+    return Weights(Config(num_heads=num_heads), tensors)
+
+
+def _indivisible(dim: int, num_heads: int) -> CheckpointError:
+    return CheckpointError(
+        "heads do not divide the width", found=f"num_heads={num_heads}, D={dim}", wanted=f"a divisor of {dim}"
+    )

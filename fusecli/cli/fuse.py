@@ -1,0 +1,131 @@
+"""``fusecli fuse``: one pair."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from enum import Enum
+from typing import Annotated, Any
+
+import typer
+
+from fusecli.cli.console import Debug, Json, Quiet, emit, note
+
+_CONE = "one image row: every text row gets the same vector, whatever it says"
+
+
+class Dtype(str, Enum):
+    """What an output can be stored as."""
+
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+    float64 = "float64"
+
+
+class Format(str, Enum):
+    """Formats that can be written."""
+
+    npy = "npy"
+    safetensors = "safetensors"
+
+
+Weights = Annotated[
+    str | None,
+    typer.Option("--weights", "-w", metavar="FILE", envvar="FUSECLI_WEIGHTS", help="Checkpoint of the fusion."),
+]
+
+
+def fuse(
+    image: Annotated[str, typer.Argument(help="Image features [M, Di]: .npy, .safetensors or - (stdin).")],
+    text: Annotated[str, typer.Argument(help="Text features [N, Dt], likewise.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="Fused features [N, D]; - is stdout.")],
+    weights: Weights = None,
+    attention: Annotated[
+        str | None, typer.Option("--attention", "-a", metavar="FILE", help="Also write the attention [H, N, M].")
+    ] = None,
+    attention_mean: Annotated[bool, typer.Option(help="Write its mean over heads, [N, M].")] = False,
+    residual: Annotated[bool, typer.Option(help="Add the text to the result (Dt = D).")] = False,
+    image_key: Annotated[str | None, typer.Option(metavar="NAME", help="Tensor in IMAGE.")] = None,
+    text_key: Annotated[str | None, typer.Option(metavar="NAME", help="Tensor in TEXT.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Store as this.  [default: the text's]")] = None,
+    format: Annotated[Format | None, typer.Option(help="Of the output.  [default: by suffix, npy for -]")] = None,
+    num_heads: Annotated[
+        int | None, typer.Option(min=1, help="Heads of weights that do not say.  [default: 8]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of untrained weights, without --weights.")] = 0,
+    device: Annotated[str, typer.Option(metavar="cpu|cuda|cuda:N", help="Where to compute.")] = "cpu",
+    allow_nonfinite: Annotated[bool, typer.Option(help="Accept NaN and Inf in the features.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Fuse one pair: each text row attends to the image rows.
+
+    fusecli fuse image.npy text.npy -o fused.npy
+    """
+    from fusecli import pairs
+
+    started = time.perf_counter()
+    _check_streams(output, attention, json)
+    pairs.refuse_same_file([output, attention], [image, text, weights])
+    stored_image = pairs.find_features(image, "image", image_key)
+    stored_text = pairs.find_features(text, "text", text_key)
+    loaded = _weights(weights, num_heads, seed, residual)
+    form = pairs.Output(
+        output, dtype and dtype.value, format and format.value, attention, attention_mean, allow_nonfinite
+    )
+    if weights is None:
+        note(f"untrained weights (seed {seed}): the numbers mean nothing yet; pass --weights FILE", quiet)
+    if stored_image.shape[0] == 1:
+        note(_CONE + ("" if loaded.config.residual else "; use image regions, or --residual"), quiet)
+    done = pairs.fuse_pair(loaded, stored_image, stored_text, form, _mover(device))
+    seconds = time.perf_counter() - started
+    if json:
+        emit(
+            {
+                "output": output,
+                "shape": [done.n, done.dim],
+                "dtype": done.dtype,
+                "image": [done.m, stored_image.shape[1]],
+                "text": [done.n, stored_text.shape[1]],
+                "attention": attention,
+                "weights": weights,
+                "method": loaded.config.method,
+                "num_heads": loaded.config.num_heads,
+                "residual": loaded.config.residual,
+                "device": device,
+                "seconds": round(seconds, 4),
+            }
+        )
+    elif output != "-":
+        note(f"{output}: [{done.n}, {done.dim}] {done.dtype} from {done.m} image and {done.n} text rows", quiet)
+
+
+def _check_streams(output: str, attention: str | None, json: bool) -> None:
+    from fusecli.errors import UsageError
+
+    if "-" in (output, attention) and sys.stdout is not None and sys.stdout.isatty():
+        raise UsageError("binary data on a terminal", where="-", hint="name a file, or pipe it on")
+    if "-" in (output, attention) and json:
+        raise UsageError("--json and a result would both go to stdout", hint="write the result to a file")
+
+
+def _weights(path: str | None, num_heads: int | None, seed: int, residual: bool) -> Any:
+    from fusecli import checkpoint
+
+    if path:
+        loaded = checkpoint.load(path, num_heads)
+    else:
+        loaded = checkpoint.init(num_heads=num_heads or 8, seed=seed)
+    return loaded.with_options(residual=True) if residual else loaded
+
+
+def _mover(device: str) -> Callable[[Any], Any]:
+    if device == "cpu":
+        return lambda x: x
+    from fusecli.arrays import to_device
+
+    return to_device(device)
+

@@ -1,0 +1,44 @@
+"""``fusecli inspect``: what a file is."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from fusecli.cli.console import Debug, emit
+
+
+def inspect(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Features, checkpoints or attention dumps.")],
+    num_heads: Annotated[int | None, typer.Option(min=1, help="Heads of a checkpoint that does not say.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one machine-readable object a file on stdout.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Say what files are: names, shapes, dtypes, norms, NaN count; heads and parameters of a checkpoint."""
+    from fusecli.report import describe
+
+    for path in files:
+        facts = describe(path, num_heads)
+        if json:
+            emit(facts)
+        else:
+            _show(facts)
+
+
+def _show(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 120)
+    head = ", ".join(f"{key} {value}" for key, value in facts.items() if key not in ("file", "kind", "tensors"))
+    console.print(f"[bold]{escape(facts['file'])}[/bold]: {facts['kind']}" + (f" ({escape(head)})" if head else ""))
+    table = Table("tensor", "shape", "dtype", "norm of rows", "NaN/Inf", box=None, pad_edge=False)
+    for row in facts["tensors"]:
+        norms = row["norms"]
+        spread = f"{norms['min']:.4g} to {norms['max']:.4g}, mean {norms['mean']:.4g}" if norms else "-"
+        shape, bad = str(row["shape"]), "-" if row["nonfinite"] is None else str(row["nonfinite"])
+        table.add_row(escape(row["name"] or "-"), escape(shape), row["dtype"], spread, bad)
+    console.print(table)

@@ -1,0 +1,96 @@
+"""``fusecli init`` and ``fusecli convert``: weights and where they come from."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from fusecli.cli.console import Debug, Json, Quiet, emit, note
+
+Output = Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="Checkpoint to write (.safetensors).")]
+
+
+def init(
+    output: Output,
+    feature_dim: Annotated[int, typer.Option(min=1, help="D, the width of the fusion.")] = 768,
+    text_dim: Annotated[int | None, typer.Option(min=1, help="Dt, of the text features.  [default: D]")] = None,
+    image_dim: Annotated[int | None, typer.Option(min=1, help="Di, of the image features.  [default: D]")] = None,
+    num_heads: Annotated[int | None, typer.Option(min=1, help="H.  [default: 8; 1 with --identity]")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the random numbers.")] = 0,
+    identity: Annotated[
+        bool, typer.Option("--identity", help="Identity projections: nothing to train, for spaces shared already.")
+    ] = False,
+    residual: Annotated[bool, typer.Option(help="Add the text to the result (Dt = D).")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make new weights: random as PyTorch draws them, or identity projections."""
+    from fusecli import checkpoint
+    from fusecli.errors import UsageError
+
+    _want_safetensors(output)
+    if identity and {text_dim or feature_dim, image_dim or feature_dim} != {feature_dim}:
+        raise UsageError("--identity needs equal widths", found=f"D={feature_dim}, Dt={text_dim}, Di={image_dim}")
+    heads = num_heads or (1 if identity else 8)
+    if feature_dim % heads:
+        raise UsageError(
+            "heads do not divide the width", found=f"{heads} heads, D={feature_dim}", hint="choose another --num-heads"
+        )
+    if identity:
+        weights = checkpoint.identity(feature_dim, heads)
+    else:
+        weights = checkpoint.init(feature_dim, heads, text_dim=text_dim, image_dim=image_dim, seed=seed)
+    if residual and weights.text_dim != weights.dim:
+        raise UsageError("--residual needs Dt = D", found=f"Dt={weights.text_dim}, D={weights.dim}")
+    _write(weights.with_options(residual=residual), output, json, quiet)
+
+
+def convert(
+    model: Annotated[str, typer.Argument(help="A state_dict: .pt, .pth, .bin or .safetensors.")],
+    output: Output,
+    num_heads: Annotated[int | None, typer.Option(min=1, help="H; a state_dict does not say.  [default: 8]")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Turn a PyTorch checkpoint of the article's module into ours.
+
+    fusecli convert model.pt -o fusion.safetensors --num-heads 8
+    """
+    from fusecli import checkpoint, pairs
+
+    _want_safetensors(output)
+    pairs.refuse_same_file([output], [model])
+    weights = checkpoint.load(model, num_heads)
+    if num_heads is None:
+        note(f"num_heads: {weights.config.num_heads}", quiet)
+    _write(weights, output, json, quiet)
+
+
+def _want_safetensors(output: str) -> None:
+    from fusecli.errors import UsageError
+
+    if not output.endswith(".safetensors"):
+        raise UsageError("checkpoints are .safetensors files", where=output, hint=f"-o {output}.safetensors")
+
+
+def _write(weights: Any, output: str, json: bool, quiet: bool) -> None:
+    from fusecli import checkpoint
+
+    checkpoint.save(weights, output)
+    facts = {
+        "output": output,
+        "method": weights.config.method,
+        "num_heads": weights.config.num_heads,
+        "dim": weights.dim,
+        "text_dim": weights.text_dim,
+        "image_dim": weights.image_dim,
+        "parameters": weights.num_parameters,
+        "fingerprint": checkpoint.fingerprint(weights),
+    }
+    if json:
+        emit(facts)
+    else:
+        note(f"{output}: {facts['parameters']:,} parameters, {facts['num_heads']} heads, {facts['fingerprint']}", quiet)

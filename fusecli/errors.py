@@ -1,0 +1,107 @@
+"""The errors a user can meet, and what each one means for the exit code.
+
+::
+
+    FusecliError                 1  could not finish
+    ├── OutputError              1  the result cannot be written
+    ├── DeviceError              1  the device asked for is not there
+    ├── MissingPackageError      1  an optional package is needed for this and absent
+    ├── UsageError               2  the command line contradicts itself
+    └── InputError               3  something that was read is bad
+        ├── FileError            3  a file cannot be opened, or is not what its name says
+        ├── ShapeError           3  an array has the wrong number of axes, rows or columns
+        ├── ValuesError          3  an array holds values that cannot be used (NaN, Inf)
+        └── CheckpointError      3  a checkpoint lacks, adds or misshapes a tensor
+
+Every message says what, where, found and wanted; a hint is something that can be typed or done.
+The tree is caught in one place, ``fusecli.cli.main``.
+"""
+
+from __future__ import annotations
+
+
+class FusecliError(Exception):
+    """Root of the tree.
+
+    Args:
+        what: what is wrong, without a full stop.
+        where: file, tensor, row or option that it is about.
+        found: what is there.
+        wanted: what should be there.
+        hint: what the user can do now.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        found: str | None = None,
+        wanted: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        self.what, self.where, self.found, self.wanted, self.hint = what, where, found, wanted, hint
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        details = [f"found {self.found}"] if self.found else []
+        details += [f"wanted {self.wanted}"] if self.wanted else []
+        return f"{text}: {', '.join(details)}" if details else text
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Keyword-only arguments do not survive the default pickling, and errors cross processes.
+        return (_rebuild, (type(self), self.what, self.where, self.found, self.wanted, self.hint))
+
+
+def _rebuild(
+    kind: type[FusecliError],
+    what: str,
+    where: str | None,
+    found: str | None,
+    wanted: str | None,
+    hint: str | None,
+) -> FusecliError:
+    return kind(what, where=where, found=found, wanted=wanted, hint=hint)
+
+
+class OutputError(FusecliError):
+    """The result cannot be written: no such folder, no permission, no space, no such dtype."""
+
+
+class DeviceError(FusecliError):
+    """The device asked for does not exist here."""
+
+
+class MissingPackageError(FusecliError):
+    """An optional package is needed and not installed."""
+
+
+class UsageError(FusecliError):
+    """Options that are each valid and together make no sense."""
+
+    exit_code = 2
+
+
+class InputError(FusecliError):
+    """Something that was read cannot be used."""
+
+    exit_code = 3
+
+
+class FileError(InputError):
+    """A file is missing, unreadable, cut short, or not of the format that its name promises."""
+
+
+class ShapeError(InputError, ValueError):
+    """An array has the wrong number of axes, no rows, or a width that does not fit."""
+
+
+class ValuesError(InputError, ValueError):
+    """An array holds NaN or Inf, or has a dtype that is no float."""
+
+
+class CheckpointError(InputError, ValueError):
+    """A checkpoint lacks a tensor, has one too many, or one of the wrong shape."""

@@ -1,0 +1,84 @@
+"""Bytes to arrays and back: one module a format, and the table that lists them.
+
+A format is a module with ``SUFFIXES``, ``open_tensors(source)`` (the arrays of a file by name, none of them
+read yet) and ``header(name, shape, dtype, metadata)`` (the bytes before the data of a file with one array).
+Files are told apart by their first bytes when read, by their suffix when written.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+from fusecli.errors import FileError, UsageError
+from fusecli.formats import npy, safetensors
+from fusecli.formats.sink import Sink, is_stream, open_sink
+from fusecli.formats.source import FLOATS, NumpyArray, Source, Stored, itemsize, open_source, read_bytes
+
+__all__ = [
+    "FLOATS",
+    "FORMATS",
+    "NumpyArray",
+    "Sink",
+    "Source",
+    "Stored",
+    "format_of",
+    "is_stream",
+    "itemsize",
+    "open_sink",
+    "open_source",
+    "open_tensors",
+    "sniff",
+]
+
+FORMATS: dict[str, ModuleType] = {"npy": npy, "safetensors": safetensors}
+
+def sniff(source: Source) -> str:
+    """The format that the first bytes speak of: a name in `FORMATS`.
+
+    Raises:
+        FileError: the file is empty, or of no known format.
+    """
+    start = read_bytes(source, 0, 9)
+    if not start:
+        raise FileError("is empty", where=source.name, wanted=".npy or .safetensors")
+    if npy.MAGIC.startswith(start[:6]):
+        return "npy"
+    if start[8:9] == b"{" or source.name.endswith(safetensors.SUFFIXES):
+        return "safetensors"
+    found, hint = f"first bytes {start!r}", None
+    if start.startswith(b"PK\x03\x04"):
+        found, hint = "a zip archive (.npz or .pt)", "features: numpy.save; weights: fusecli convert"
+    elif start[:1] == b"\x80":
+        found, hint = "a pickle", "load it where it was made, and save the array with numpy.save"
+    raise FileError("not a feature file", where=source.name, found=found, wanted=".npy or .safetensors", hint=hint)
+
+
+def open_tensors(path: str) -> dict[str, Stored]:
+    """Every array in the file at ``path`` (``-`` is standard input), by name; ``""`` in a ``.npy``.
+
+    Raises:
+        FileError: it is missing, unreadable, empty, cut short or of no known format.
+    """
+    source = open_source(path)
+    tensors: dict[str, Stored] = FORMATS[sniff(source)].open_tensors(source)
+    return tensors
+
+
+def format_of(path: str, wanted: str | None = None) -> ModuleType:
+    """The format to write ``path`` in: ``wanted`` if given, else by its suffix, ``.npy`` for streams.
+
+    Raises:
+        UsageError: the suffix is unknown.
+    """
+    if wanted is not None:
+        return FORMATS[wanted]
+    suffix = os.path.splitext(path)[1].lower()
+    for module in FORMATS.values():
+        if suffix in module.SUFFIXES:
+            return module
+    if is_stream(path):
+        return npy
+    raise UsageError(
+        "cannot tell the format from the name", where=path, found=suffix or "no suffix", wanted=".npy or .safetensors"
+    )

@@ -1,0 +1,99 @@
+"""``.npy``: one array. Versions 1 to 3 of the header (NumPy's NEP 1), never pickled objects."""
+
+from __future__ import annotations
+
+import ast
+import io
+import struct
+from typing import Any
+
+import numpy as np
+
+from fusecli.errors import FileError, UsageError, ValuesError
+from fusecli.formats.source import Source, Stored, StreamSource, read_bytes
+
+MAGIC = b"\x93NUMPY"
+SUFFIXES = (".npy",)
+#: NumPy's own limit: longer headers have been used to stall the parser.
+MAX_HEADER = 10_000
+
+
+def open_tensors(source: Source) -> dict[str, Stored]:
+    """The one array of the file, under the name ``""``.
+
+    Raises:
+        FileError: the header or the data end early, or the header makes no sense.
+        ValuesError: the array holds Python objects.
+    """
+    start = read_bytes(source, 0, 12)
+    if len(start) < 10 or (start[6] > 1 and len(start) < 12):
+        raise FileError("cut short in its header", where=source.name, found=f"{len(start)} bytes")
+    if start[6] not in (1, 2, 3):
+        raise FileError("unknown .npy version", where=source.name, found=str(start[6]), wanted="1, 2 or 3")
+    length, at = (struct.unpack("<H", start[8:10])[0], 10) if start[6] == 1 else (struct.unpack("<I", start[8:12])[0], 12)
+    if length > MAX_HEADER:
+        raise FileError("absurd header", where=source.name, found=f"{length} bytes", wanted=f"at most {MAX_HEADER}")
+    header = read_bytes(source, at, length)
+    if len(header) < length:
+        raise FileError("cut short in its header", where=source.name, found=f"{len(header)} bytes", wanted=f"{length}")
+    stored = _parse(source, header.decode("latin1" if start[6] < 3 else "utf8", "replace"), at + length)
+    _check_length(stored)
+    return {"": stored}
+
+
+def _parse(source: Source, text: str, offset: int) -> Stored:
+    try:
+        header = ast.literal_eval(text.strip())
+        descr, fortran, shape = header["descr"], header["fortran_order"], header["shape"]
+        whole = all(type(n) is int and n >= 0 for n in shape)
+        if not (len(header) == 3 and type(fortran) is bool and type(shape) is tuple and whole):
+            raise ValueError
+        dtype = np.dtype(descr)
+    except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError):
+        raise FileError("the header makes no sense", where=source.name, found=repr(text[:80])) from None
+    if dtype.hasobject:
+        raise ValuesError(
+            "holds pickled Python objects, which are never loaded",
+            where=source.name,
+            found="object dtype",
+            wanted="a float dtype",
+        )
+    return Stored(source, "", shape, _name(dtype), offset, dtype.byteorder == ">", fortran)
+
+
+def _name(dtype: np.dtype[Any]) -> str:
+    plain = dtype.newbyteorder("=")
+    return "longdouble" if plain == np.longdouble and plain != np.float64 else plain.name
+
+
+def _check_length(stored: Stored) -> None:
+    try:
+        nbytes = stored.nbytes
+    except TypeError:  # a dtype without a name of its own, such as a record
+        return
+    end = stored.offset + nbytes
+    source = stored.source
+    size = source.load(end) if isinstance(source, StreamSource) else source.size()
+    if size is not None and size < end:
+        raise FileError(
+            "cut short",
+            where=source.name,
+            found=f"{size - stored.offset} bytes of data",
+            wanted=f"{nbytes} for {list(stored.shape)} {stored.dtype}",
+        )
+
+
+def header(name: str, shape: tuple[int, ...], dtype: str, metadata: dict[str, str]) -> bytes:
+    """What stands before the data; ``name`` and ``metadata`` have no place in this format.
+
+    Raises:
+        UsageError: ``dtype`` is bfloat16, which the format cannot name.
+    """
+    if dtype == "bfloat16":
+        raise UsageError(
+            ".npy cannot name bfloat16", found="dtype bfloat16", hint="write .safetensors, or pass --dtype float32"
+        )
+    out = io.BytesIO()
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype).newbyteorder("<"))
+    np.lib.format.write_array_header_1_0(out, {"descr": descr, "fortran_order": False, "shape": shape})
+    return out.getvalue()

@@ -1,0 +1,126 @@
+"""Where bytes go: whole files that appear at once, and streams."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+
+from fusecli.errors import OutputError
+from fusecli.formats.source import NumpyArray
+
+
+class Sink(Protocol):
+    """Bytes by position, with a name."""
+
+    name: str
+
+    def put(self, offset: int, data: bytes | NumpyArray) -> None:
+        """Write ``data`` at ``offset``."""
+
+
+class FileSink:
+    """A temporary file, written by position."""
+
+    def __init__(self, name: str, fd: int) -> None:
+        self.name, self._fd = name, fd
+
+    def put(self, offset: int, data: bytes | NumpyArray) -> None:
+        """See `Sink`."""
+        view = _as_bytes(data)
+        while view:
+            done = os.pwrite(self._fd, view, offset)
+            view, offset = view[done:], offset + done
+
+
+class StreamSink:
+    """A pipe or terminal: what comes ahead of its turn is held until then."""
+
+    def __init__(self, name: str, fd: int) -> None:
+        self.name, self._fd = name, fd
+        self._at = 0
+        self._held: dict[int, bytes] = {}
+
+    def put(self, offset: int, data: bytes | NumpyArray) -> None:
+        """See `Sink`."""
+        if offset != self._at:
+            self._held[offset] = bytes(_as_bytes(data))
+            return
+        self._send(_as_bytes(data))
+        while self._at in self._held:
+            self._send(memoryview(self._held.pop(self._at)))
+
+    def _send(self, view: memoryview) -> None:
+        while view:
+            done = os.write(self._fd, view)
+            view, self._at = view[done:], self._at + done
+
+
+def _as_bytes(data: bytes | NumpyArray) -> memoryview:
+    if isinstance(data, bytes):
+        return memoryview(data)
+    return memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+
+
+def is_stream(path: str) -> bool:
+    """True if ``path`` is ``-``, a pipe or a device: something that cannot be written twice."""
+    if path == "-":
+        return True
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path)
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def open_sink(path: str) -> Iterator[Sink]:
+    """Open ``path`` for writing; ``-`` is standard output.
+
+    A file is written beside its place under a temporary name and moved there at the end, so nobody sees half
+    of it, and after an error the old file is as it was. Its mode follows the umask.
+
+    Raises:
+        OutputError: no such folder, no permission, no space.
+        BrokenPipeError: nobody reads the pipe any more.
+    """
+    shown = "<stdout>" if path == "-" else path
+    try:
+        if is_stream(path):
+            fd = os.dup(1) if path == "-" else os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                yield StreamSink(shown, fd)
+            finally:
+                os.close(fd)
+        else:
+            yield from _whole_file(shown)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        hint = {28: "free some space, or write elsewhere"}.get(error.errno or 0)
+        raise OutputError("cannot be written", where=shown, found=error.strerror or str(error), hint=hint) from error
+
+
+def _whole_file(path: str) -> Iterator[Sink]:
+    target = os.path.realpath(path)  # a link stays a link
+    if os.path.isdir(target):
+        raise OutputError("is a directory", where=path, wanted="a file name")
+    folder, name = os.path.split(target)
+    if not os.path.isdir(folder):
+        raise OutputError("no such folder", where=path, found=folder, hint=f"mkdir -p {folder}")
+    temporary = os.path.join(folder, f".{name[:200]}.{secrets.token_hex(6)}.tmp")
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            yield FileSink(path, fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise

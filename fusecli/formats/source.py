@@ -1,0 +1,240 @@
+"""Where bytes come from: files, read by position; pipes, read once and kept."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+from fusecli.errors import FileError, ShapeError, ValuesError
+
+NumpyArray: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+
+#: What a pipe is read by; a header that lies costs at most this much memory.
+CHUNK = 2**20
+
+FLOATS = {"float16", "bfloat16", "float32", "float64", "longdouble"}
+
+
+class Source(Protocol):
+    """Bytes with a name."""
+
+    name: str
+
+    def size(self) -> int | None:
+        """Bytes in all, or None where the end is not known before it is reached."""
+
+    def read_into(self, offset: int, target: memoryview) -> int:
+        """Fill ``target`` from ``offset``; returns the number of bytes that were there."""
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """A regular file, read with ``pread``: no page of it stays in this process's memory."""
+
+    name: str
+    fd: int
+
+    def size(self) -> int | None:
+        """Bytes in the file."""
+        return os.fstat(self.fd).st_size
+
+    def read_into(self, offset: int, target: memoryview) -> int:
+        """See `Source`."""
+        done = 0
+        while done < len(target):
+            got = os.preadv(self.fd, [target[done:]], offset + done)
+            if not got:
+                break
+            done += got
+        return done
+
+    def __del__(self) -> None:
+        with suppress(OSError):
+            os.close(self.fd)
+
+
+@dataclass
+class StreamSource:
+    """A pipe: read as far as asked, never further, so that a second array may follow the first."""
+
+    name: str
+    fd: int
+    _held: bytearray = field(default_factory=bytearray)
+
+    def size(self) -> int | None:
+        """Not known."""
+        return None
+
+    def read_into(self, offset: int, target: memoryview) -> int:
+        """See `Source`."""
+        end = offset + len(target)
+        part = memoryview(self._held)[offset:end] if self.load(end) > offset else memoryview(b"")
+        target[: len(part)] = part
+        return len(part)
+
+    def load(self, end: int) -> int:
+        """Hold everything up to ``end``; returns the number of bytes held, fewer where the pipe ends."""
+        while len(self._held) < end:
+            chunk = os.read(self.fd, min(CHUNK, end - len(self._held)))
+            if not chunk:
+                break
+            self._held += chunk
+        return len(self._held)
+
+
+def open_source(path: str) -> Source:
+    """Open ``path`` for reading; ``-`` is standard input.
+
+    Raises:
+        FileError: it is missing, unreadable, a directory or empty.
+    """
+    if path == "-":
+        if sys.stdin is None or sys.stdin.closed:
+            raise FileError("standard input is closed", where="-")
+        return _on_descriptor("<stdin>", os.dup(0))
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise FileError("no such file", where=path) from None
+    except (OSError, ValueError) as error:
+        raise FileError("cannot be opened", where=path, found=_reason(error)) from None
+    return _on_descriptor(path, fd)
+
+
+def _on_descriptor(name: str, fd: int) -> Source:
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISDIR(mode):
+        os.close(fd)
+        raise FileError(
+            "is a directory", where=name, wanted="a feature file", hint="directories of pairs: fusecli batch"
+        )
+    if stat.S_ISREG(mode) and os.lseek(fd, 0, os.SEEK_CUR) == 0:
+        return FileSource(name, fd)
+    return StreamSource(name, fd)
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def read_bytes(source: Source, offset: int, count: int) -> bytes:
+    """Up to ``count`` bytes from ``offset``; fewer where the source ends.
+
+    Raises:
+        FileError: the system cannot read it.
+    """
+    size = source.size()
+    if size is not None:
+        count = max(0, min(count, size - offset))
+    held = bytearray()
+    try:
+        while len(held) < count:
+            piece = bytearray(min(CHUNK, count - len(held)))
+            got = source.read_into(offset + len(held), memoryview(piece))
+            held += piece[:got]
+            if got < len(piece):
+                break
+    except OSError as error:
+        raise FileError("cannot be read", where=source.name, found=_reason(error)) from None
+    return bytes(held)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One array where it lies: known by its header, read by rows."""
+
+    source: Source
+    name: str  # of the tensor; "" in a file of one array
+    shape: tuple[int, ...]
+    dtype: str  # "float32", ...; a name outside FLOATS can be listed, not read
+    offset: int
+    big_endian: bool = False
+    fortran: bool = False
+
+    @property
+    def where(self) -> str:
+        """For messages: the file, and the tensor in it."""
+        return f"{self.source.name}[{self.name}]" if self.name else self.source.name
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data."""
+        return int(np.prod([int(n) for n in self.shape], dtype=object)) * itemsize(self.dtype)
+
+    def as_rows(self) -> Stored:
+        """The same seen as ``[rows, width]``: one vector is one row, a leading axis of 1 goes.
+
+        Raises:
+            ShapeError: other axes, or no rows.
+        """
+        shape = self.shape[1:] if len(self.shape) == 3 and self.shape[0] == 1 else self.shape
+        shape = (1, *shape) if len(shape) == 1 else shape
+        if len(shape) != 2:
+            found = str(list(self.shape))
+            raise ShapeError("wrong number of axes", where=self.where, found=found, wanted="[rows, width]")
+        if 0 in shape:
+            raise ShapeError("no rows in it", where=self.where, found=str(list(self.shape)), wanted="at least [1, 1]")
+        return replace(self, shape=shape)
+
+    def require_float(self) -> None:
+        """Raise `ValuesError` if this is no array of floats."""
+        if self.dtype not in FLOATS:
+            hint = "convert it first, e.g. x.astype('float32')"
+            if self.dtype == "void16":
+                hint = ".npy cannot name bfloat16 and lost it: store it as .safetensors"
+            raise ValuesError("not floats", where=self.where, found=self.dtype, wanted="a float dtype", hint=hint)
+
+    def read(self, rows: slice | None = None) -> NumpyArray:
+        """The array, or ``rows`` of it (the first axis), in native byte order and C order.
+
+        Raises:
+            ValuesError: it does not hold floats.
+            FileError: the data end early, or cannot be read.
+        """
+        self.require_float()
+        rows = rows or slice(0, self.shape[0] if self.shape else 1)
+        shape = (rows.stop - rows.start, *self.shape[1:]) if self.shape else ()
+        if self.fortran and len(self.shape) > 1 and shape != self.shape:
+            return self._read_columns(rows)
+        block = np.empty(shape[::-1] if self.fortran else shape, self._numpy_dtype())
+        row_bytes = block.nbytes // max(1, len(block)) if block.ndim else block.nbytes
+        self._fill(block, self.offset + (0 if self.fortran else rows.start * row_bytes))
+        return self._native(block.T if self.fortran else block)
+
+    def _read_columns(self, rows: slice) -> NumpyArray:
+        # Fortran order: the rows of a block lie apart, one run a column.
+        height, width = self.shape
+        block = np.empty((width, rows.stop - rows.start), self._numpy_dtype())
+        for column, run in enumerate(block):
+            self._fill(run, self.offset + (column * height + rows.start) * block.itemsize)
+        return self._native(block.T)
+
+    def _fill(self, block: NumpyArray, offset: int) -> None:
+        target = memoryview(block.reshape(-1).view(np.uint8))
+        try:
+            got = self.source.read_into(offset, target)
+        except OSError as error:
+            raise FileError("cannot be read", where=self.where, found=_reason(error)) from None
+        if got < len(target):
+            raise FileError("the data end early: the file shrank while it was read", where=self.where)
+
+    def _numpy_dtype(self) -> np.dtype[Any]:
+        if self.dtype == "bfloat16":
+            from ml_dtypes import bfloat16  # only where it is needed: 15 ms
+
+            return np.dtype(bfloat16)
+        return np.dtype(self.dtype)
+
+    def _native(self, block: NumpyArray) -> NumpyArray:
+        return np.ascontiguousarray(block.byteswap() if self.big_endian else block)
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one number of ``dtype``."""
+    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize

@@ -1,0 +1,202 @@
+"""What meets what: features in files, one pair of them, and the path read → fuse → write."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from fusecli.arrays import Array, cast, first_nonfinite, to_numpy
+from fusecli.errors import FileError, OutputError, ShapeError, UsageError, ValuesError
+from fusecli.formats import NumpyArray, Stored, format_of, is_stream, itemsize, open_sink, open_tensors
+from fusecli.fusion import Seen, Weights
+
+#: Names that encoders and dataset tools give their tensors, the most telling first.
+KNOWN_NAMES = {
+    "image": ("image", "image_features", "image_embeds", "image_embeddings", "img", "pixel_features"),
+    "text": ("text", "text_features", "text_embeds", "text_embeddings", "txt", "token_features"),
+}
+#: What a model's output is called whatever went in.
+SHARED_NAMES = ("last_hidden_state", "features", "embeddings", "hidden_states")
+
+
+def find_features(path: str, side: str, key: str | None = None) -> Stored:
+    """The image or text features in a file, not read yet.
+
+    Args:
+        path: ``.npy`` or ``.safetensors``; ``-`` is standard input.
+        side: ``"image"`` or ``"text"``, for well-known names and messages.
+        key: the tensor's name; else the only tensor, else the only one with a well-known name.
+
+    Raises:
+        FileError: the file cannot be used, or it does not say which tensor is meant.
+        ShapeError, ValuesError: the tensor holds no rows of floats.
+    """
+    tensors = open_tensors(path)
+    stored = _choose(tensors, path, side, key)
+    stored.require_float()
+    return stored.as_rows()
+
+
+def _choose(tensors: dict[str, Stored], path: str, side: str, key: str | None) -> Stored:
+    names = sorted(tensors)
+    listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    if key is not None and "" not in tensors:
+        if key in tensors:
+            return tensors[key]
+        raise FileError("no such tensor", where=f"{path}[{key}]", found=listed or "no tensors")
+    if key is not None:
+        raise FileError("a .npy has one array without a name", where=path, hint=f"leave out --{side}-key")
+    if len(tensors) == 1:
+        return next(iter(tensors.values()))
+    for known in (KNOWN_NAMES[side], SHARED_NAMES):
+        for name in known:
+            if name in tensors:
+                return tensors[name]
+    raise FileError(
+        f"cannot tell which tensor holds the {side}",
+        where=path,
+        found=listed or "no tensors",
+        hint=f"name it with --{side}-key",
+    )
+
+
+def read_finite(stored: Stored, finite: bool = True, rows: slice | None = None) -> NumpyArray:
+    """``stored``, or some ``rows`` of it; with ``finite`` unset, NaN and Inf may pass.
+
+    Raises:
+        ValuesError: there is NaN or Inf in it; the message names the first place.
+        FileError: the data end early or cannot be read.
+    """
+    block = stored.read(rows)
+    bad = first_nonfinite(block) if finite else None
+    if bad is not None:
+        row = bad[0] + (rows.start if rows else 0)
+        raise ValuesError(
+            "not finite",
+            where=f"{stored.where}, row {row}, column {bad[1]}",
+            found=str(block[bad]),
+            wanted="finite numbers",
+            hint="pass --allow-nonfinite to fuse it all the same",
+        )
+    return block
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where results go and in what form."""
+
+    path: str
+    dtype: str | None = None  # None: the text's
+    format: str | None = None  # None: by suffix
+    attention: str | None = None
+    attention_mean: bool = False  # [N, M] instead of [H, N, M]
+    allow_nonfinite: bool = False
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What was done with one pair."""
+
+    n: int
+    m: int
+    dim: int
+    dtype: str
+
+
+def refuse_same_file(outputs: Sequence[str | None], inputs: Sequence[str | None]) -> None:
+    """Raise `UsageError` if a file would be written that is also read, or two results go to one file."""
+    seen = {os.path.realpath(path): path for path in inputs if path and not is_stream(path)}
+    for path in outputs:
+        if not path or (is_stream(path) and path != "-"):
+            continue
+        real = "-" if path == "-" else os.path.realpath(path)
+        if real in seen:
+            raise UsageError("output is also an input or another output", where=path, hint="write to another file")
+        seen[real] = path
+        for other in inputs:
+            if other and path != "-" and os.path.exists(other) and os.path.exists(path) and os.path.samefile(other, path):
+                raise UsageError("output is the same file as an input", where=path, hint="write to another file")
+
+
+def fuse_pair(
+    weights: Weights,
+    image: Stored,
+    text: Stored,
+    output: Output,
+    to_device: Callable[[NumpyArray], Array] = lambda x: x,
+) -> Fused:
+    """Read a pair, fuse it, write it: text rows go through in blocks, memory stays flat in ``N``.
+
+    Args:
+        weights: the fusion.
+        image, text: from `find_features`.
+        output: where and how to write.
+        to_device: moves an array to where the work is done.
+
+    Raises:
+        InputError: a file is bad, or does not fit the weights; nothing has been written then.
+        OutputError: the result cannot be written, or does not fit the dtype asked for.
+    """
+    _require_width(image, weights.image_dim)
+    _require_width(text, weights.text_dim)
+    n, dtype, finite = text.shape[0], output.dtype or text.dtype, not output.allow_nonfinite
+    compute = "float64" if {image.dtype, text.dtype} & {"float64", "longdouble"} else "float32"
+    rows = to_device(cast(read_finite(image, finite), compute))
+    seen = Seen(weights, rows, rows, n, compute)
+    blocks = list(seen.blocks())
+    first = read_finite(text, finite, blocks[0])
+    if is_stream(output.path):  # what has gone into a pipe cannot be taken back: look before writing
+        for block in blocks[1:]:
+            read_finite(text, finite, block)
+    with ExitStack() as stack:
+        fused = _ArrayFile(stack, output.path, output.format, "fused", (n, weights.dim), dtype)
+        attention = None
+        if output.attention:
+            shape = (n, seen.m) if output.attention_mean else (weights.config.num_heads, n, seen.m)
+            attention = _ArrayFile(stack, output.attention, None, "attention", shape, compute)
+        for block in blocks:
+            part = first if block.start == 0 else read_finite(text, finite, block)
+            result, attended = seen.meet(to_device(cast(part, compute)), need_weights=attention is not None)
+            fused.put_rows(block.start, to_numpy(result))
+            if attention:
+                attended = to_numpy(attended)
+                attention.put_rows(block.start, attended.mean(0) if output.attention_mean else attended)
+    return Fused(n, seen.m, weights.dim, dtype)
+
+
+class _ArrayFile:
+    """An array written in blocks along its last axis but one."""
+
+    def __init__(
+        self, stack: ExitStack, path: str, format: str | None, name: str, shape: tuple[int, ...], dtype: str
+    ) -> None:
+        self._shape, self._dtype, self._where = shape, dtype, path
+        header: bytes = format_of(path, format).header(name, shape, dtype, {})
+        self._begin = len(header)
+        self._sink = stack.enter_context(open_sink(path))
+        self._sink.put(0, header)
+
+    def put_rows(self, start: int, block: NumpyArray) -> None:
+        """Write ``block [n, width]`` or ``[H, n, width]`` from row ``start`` on."""
+        stored = cast(block, self._dtype)
+        if itemsize(self._dtype) < block.itemsize and first_nonfinite(stored) and not first_nonfinite(block):
+            largest = f"{float(abs(block).max()):.4g}"
+            raise OutputError(
+                f"result does not fit {self._dtype}", where=self._where, found=largest, hint="pass --dtype float32"
+            )
+        rows, width = self._shape[-2:]
+        for head, part in enumerate(stored if stored.ndim == 3 else stored[None]):
+            self._sink.put(self._begin + (head * rows + start) * width * stored.itemsize, part)
+
+
+def _require_width(stored: Stored, width: int) -> None:
+    if stored.shape[1] != width:
+        raise ShapeError(
+            "features do not fit the weights",
+            where=stored.where,
+            found=f"{list(stored.shape)}, width {stored.shape[1]}",
+            wanted=f"width {width}",
+            hint="make or name weights of this width: fusecli init --help",
+        )

@@ -1,0 +1,88 @@
+"""What a file is, in facts: the work behind ``fusecli inspect``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fusecli import checkpoint
+from fusecli.arrays import dtype_name
+from fusecli.formats import FLOATS, NumpyArray, Stored, open_tensors
+
+#: Bytes read at once; a file of any size is described in little memory.
+BLOCK = 2**24
+
+
+def describe(path: str, num_heads: int | None = None) -> dict[str, Any]:
+    """Names, shapes, dtypes, norms of rows and number of NaN/Inf of each tensor, and what they make together.
+
+    ``kind`` is ``checkpoint``, ``attention`` or ``features``. A checkpoint also has method, heads, widths,
+    parameter count and fingerprint; attention of ``[H, N, M]`` has them as ``heads``, ``text_rows``, ``image_rows``.
+
+    Raises:
+        FileError: the file cannot be read.
+        CheckpointError: it looks like a checkpoint and is none.
+    """
+    if path.endswith(checkpoint.PT_SUFFIXES):
+        weights = checkpoint.load(path, num_heads)
+        listed = [{"name": name, **_facts(tensor)} for name, tensor in sorted(weights.tensors.items())]
+        return {"file": path, **_of_checkpoint(weights), "tensors": listed}
+    tensors = open_tensors(path)
+    rows = [_scan(stored) for _, stored in sorted(tensors.items())]
+    if any(name.endswith("text_proj.weight") for name in tensors):
+        return {"file": path, **_of_checkpoint(checkpoint.load(path, num_heads)), "tensors": rows}
+    kind: dict[str, Any] = {"kind": "features"}
+    stochastic = [row.pop("stochastic") for row in rows]
+    if stochastic == [True] and len(rows[0]["shape"]) in (2, 3):
+        *heads, n, m = rows[0]["shape"]
+        kind = {"kind": "attention", "heads": heads[0] if heads else "mean", "text_rows": n, "image_rows": m}
+    return {"file": path, **kind, "tensors": rows}
+
+
+def _of_checkpoint(weights: Any) -> dict[str, Any]:
+    config = weights.config
+    return {
+        "kind": "checkpoint",
+        "method": config.method,
+        "num_heads": config.num_heads,
+        "residual": config.residual,
+        "dim": weights.dim,
+        "text_dim": weights.text_dim,
+        "image_dim": weights.image_dim,
+        "parameters": weights.num_parameters,
+        "fingerprint": checkpoint.fingerprint(weights),
+    }
+
+
+def _scan(stored: Stored) -> dict[str, Any]:
+    facts = {"name": stored.name, "shape": list(stored.shape), "dtype": stored.dtype}
+    if stored.dtype not in FLOATS or not stored.nbytes:
+        return facts | {"norms": None, "nonfinite": None, "stochastic": False}
+    whole = replace(stored, shape=(1,) * max(0, 2 - len(stored.shape)) + stored.shape)
+    step = max(1, BLOCK // (whole.nbytes // whole.shape[0]))
+    starts = range(0, whole.shape[0], step)
+    return facts | _summary([_rows(whole.read(slice(at, min(at + step, whole.shape[0])))) for at in starts])
+
+
+def _facts(tensor: NumpyArray) -> dict[str, Any]:
+    facts = {"shape": list(tensor.shape), "dtype": dtype_name(tensor), **_summary([_rows(np.atleast_2d(tensor))])}
+    del facts["stochastic"]
+    return facts
+
+
+def _rows(block: NumpyArray) -> tuple[NumpyArray, int, bool]:
+    """Norms of the rows, number of NaN/Inf, and whether every row is a distribution (not negative, sum 1)."""
+    rows = block.reshape(-1, block.shape[-1]).astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        norms, sums = np.linalg.norm(rows, axis=1), rows.sum(1)
+    stochastic = bool((rows >= 0).all() and (abs(sums - 1) < 1e-2).all())
+    return norms, int((~np.isfinite(rows)).sum()), stochastic
+
+
+def _summary(parts: list[tuple[NumpyArray, int, bool]]) -> dict[str, Any]:
+    norms = np.concatenate([part[0] for part in parts])
+    norms = norms[np.isfinite(norms)]
+    spread = {"min": float(norms.min()), "max": float(norms.max()), "mean": float(norms.mean())} if len(norms) else None
+    return {"norms": spread, "nonfinite": sum(part[1] for part in parts), "stochastic": all(part[2] for part in parts)}
