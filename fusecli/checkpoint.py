@@ -6,7 +6,6 @@ key, ``fusecli``, with canonical JSON. The bare ``state_dict`` of the article's 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -167,6 +166,8 @@ def save(weights: Weights, path: str | os.PathLike[str]) -> None:
 
 def fingerprint(weights: Weights) -> str:
     """12 hexadecimal digits that tell these weights and options from any others."""
+    import hashlib  # not needed to fuse
+
     return hashlib.sha256(to_bytes(weights)).hexdigest()[:12]
 
 

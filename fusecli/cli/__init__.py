@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
-from typing import Any
-
 import typer
-from typer.core import TyperGroup
 
 from fusecli import __version__
 from fusecli.cli.console import complain
 from fusecli.cli.fuse import fuse
 from fusecli.cli.inspect import inspect
+from fusecli.cli.light import LightCommand, LightGroup
 from fusecli.cli.weights import convert, init
 from fusecli.errors import FusecliError
 
 
-class _Group(TyperGroup):
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError:  # `| head` has seen enough: no error, and nothing to say
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            raise typer.Exit(0) from None
-
-
 app = typer.Typer(
-    cls=_Group,
+    cls=LightGroup,
     help="Fuse image features into text features with attention.",
     epilog="Start here: fusecli fuse image.npy text.npy -o fused.npy",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich takes longer to import than the help to read
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (fuse, init, convert, inspect):
-    app.command()(command)
+    app.command(cls=LightCommand)(command)
 
 
 def _show_version(wanted: bool) -> None:

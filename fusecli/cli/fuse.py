@@ -38,15 +38,15 @@ Weights = Annotated[
 
 
 def fuse(
-    image: Annotated[str, typer.Argument(help="Image features [M, Di]: .npy, .safetensors or - (stdin).")],
-    text: Annotated[str, typer.Argument(help="Text features [N, Dt], likewise.")],
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="Image features [M, Di]: .npy, .safetensors or - (stdin).")],
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="Text features [N, Dt], likewise.")],
     output: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="Fused features [N, D]; - is stdout.")],
     weights: Weights = None,
     attention: Annotated[
         str | None, typer.Option("--attention", "-a", metavar="FILE", help="Also write the attention [H, N, M].")
     ] = None,
-    attention_mean: Annotated[bool, typer.Option(help="Write its mean over heads, [N, M].")] = False,
-    residual: Annotated[bool, typer.Option(help="Add the text to the result (Dt = D).")] = False,
+    attention_mean: Annotated[bool, typer.Option("--attention-mean", help="Write its mean over heads, [N, M].")] = False,
+    residual: Annotated[bool, typer.Option("--residual", help="Add the text to the result (Dt = D).")] = False,
     image_key: Annotated[str | None, typer.Option(metavar="NAME", help="Tensor in IMAGE.")] = None,
     text_key: Annotated[str | None, typer.Option(metavar="NAME", help="Tensor in TEXT.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Store as this.  [default: the text's]")] = None,
@@ -56,7 +56,7 @@ def fuse(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of untrained weights, without --weights.")] = 0,
     device: Annotated[str, typer.Option(metavar="cpu|cuda|cuda:N", help="Where to compute.")] = "cpu",
-    allow_nonfinite: Annotated[bool, typer.Option(help="Accept NaN and Inf in the features.")] = False,
+    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Accept NaN and Inf in the features.")] = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

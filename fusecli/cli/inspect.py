@@ -16,7 +16,11 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print one machine-readable object a file on stdout.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Say what files are: names, shapes, dtypes, norms, NaN count; heads and parameters of a checkpoint."""
+    """Say what files are.
+
+    Names, shapes, dtypes, norms of rows and number of NaN/Inf; of a checkpoint also method, heads, parameters
+    and a fingerprint.
+    """
     from fusecli.report import describe
 
     for path in files:

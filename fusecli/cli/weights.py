@@ -21,12 +21,15 @@ def init(
     identity: Annotated[
         bool, typer.Option("--identity", help="Identity projections: nothing to train, for spaces shared already.")
     ] = False,
-    residual: Annotated[bool, typer.Option(help="Add the text to the result (Dt = D).")] = False,
+    residual: Annotated[bool, typer.Option("--residual", help="Add the text to the result (Dt = D).")] = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Make new weights: random as PyTorch draws them, or identity projections."""
+    """Make new weights, random or identity.
+
+    Random ones are drawn as PyTorch draws them, the same on every machine.
+    """
     from fusecli import checkpoint
     from fusecli.errors import UsageError
 
@@ -48,14 +51,14 @@ def init(
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help="A state_dict: .pt, .pth, .bin or .safetensors.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A state_dict: .pt, .pth, .bin or .safetensors.")],
     output: Output,
     num_heads: Annotated[int | None, typer.Option(min=1, help="H; a state_dict does not say.  [default: 8]")] = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Turn a PyTorch checkpoint of the article's module into ours.
+    """Turn a PyTorch checkpoint into ours.
 
     fusecli convert model.pt -o fusion.safetensors --num-heads 8
     """

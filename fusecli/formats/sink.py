@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from typing import Protocol
@@ -112,7 +111,7 @@ def _whole_file(path: str) -> Iterator[Sink]:
     folder, name = os.path.split(target)
     if not os.path.isdir(folder):
         raise OutputError("no such folder", where=path, found=folder, hint=f"mkdir -p {folder}")
-    temporary = os.path.join(folder, f".{name[:200]}.{secrets.token_hex(6)}.tmp")
+    temporary = os.path.join(folder, f".{name[:200]}.{os.urandom(6).hex()}.tmp")
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         try:

@@ -1,0 +1,64 @@
+"""Commands that start fast.
+
+Typer checks every parameter through pydantic, even those that were not given, and importing pydantic takes as
+long as importing NumPy. Here a parameter goes that way only when there is something to convert: a number or a
+choice from the command line.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+
+class _Light:
+    """Stands in for Typer's own converter of one parameter, and makes way for it when it is needed."""
+
+    def __init__(self, annotation: Any) -> None:
+        self._annotation = annotation
+
+    def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
+        """``value`` as the command wants it; called by Typer."""
+        if value is None and not param.multiple and param.nargs == 1:
+            return None
+        if isinstance(self._annotation, type) and isinstance(value, self._annotation):
+            return value  # a string, or a default
+        param._runtime_param = None  # Typer builds its own
+        return param.get_runtime_param().coerce(value, param=param, ctx=ctx)
+
+
+def _lighten(params: list[Any]) -> None:
+    """Do so for all parameters, under versions of Typer that know of such converters."""
+    for param in params:
+        descriptor = getattr(param, "type_descriptor", None)
+        if descriptor is not None and getattr(param, "_runtime_param", params) is None:
+            param._runtime_param = _Light(descriptor.annotation)
+
+
+class LightCommand(TyperCommand):
+    """A command whose parameters are `_Light`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Called by Typer when all parameters are there, its own among them."""
+        _lighten(self.get_params(ctx))
+        return super().parse_args(ctx, args)
+
+
+class LightGroup(TyperGroup):
+    """A group of commands likewise; a closed pipe ends it quietly."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Called by Typer when all parameters are there, its own among them."""
+        _lighten(self.get_params(ctx))
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was named."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # `| head` has seen enough: no error, and nothing to say
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise typer.Exit(0) from None
