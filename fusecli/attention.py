@@ -131,55 +131,39 @@ class Plan:
     flops: int
 
 
-# OpenBLAS copies ("packs") a weight matrix before it multiplies, whatever the number of rows: the
-# time of about this many rows more. Measured with benchmarks/kernel.py; see the README.
+# OpenBLAS copies ("packs") a weight matrix before it multiplies, whatever the number of rows: the time of
+# about this many rows more. It decides only between plans of nearly the same cost.
 PACKING_ROWS = 16
 
 
 @lru_cache(maxsize=1024)
 def plan(n: int, m: int, dim: int, text_dim: int, image_dim: int, num_heads: int) -> Plan:
-    """The cheapest association for one shape (the FLOPs of DESIGN section 2, widths kept apart).
+    """The cheapest association for one shape.
 
     Scores per head are ``T F_qᵀ_h · F_k,h Iᵀ``. ``DIRECT`` projects both sides to ``d``; ``IMAGE``
     takes each key back to the text's width (``A_h = K_h F_q,h``: the text is never projected);
     ``TEXT`` takes each query to the image's width (``B_h = Q_h F_k,h``: the image is never projected).
-    Values ``P_h I F_vᵀ_h W_oᵀ_h`` likewise. All nine combinations are weighed; scores and values share
-    only the product that makes keys and values at once, so each side has its own cheapest.
+    Values ``P_h I F_vᵀ_h W_oᵀ_h`` likewise. The cost of a combination is the sum of its two halves, so the
+    best of all nine is the best scores order with the best values order.
     """
-    h = num_heads
-    score_flops = {
-        Order.DIRECT: _product(n, text_dim, dim) + _product(m, image_dim, dim) + 2 * n * m * dim,
-        Order.IMAGE: _product(m, image_dim, dim) + _product(m, dim, text_dim) + 2 * n * h * m * text_dim,
-        Order.TEXT: _product(n, text_dim, dim) + _product(n, dim, image_dim) + 2 * n * h * m * image_dim,
+    # For each order: the weight matrices as (rows that meet it, height, width), and the products without one.
+    text_in, image_in, back = (n, text_dim, dim), (m, image_dim, dim), (n, dim, dim)
+    scores = {
+        Order.DIRECT: ([text_in, image_in], n * m * dim),
+        Order.IMAGE: ([image_in, (m, dim, text_dim)], n * num_heads * m * text_dim),
+        Order.TEXT: ([text_in, (n, dim, image_dim)], n * num_heads * m * image_dim),
     }
-    value_flops = {
-        Order.DIRECT: _product(m, image_dim, dim) + 2 * n * m * dim + _product(n, dim, dim),
-        Order.IMAGE: _product(m, image_dim, dim) + _product(m, dim, dim) + 2 * n * h * m * dim,
-        Order.TEXT: 2 * n * h * m * image_dim + _product(n, image_dim, dim) + _product(n, dim, dim),
+    values = {
+        Order.DIRECT: ([image_in, back], n * m * dim),
+        Order.IMAGE: ([image_in, (m, dim, dim)], n * num_heads * m * dim),
+        Order.TEXT: ([(n, image_dim, dim), back], n * num_heads * m * image_dim),
     }
-    scores = min(Order, key=lambda order: score_flops[order])
-    values = min(Order, key=lambda order: value_flops[order])
-    return Plan(scores, values, _flops(scores, values, n, m, dim, text_dim, image_dim, num_heads))
+    best = [min(Order, key=lambda order: _flops(*half[order], PACKING_ROWS)) for half in (scores, values)]
+    return Plan(*best, _flops(*scores[best[0]], 0) + _flops(*values[best[1]], 0))
 
 
-def _product(rows: int, width_in: int, width_out: int) -> int:
-    return 2 * (rows + PACKING_ROWS) * width_in * width_out
-
-
-def _flops(
-    scores: Order, values: Order, n: int, m: int, dim: int, text_dim: int, image_dim: int, h: int
-) -> int:
-    by_scores = {
-        Order.DIRECT: n * text_dim * dim + m * image_dim * dim + n * m * dim,
-        Order.IMAGE: m * image_dim * dim + m * dim * text_dim + n * h * m * text_dim,
-        Order.TEXT: n * text_dim * dim + n * dim * image_dim + n * h * m * image_dim,
-    }
-    by_values = {
-        Order.DIRECT: m * image_dim * dim + n * m * dim + n * dim * dim,
-        Order.IMAGE: m * image_dim * dim + m * dim * dim + n * h * m * dim,
-        Order.TEXT: n * h * m * image_dim + n * image_dim * dim + n * dim * dim,
-    }
-    return 2 * (by_scores[scores] + by_values[values])
+def _flops(weights: list[tuple[int, int, int]], rest: int, extra_rows: int) -> int:
+    return 2 * (rest + sum((rows + extra_rows) * height * width for rows, height, width in weights))
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,7 @@ class Seen:
         self._text_layer: tuple[Array, Array] | None = None
         self._row: Array | None = None
         self._side: attention.ImageSide | None = None
-        if self.m == 1:
+        if self.m == 1 and not training:
             self._row = self._single(image[0], template)  # [D]
             return
         if training:
@@ -229,7 +229,7 @@ class Seen:
     @property
     def block_rows(self) -> int:
         """Text rows to pass at once, so that memory stays flat in ``N``."""
-        if self.m == 1:
+        if self._row is not None:
             return BLOCK_ROWS // 8  # nothing to compute: a block that stays in the cache
         return max(1, min(BLOCK_ROWS, BLOCK_SCORES // (self.weights.config.num_heads * self.m)))
 

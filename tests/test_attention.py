@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fusecli import attention, fusion
+from fusecli.attention import Order, Plan
+from tests.oracle import article, assert_as_good, both_precisions, features, weights_of
+
+PLANS = list(product(Order, Order))
+
+
+def _by_plan(scores: Order, values: Order, module: Any, image: Any, text: Any) -> tuple[Any, Any]:
+    maps = weights_of(module).folded(text, str(text.dtype).removeprefix("torch."))
+    side = attention.see(image, maps, module.attention.num_heads, Plan(scores, values, 0))
+    return attention.meet(text, side, need_weights=True)
+
+
+@pytest.mark.parametrize(("scores", "values"), PLANS)
+@pytest.mark.parametrize(("m", "n"), [(2, 1), (5, 9), (9, 5), (70, 130)])
+def test_every_order_gives_the_articles_numbers(
+    scores: Order, values: Order, m: int, n: int, rng: np.random.Generator
+) -> None:
+    module = article(48, 4, text_dim=40, image_dim=56)
+    image, text = features(rng, m, 56, norm=9), features(rng, n, 40, norm=3)
+    exact, single = both_precisions(module, image, text)
+    for convert in (np.asarray, torch.from_numpy):
+        fused, weights = _by_plan(scores, values, module, convert(image), convert(text))
+        assert_as_good(fused, exact[0], single[0])
+        assert_as_good(weights, exact[1], single[1])
+
+
+@pytest.mark.parametrize(("scores", "values"), PLANS)
+def test_orders_agree_in_float64_for_scores_that_would_overflow(
+    scores: Order, values: Order, rng: np.random.Generator
+) -> None:
+    module = article(48, 4)
+    image, text = (features(rng, rows, 48, norm=3000).astype(np.float64) for rows in (6, 4))
+    fused, _ = _by_plan(scores, values, module, image, text)
+    exact = module.double()(torch.from_numpy(image), torch.from_numpy(text))[0].numpy()
+    np.testing.assert_allclose(fused, exact, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("order", list(Order))
+def test_large_scores_are_taken_exactly(order: Order, rng: np.random.Generator) -> None:
+    module = article(64, 1)
+    with torch.no_grad():
+        module.attention.in_proj_weight.mul_(4)
+    image, text = features(rng, 60, 64, norm=90, shared=1), features(rng, 7, 64, norm=90)
+    exact, single = both_precisions(module, image, text)
+    fused, weights = _by_plan(order, Order.DIRECT, module, image, text)
+    assert_as_good(fused, exact[0], single[0])
+    assert_as_good(weights, exact[1], single[1])
+
+
+def _counted(n: int, m: int, d: int, h: int) -> dict[tuple[Order, Order], int]:
+    """The table of orders for equal widths, as it stands in the README."""
+    project = {"n": 2 * n * d * d, "m": 2 * m * d * d}
+    direct = project["n"] + project["m"] + 2 * n * m * d
+    image = 2 * project["m"] + 2 * n * h * m * d
+    text = 2 * project["n"] + 2 * m * h * n * d
+    half = {Order.DIRECT: direct, Order.IMAGE: image, Order.TEXT: text}
+    return {(scores, values): half[scores] + half[values] for scores, values in PLANS}
+
+
+@pytest.mark.parametrize("shape", list(product([1, 4, 16, 50, 77, 197, 577], repeat=2)))
+def test_the_plan_counts_its_flops_and_is_near_the_fewest(shape: tuple[int, int]) -> None:
+    n, m = shape
+    chosen = attention.plan(n, m, 768, 768, 768, 8)
+    counted = _counted(n, m, 768, 8)
+    assert chosen.flops == counted[chosen.scores, chosen.values]
+    spare = 8 * attention.PACKING_ROWS * 768 * 768  # at most what packing four matrices may outweigh
+    assert chosen.flops <= min(counted.values()) + spare
+
+
+def test_a_few_tokens_go_to_the_image_and_many_stay() -> None:
+    assert attention.plan(8, 577, 768, 768, 768, 8).scores is Order.TEXT
+    assert attention.plan(577, 4, 768, 768, 768, 8).scores is Order.IMAGE
+    assert attention.plan(577, 577, 768, 768, 768, 8).scores is Order.DIRECT
+
+
+def test_folding_is_the_layers_one_after_another(rng: np.random.Generator) -> None:
+    weights = weights_of(article(24, 3, text_dim=20, image_dim=28))
+    text = rng.standard_normal((5, 20))
+    layers = weights.layers(text, "float64")
+    maps = attention.fold(layers)
+    (query, query_bias), *_ = layers.thirds()
+    projected = (text @ layers.text[0].T + layers.text[1]) @ query.T + query_bias
+    np.testing.assert_allclose(text @ maps.query.T + maps.query_bias, projected / np.sqrt(8), rtol=1e-12)
+
+
+def test_blocks_of_rows_give_what_one_block_gives(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = weights_of(article(32, 4))
+    image, text = features(rng, 6, 32), features(rng, 50, 32)
+    whole = fusion.fuse(weights, image, text, need_weights=True)
+    monkeypatch.setattr(fusion, "BLOCK_ROWS", 7)
+    parts = fusion.fuse(weights, image, text, need_weights=True)
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+from fusecli import ImageTextFusion, fuse, identity, init, load, save
+from fusecli.checkpoint import METADATA_KEY, fingerprint, to_bytes
+from fusecli.errors import CheckpointError, FileError, UsageError
+from tests.oracle import article, features
+
+
+@pytest.mark.parametrize(("widths", "seed"), [((32, 32, 32), 0), ((48, 20, 33), 5), ((768, 768, 768), 1)])
+def test_init_draws_what_torch_draws(widths: tuple[int, int, int], seed: int) -> None:
+    dim, text_dim, image_dim = widths
+    torch.manual_seed(seed)
+    module = ImageTextFusion(dim, 4, text_dim=text_dim, image_dim=image_dim)
+    weights = init(dim, 4, text_dim=text_dim, image_dim=image_dim, seed=seed)
+    for name, tensor in module.state_dict().items():
+        np.testing.assert_array_equal(weights.tensors[name], tensor.numpy())
+
+
+def test_identity_is_plain_attention(rng: np.random.Generator) -> None:
+    image, text = features(rng, 5, 16, norm=3), features(rng, 4, 16, norm=3)
+    expected = nn.functional.scaled_dot_product_attention(*map(torch.from_numpy, (text, image, image)))
+    np.testing.assert_allclose(fuse(identity(16), image, text), expected.numpy(), atol=1e-6)
+
+
+def test_saved_and_loaded_weights_are_the_same_bytes(tmp_path: Path) -> None:
+    weights = init(32, 4, seed=3).with_options(residual=True)
+    save(weights, tmp_path / "w.safetensors")
+    again = load(tmp_path / "w.safetensors")
+    assert again.config == weights.config
+    assert to_bytes(again) == (tmp_path / "w.safetensors").read_bytes()
+    assert fingerprint(again) == fingerprint(weights) != fingerprint(init(32, 4, seed=4))
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "fusion."])
+@pytest.mark.parametrize("wrapper", [None, "state_dict"])
+def test_a_state_dict_loads_under_any_prefix(tmp_path: Path, prefix: str, wrapper: str | None) -> None:
+    module = article(32, 4)
+    state: Any = {prefix + name: tensor for name, tensor in module.state_dict().items()}
+    torch.save({wrapper: state} if wrapper else state, tmp_path / "model.pt")
+    weights = load(tmp_path / "model.pt", num_heads=4)
+    assert weights.config.num_heads == 4
+    for name, tensor in module.state_dict().items():
+        np.testing.assert_array_equal(weights.tensors[name], tensor.numpy())
+
+
+def test_separate_projections_and_missing_biases_are_understood(tmp_path: Path, rng: np.random.Generator) -> None:
+    state = dict(article(32, 4).state_dict())
+    stacked = state.pop("attention.in_proj_weight")
+    for letter, part in zip("qkv", stacked.chunk(3), strict=True):
+        state[f"attention.{letter}_proj_weight"] = part.clone()
+    for name in ("text_proj.bias", "attention.in_proj_bias", "attention.out_proj.bias"):
+        state[name].zero_()
+        full = {**state, "attention.in_proj_weight": stacked}
+    torch.save(full, tmp_path / "reference.pt")
+    for letter in "qkv":
+        del full[f"attention.{letter}_proj_weight"]
+    torch.save(full, tmp_path / "reference.pt")
+    for name in ("text_proj.bias", "attention.in_proj_bias", "attention.out_proj.bias"):
+        del state[name]
+    torch.save(state, tmp_path / "model.bin")
+    image, text = features(rng, 3, 32), features(rng, 5, 32)
+    expected = fuse(load(tmp_path / "reference.pt", 4), image, text)
+    np.testing.assert_array_equal(fuse(load(tmp_path / "model.bin", 4), image, text), expected)
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> tuple[Path, dict[str, Any], dict[str, str]]:
+    path = tmp_path / "w.safetensors"
+    save(init(32, 4), path)
+    text = json.dumps({"format": 1, "method": "attention", "num_heads": 4, "residual": False})
+    return path, load_file(path), {METADATA_KEY: text}
+
+
+@pytest.mark.parametrize("name", ["text_proj.weight", "text_proj.bias", "attention.out_proj.bias"])
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_damaged_checkpoint_names_the_tensor(stored: Any, name: str, ours: bool) -> None:
+    path, tensors, metadata = stored
+    short, infinite = tensors[name][:-1], tensors[name].copy()
+    infinite.reshape(-1)[3] = np.inf
+    without = {key: value for key, value in tensors.items() if key != name}
+    damaged = [tensors | {name: np.ascontiguousarray(short)}, tensors | {name: infinite}]
+    if name != "text_proj.bias" or ours:  # a whole layer without bias is a layer built with bias=False
+        damaged.append(without)
+    for bad in damaged:
+        save_file(bad, path, metadata if ours else None)
+        with pytest.raises(CheckpointError, match=name):
+            load(path, None if ours else 4)
+    save_file(tensors | {"stranger": short.copy()}, path, metadata if ours else None)
+    with pytest.raises(CheckpointError, match="stranger"):
+        load(path, None if ours else 4)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"format":2,"method":"attention"}', '{"format":1,"method":"magic"}', '{"format":1,"x":1}']
+    + [f'{{"format":1,"num_heads":{heads}}}' for heads in ("0", "true", '"8"', "5")],
+)
+def test_metadata_that_make_no_sense_are_refused(stored: Any, text: str) -> None:
+    path, tensors, _ = stored
+    save_file(tensors, path, {METADATA_KEY: text})
+    with pytest.raises(CheckpointError, match=path.name):
+        load(path)
+
+
+def test_heads_that_contradict_the_checkpoint_are_refused(stored: Any) -> None:
+    with pytest.raises(UsageError, match="num-heads"):
+        load(stored[0], num_heads=2)
+
+
+def test_a_pickle_is_never_run(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"text_proj.weight": Bomb()}, tmp_path / "model.pt")
+    (tmp_path / "junk.pt").write_bytes(b"junk" * 100)
+    for name in ("model.pt", "junk.pt", "none.pt"):
+        with pytest.raises(FileError, match=name):
+            load(tmp_path / name)
+    assert not (tmp_path / "ran").exists()

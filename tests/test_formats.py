@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import stat
+import struct
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch
+
+from fusecli.errors import FileError, FusecliError, OutputError, UsageError, ValuesError
+from fusecli.formats import format_of, npy, open_sink, open_tensors, safetensors
+
+
+def _read(path: Path) -> Any:
+    return next(iter(open_tensors(str(path)).values())).read()
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8", ">f2", ">f4", ">f8", np.longdouble])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("shape", [(5,), (4, 3), (1, 4, 3)])
+def test_npy_written_by_numpy_is_read(
+    tmp_path: Path, dtype: Any, order: Any, shape: tuple[int, ...], rng: np.random.Generator
+) -> None:
+    x = np.asarray(rng.standard_normal(shape), dtype=dtype, order=order)
+    np.save(tmp_path / "x.npy", x)
+    stored = open_tensors(str(tmp_path / "x.npy"))[""]
+    found = stored.read()
+    assert found.dtype.isnative
+    assert found.flags.c_contiguous
+    np.testing.assert_array_equal(found, x)
+    rows = stored.as_rows()
+    if rows.shape[0] > 1:
+        np.testing.assert_array_equal(rows.read(slice(1, 3)), x.reshape(rows.shape)[1:3])
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+def test_every_npy_version_is_read(tmp_path: Path, version: tuple[int, int]) -> None:
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    with open(tmp_path / "x.npy", "wb") as file:
+        np.lib.format.write_array(file, x, version=version)
+    np.testing.assert_array_equal(_read(tmp_path / "x.npy"), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_safetensors_written_by_the_library_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {"a": torch.randn(3, 4).to(dtype), "b/c": torch.randn(2).to(dtype), "ids": torch.arange(3)}
+    save_torch(tensors, tmp_path / "x.safetensors", metadata={"who": "test"})
+    stored = open_tensors(str(tmp_path / "x.safetensors"))
+    assert set(stored) == set(tensors)
+    for name in ("a", "b/c"):
+        np.testing.assert_array_equal(stored[name].read().astype(np.float64), tensors[name].double().numpy())
+    with pytest.raises(ValuesError, match="I64"):
+        stored["ids"].read()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("suffix", ["npy", "safetensors"])
+def test_what_is_written_is_read_by_the_official_library(tmp_path: Path, dtype: str, suffix: str) -> None:
+    x = np.arange(12).reshape(3, 4).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    path = str(tmp_path / f"x.{suffix}")
+    if (dtype, suffix) == ("bfloat16", "npy"):
+        with pytest.raises(UsageError, match="bfloat16"):
+            format_of(path).header("fused", x.shape, dtype, {})
+        return
+    header = format_of(path).header("fused", x.shape, dtype, {"k": "v"} if suffix == "safetensors" else {})
+    with open_sink(path) as sink:
+        sink.put(len(header), x)
+        sink.put(0, header)
+    if suffix == "npy":
+        np.testing.assert_array_equal(np.load(path), x)
+        return
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"k": "v"}
+        np.testing.assert_array_equal(file.get_tensor("fused").double().numpy(), x.astype(np.float64))
+
+
+def _bytes_of(suffix: str) -> bytes:
+    x = np.ones((7, 9), np.float32)
+    if suffix == "npy":
+        out = io.BytesIO()
+        np.save(out, x)
+        return out.getvalue()
+    entry = {"x": {"dtype": "F32", "shape": [7, 9], "data_offsets": [0, 252]}}
+    text = json.dumps(entry).encode()
+    return struct.pack("<Q", len(text)) + text + x.tobytes()
+
+
+@pytest.mark.parametrize("suffix", ["npy", "safetensors"])
+def test_a_file_cut_anywhere_is_refused(tmp_path: Path, suffix: str) -> None:
+    whole, path = _bytes_of(suffix), tmp_path / f"x.{suffix}"
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(FileError, match=path.name):
+            open_tensors(str(path))
+    path.write_bytes(whole)
+    assert _read(path).shape == (7, 9)
+
+
+@given(data=st.data(), suffix=st.sampled_from(["npy", "safetensors"]))
+def test_flipped_bits_give_an_array_or_an_error_of_ours(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, suffix: str
+) -> None:
+    whole = bytearray(_bytes_of(suffix))
+    whole[data.draw(st.integers(0, len(whole) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    path = tmp_path_factory.mktemp("flip") / f"x.{suffix}"
+    path.write_bytes(whole)
+    try:
+        for stored in open_tensors(str(path)).values():
+            stored.as_rows().read()
+    except FusecliError as error:
+        assert error.exit_code == 3  # noqa: PT017
+
+
+def _npy(header: str) -> bytes:
+    return npy.MAGIC + b"\x01\x00" + struct.pack("<H", len(header)) + header.encode()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 768)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 768)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (True, 768)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (1e3,)}",
+        "{'descr': '<f4', 'fortran_order': False}",
+        "{'descr': 'nonsense', 'fortran_order': False, 'shape': (1,)}",
+        "((((((((((((((((((((" * 40,
+        "__import__('os').system('true')",
+        "",
+    ],
+)
+def test_npy_headers_that_lie_are_refused(tmp_path: Path, header: str) -> None:
+    (tmp_path / "x.npy").write_bytes(_npy(header) + bytes(64))
+    with pytest.raises(FileError, match=r"x\.npy"):
+        open_tensors(str(tmp_path / "x.npy"))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"x": {"dtype": "F32", "shape": [10**12, 768], "data_offsets": [0, 64]}},
+        {"x": {"dtype": "F32", "shape": [16], "data_offsets": [0, 10**15]}},
+        {"x": {"dtype": "F32", "shape": [-4, -4], "data_offsets": [0, 64]}},
+        {"x": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}},
+        {"x": {"dtype": "F32", "shape": [8], "data_offsets": [32, 64]}},
+        {"x": {"dtype": 7, "shape": [16], "data_offsets": [0, 64]}},
+        {"x": {"dtype": "F32", "shape": [16]}},
+        {"x": []},
+        [],
+        {c: {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]} for c in "xy"},
+    ],
+)
+def test_safetensors_headers_that_lie_are_refused(tmp_path: Path, header: Any) -> None:
+    text = json.dumps(header).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(64))
+    with pytest.raises(FileError, match=r"x\.safetensors"):
+        open_tensors(str(tmp_path / "x.safetensors"))
+
+
+def test_absurd_header_lengths_do_not_allocate(tmp_path: Path) -> None:
+    for name, start in (("x.safetensors", struct.pack("<Q", 2**62)), ("x.npy", npy.MAGIC + b"\x02\x00" + b"\xff" * 4)):
+        (tmp_path / name).write_bytes(start + b"{" * 100)
+        with pytest.raises(FileError, match="absurd"):
+            open_tensors(str(tmp_path / name))
+
+
+def test_what_is_no_feature_file_is_called_by_its_name(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.ones(3))
+    np.array([{}], dtype=object).dump(tmp_path / "p.npy")
+    np.save(tmp_path / "o.npy", np.array([{}], dtype=object), allow_pickle=True)
+    for name, words in (("a.npz", "zip"), ("p.npy", "pickle"), ("o.npy", "pickled"), ("none.npy", "no such file")):
+        with pytest.raises((FileError, ValuesError), match=words):
+            open_tensors(str(tmp_path / name))
+
+
+def test_new_files_follow_the_umask_and_links_stay_links(tmp_path: Path) -> None:
+    (tmp_path / "link.npy").symlink_to("real.npy")
+    old = os.umask(0o027)
+    try:
+        with open_sink(str(tmp_path / "link.npy")) as sink:
+            sink.put(0, b"x")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "link.npy").is_symlink()
+    assert stat.S_IMODE((tmp_path / "real.npy").stat().st_mode) == 0o640
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+    path = tmp_path / "x.npy"
+    path.write_bytes(b"old")
+    with pytest.raises(OutputError, match="No space left"), open_sink(str(path)) as sink:  # noqa: PT012
+        sink.put(0, b"new")
+        raise OSError(28, "No space left on device")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["x.npy"]
+
+
+def test_safetensors_metadata_are_those_of_the_library(tmp_path: Path) -> None:
+    save_file({"x": np.ones(2, np.float32)}, tmp_path / "x.safetensors", metadata={"a": "ü"})
+    source = open_tensors(str(tmp_path / "x.safetensors"))["x"].source
+    assert safetensors.metadata(source) == {"a": "ü"}
+    assert load_file(tmp_path / "x.safetensors")["x"].shape == (2,)

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusecli import Config, Weights, fuse
+from fusecli.errors import CheckpointError, ShapeError, ValuesError
+from tests.oracle import article, assert_as_good, both_precisions, features, weights_of
+
+FLOATS = ["float16", "float32", "float64"]
+
+
+def _hold_against_article(m: int, n: int, h: int, widths: tuple[int, int, int], norm: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    dim, text_dim, image_dim = (width // h * h for width in widths)
+    module = article(dim, h, text_dim, image_dim, seed)
+    image = features(rng, m, image_dim, norm, shared=seed % 2)
+    text = features(rng, n, text_dim, norm)
+    exact, single = both_precisions(module, image, text)
+    for convert in (np.asarray, torch.from_numpy):
+        fused, attended = fuse(weights_of(module), convert(image), convert(text), need_weights=True)
+        assert_as_good(fused, exact[0], single[0])
+        if m > 1:
+            assert_as_good(attended, exact[1], single[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("m", [1, 2, 7, 50, 197, 577])
+@pytest.mark.parametrize("n", [1, 8, 77, 512])
+@pytest.mark.parametrize("h", [1, 8, 12])
+def test_numbers_of_the_article(m: int, n: int, h: int) -> None:
+    for seed, (widths, norm) in enumerate([((768, 512, 1024), 1.0), ((64, 96, 80), 90.0)]):
+        _hold_against_article(m, n, h, widths, norm, seed + m + n)
+
+
+@settings(max_examples=60)
+@given(
+    m=st.integers(1, 80),
+    n=st.integers(1, 80),
+    h=st.sampled_from([1, 2, 8, 12]),
+    widths=st.tuples(*[st.integers(24, 200)] * 3),
+    norm=st.floats(1, 90),
+    seed=st.integers(0, 2**16),
+)
+def test_numbers_of_the_article_at_drawn_shapes(
+    m: int, n: int, h: int, widths: tuple[int, int, int], norm: float, seed: int
+) -> None:
+    _hold_against_article(m, n, h, widths, norm, seed)
+
+
+@pytest.fixture
+def drawn(rng: np.random.Generator) -> tuple[Weights, Any, Any]:
+    return weights_of(article(32, 4)), features(rng, 6, 32, norm=20), features(rng, 9, 32, norm=20)
+
+
+def test_permuting_image_rows_changes_nothing(drawn: tuple[Weights, Any, Any], rng: np.random.Generator) -> None:
+    weights, image, text = drawn
+    np.testing.assert_allclose(fuse(weights, rng.permutation(image), text), fuse(weights, image, text), atol=1e-6)
+
+
+def test_permuting_text_rows_permutes_the_output(drawn: tuple[Weights, Any, Any]) -> None:
+    weights, image, text = drawn
+    np.testing.assert_allclose(fuse(weights, image, text[::-1]), fuse(weights, image, text)[::-1], atol=1e-6)
+
+
+def test_duplicating_every_image_row_changes_nothing(drawn: tuple[Weights, Any, Any]) -> None:
+    weights, image, text = drawn
+    np.testing.assert_allclose(fuse(weights, np.repeat(image, 3, 0), text), fuse(weights, image, text), atol=1e-6)
+
+
+def test_attention_rows_are_distributions(drawn: tuple[Weights, Any, Any]) -> None:
+    _, attended = fuse(*drawn, need_weights=True)
+    assert attended.shape == (4, 9, 6)
+    assert (attended >= 0).all()
+    np.testing.assert_allclose(attended.sum(-1), 1, rtol=1e-6)
+
+
+def test_with_one_image_row_the_text_drops_out(drawn: tuple[Weights, Any, Any]) -> None:
+    weights, image, text = drawn
+    fused, attended = fuse(weights, image[:1], text, need_weights=True)
+    assert (fused == fused[0]).all()
+    assert attended.shape == (4, 9, 1)
+    assert (attended == 1).all()
+
+
+def test_residual_adds_the_text(drawn: tuple[Weights, Any, Any]) -> None:
+    weights, image, text = drawn
+    for rows in (1, 6):
+        added = fuse(weights.with_options(residual=True), image[:rows], text) - fuse(weights, image[:rows], text)
+        np.testing.assert_allclose(added, text, atol=2e-6)
+
+
+@pytest.mark.parametrize("text_dtype", FLOATS)
+@pytest.mark.parametrize("image_dtype", FLOATS)
+def test_the_output_has_the_texts_dtype(drawn: tuple[Weights, Any, Any], text_dtype: str, image_dtype: str) -> None:
+    weights, image, text = drawn
+    fused, attended = fuse(weights, image.astype(image_dtype), text.astype(text_dtype), need_weights=True)
+    assert fused.dtype == text_dtype
+    assert attended.dtype == ("float64" if "float64" in (text_dtype, image_dtype) else "float32")
+    np.testing.assert_allclose(fused.astype(np.float64), fuse(weights, image, text), atol=2e-2)
+
+
+def test_float64_features_are_fused_in_float64(drawn: tuple[Weights, Any, Any]) -> None:
+    weights, image, text = drawn
+    exact = article(32, 4).double()(torch.from_numpy(image).double(), torch.from_numpy(text).double())[0]
+    fused = fuse(weights, image, text.astype(np.float64))
+    np.testing.assert_allclose(fused, exact.numpy(), rtol=1e-12, atol=1e-12)
+
+
+def test_bfloat16_tensors_stay_bfloat16(drawn: tuple[Weights, Any, Any]) -> None:
+    weights, image, text = drawn
+    low = torch.from_numpy(text).bfloat16()
+    fused = fuse(weights, image, low)
+    assert fused.dtype == torch.bfloat16
+    expected = fuse(weights, image, low.float().numpy())
+    np.testing.assert_allclose(fused.float().numpy(), expected, rtol=1e-2, atol=1e-3)
+
+
+def test_one_vector_and_a_leading_axis_of_one_are_rows(drawn: tuple[Weights, Any, Any]) -> None:
+    weights, image, text = drawn
+    expected = fuse(weights, image[:1], text)
+    np.testing.assert_array_equal(fuse(weights, image[0], text[None]), expected)
+
+
+def test_weights_of_torch_serve_features_of_numpy_and_back(drawn: tuple[Weights, Any, Any]) -> None:
+    weights, image, text = drawn
+    tensors = {name: torch.from_numpy(tensor) for name, tensor in weights.tensors.items()}
+    ours = fuse(Weights(weights.config, tensors), image, text)
+    np.testing.assert_allclose(ours, fuse(weights, image, text), atol=1e-6)
+    assert isinstance(fuse(weights, image, torch.from_numpy(text)), torch.Tensor)
+
+
+@pytest.mark.parametrize("shape", [(0, 32), (9, 33), (2, 9, 32), (1, 1, 9, 32), ()])
+def test_text_that_does_not_fit_is_refused(drawn: tuple[Weights, Any, Any], shape: tuple[int, ...]) -> None:
+    weights, image, _ = drawn
+    with pytest.raises(ShapeError):
+        fuse(weights, image, np.zeros(shape, np.float32))
+
+
+def test_numbers_that_are_not_floats_are_refused(drawn: tuple[Weights, Any, Any]) -> None:
+    weights, image, text = drawn
+    for dtype in (np.int64, np.complex64, bool):
+        with pytest.raises(ValuesError):
+            fuse(weights, image, text.astype(dtype))
+
+
+def _without(tensors: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in tensors.items() if key != name}
+
+
+@pytest.mark.parametrize("name", ["text_proj.weight", "attention.in_proj_bias"])
+def test_weights_name_the_tensor_that_does_not_fit(drawn: tuple[Weights, Any, Any], name: str) -> None:
+    tensors = dict(drawn[0].tensors)
+    config = Config(num_heads=4)
+    for bad in (_without(tensors, name), tensors | {name: tensors[name][:-1]}, tensors | {name: tensors[name][None]}):
+        with pytest.raises(CheckpointError, match=name):
+            Weights(config, bad)
+    with pytest.raises(CheckpointError, match="stranger"):
+        Weights(config, tensors | {"stranger": tensors[name]})
+
+
+def test_heads_must_divide_the_width(drawn: tuple[Weights, Any, Any]) -> None:
+    with pytest.raises(CheckpointError, match="num_heads=5, D=32"):
+        drawn[0].with_options(num_heads=5)
+
+
+def test_residual_needs_equal_widths() -> None:
+    with pytest.raises(CheckpointError, match="Dt=16"):
+        weights_of(article(32, 4, text_dim=16), residual=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+def test_cuda_agrees_with_the_cpu(drawn: tuple[Weights, Any, Any]) -> None:
+    weights, image, text = drawn
+    fused = fuse(weights, torch.from_numpy(image).cuda(), torch.from_numpy(text).cuda())
+    assert fused.is_cuda
+    np.testing.assert_allclose(fused.cpu().numpy(), fuse(weights, image, text), atol=1e-5)

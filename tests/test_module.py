@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fusecli import ImageTextFusion
+from tests.oracle import Article, features
+
+
+def _pair(m: int, n: int, image_dim: int, text_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = np.random.default_rng(m)
+    return torch.from_numpy(features(rng, m, image_dim)), torch.from_numpy(features(rng, n, text_dim))
+
+
+@pytest.mark.parametrize("m", [1, 5])
+def test_it_is_the_articles_module(m: int) -> None:
+    torch.manual_seed(3)
+    theirs = Article(32, 4)
+    torch.manual_seed(3)
+    ours = ImageTextFusion(32, 4)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(tensor, ours.state_dict()[name])
+    image, text = _pair(m, 7, 32, 32)
+    torch.testing.assert_close(ours(image, text), theirs(image, text)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("m", [1, 5])
+def test_gradients_are_the_articles(m: int) -> None:
+    theirs = Article(32, 4, 24, 40)
+    ours = ImageTextFusion(32, 4, text_dim=24, image_dim=40)
+    ours.load_state_dict(theirs.state_dict())
+    image, text = _pair(m, 7, 40, 24)
+    ours(image, text).square().sum().backward()
+    theirs(image, text)[0].square().sum().backward()
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_gradcheck(m: int) -> None:
+    module = ImageTextFusion(8, 2, text_dim=6, image_dim=5).double()
+    image = torch.randn(m, 5, dtype=torch.float64, requires_grad=True)
+    text = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    parameters = tuple(module.parameters())
+    assert torch.autograd.gradcheck(lambda image, text, *_: module(image, text), (image, text, *parameters))
+
+
+def test_training_lowers_the_loss() -> None:
+    torch.manual_seed(0)
+    module = ImageTextFusion(16, 2)
+    image, text = _pair(4, 6, 16, 16)
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (module(image, text) - text).square().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
