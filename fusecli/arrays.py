@@ -84,7 +84,7 @@ def to_numpy(x: Array) -> Array:
 
 
 def to_device(name: str) -> Callable[[Array], Array]:
-    """A function that moves NumPy arrays to the torch device ``name``: ``cuda``, ``cuda:1``, …
+    """A function that moves NumPy arrays to the torch device ``name``, e.g. ``cuda:1``.
 
     Raises:
         UsageError: no device is called that.

@@ -77,9 +77,7 @@ class Layers:
     def thirds(self) -> tuple[tuple[Array, Array], ...]:
         """Weight and bias of query, key and value: views of ``in_proj``."""
         dim = len(self.out_proj[0])
-        return tuple(
-            (self.in_proj[0][at : at + dim], self.in_proj[1][at : at + dim]) for at in (0, dim, 2 * dim)
-        )
+        return tuple((self.in_proj[0][at : at + dim], self.in_proj[1][at : at + dim]) for at in (0, dim, 2 * dim))
 
     @property
     def scale(self) -> float:
@@ -158,8 +156,9 @@ def plan(n: int, m: int, dim: int, text_dim: int, image_dim: int, num_heads: int
         Order.IMAGE: ([image_in, (m, dim, dim)], n * num_heads * m * dim),
         Order.TEXT: ([(n, image_dim, dim), back], n * num_heads * m * image_dim),
     }
-    best = [min(Order, key=lambda order: _flops(*half[order], PACKING_ROWS)) for half in (scores, values)]
-    return Plan(*best, _flops(*scores[best[0]], 0) + _flops(*values[best[1]], 0))
+    by_scores = min(Order, key=lambda order: _flops(*scores[order], PACKING_ROWS))
+    by_values = min(Order, key=lambda order: _flops(*values[order], PACKING_ROWS))
+    return Plan(by_scores, by_values, _flops(*scores[by_scores], 0) + _flops(*values[by_values], 0))
 
 
 def _flops(weights: list[tuple[int, int, int]], rest: int, extra_rows: int) -> int:
@@ -176,8 +175,8 @@ class Keys:
     query_bias: Array  # [D]
     key: Array  # [D, Di]
     image: Array  # [M, Di]
-    rows: Array | None  # DIRECT [H, M, d]; IMAGE [Dt, H*M]
-    shift: Array | None  # IMAGE [H*M]: the query bias, met by every key
+    rows: Array  # DIRECT [H, M, d]; IMAGE [Dt, H*M]; TEXT None
+    shift: Array  # IMAGE [H*M]: the query bias, met by every key; else None
 
     def queries(self, text: Array) -> Array:
         """``text [N, Dt]`` projected: ``[H, N, d]``."""
@@ -196,7 +195,6 @@ class Keys:
         if self.order is Order.TEXT:
             wide = _beside(_dot(query, _by_head(self.key, heads)))  # [Di, H*N]
             return _dot(wide.mT, self.image.mT).reshape(heads, n, -1)
-        assert self.rows is not None
         return _dot(query, self.rows.mT)
 
     @cached_property
@@ -228,7 +226,7 @@ class ImageSide:
     num_heads: int
     image: Array  # [M, Di]
     keys: Keys
-    values: Array | None  # DIRECT [H, M, d]; IMAGE [D, H*M]
+    values: Array  # DIRECT [H, M, d]; IMAGE [D, H*M]; TEXT None
 
 
 def see(image: Array, maps: Maps, num_heads: int, plan: Plan) -> ImageSide:

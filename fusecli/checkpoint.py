@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -55,7 +55,9 @@ def load(path: str | os.PathLike[str], num_heads: int | None = None) -> Weights:
         return _bare(tensors, path, num_heads)
     config = _config(saved, path)
     if num_heads not in (None, config.num_heads):
-        raise UsageError("--num-heads contradicts the checkpoint", where=path, found=str(config.num_heads), hint="leave it out")
+        raise UsageError(
+            "--num-heads contradicts the checkpoint", where=path, found=str(config.num_heads), hint="leave it out"
+        )
     return _checked(config, tensors, path)
 
 
@@ -113,7 +115,9 @@ def article_names(tensors: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
         parts = [named.pop(name) for name in thirds]
         if len({part.shape for part in parts}) > 1:
             found = ", ".join(str(list(part.shape)) for part in parts)
-            raise CheckpointError("q, k and v have different shapes", where="attention", found=found, wanted="[D, D] each")
+            raise CheckpointError(
+                "q, k and v have different shapes", where="attention", found=found, wanted="[D, D] each"
+            )
         named["attention.in_proj_weight"] = np.concatenate(parts)
     for layers in (["text_proj."], ["image_proj."], ["attention.in_proj_", "attention.out_proj."]):
         if not any(f"{layer}bias" in named for layer in layers):
@@ -187,7 +191,8 @@ def init(
     Args:
         feature_dim: ``D``.
         num_heads: ``H``, a divisor of ``D``.
-        text_dim, image_dim: ``Dt`` and ``Di``; ``D`` by default.
+        text_dim: ``Dt``; ``D`` by default.
+        image_dim: ``Di``; ``D`` by default.
         seed: 0 to 2**32 - 1.
 
     Raises:
@@ -197,7 +202,8 @@ def init(
     if feature_dim % num_heads:
         raise _indivisible(feature_dim, num_heads)
     bits = np.random.MT19937()
-    bits.state = np.random.RandomState(seed).get_state(legacy=False)  # torch seeds its generator likewise
+    # torch seeds its generator likewise
+    bits.state = cast(Any, np.random.RandomState(seed).get_state(legacy=False))
     shapes = tensor_shapes(feature_dim, text_dim or feature_dim, image_dim or feature_dim)
     tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     # torch.nn.Linear: U(±1/sqrt(fan_in)) for weight and bias. MultiheadAttention: out_proj is a Linear whose
@@ -213,7 +219,7 @@ def init(
     return Weights(config, tensors)
 
 
-def _uniform(bits: Any, shape: tuple[int, ...], bound: float) -> NumpyArray:
+def _uniform(bits: np.random.MT19937, shape: tuple[int, ...], bound: float) -> NumpyArray:
     # at::uniform_real_distribution<float>: the low 24 bits of each draw, as a multiple of 2**-24, times the
     # width, plus the lower end, rounded once (a fused multiply-add; float64 holds the product exactly).
     raw = bits.random_raw(int(np.prod(shape))) & np.uint64(2**24 - 1)

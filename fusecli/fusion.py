@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, overload, Literal
+from typing import Any, Literal, TypeVar, overload
 
 from fusecli import attention
 from fusecli.arrays import (
@@ -25,6 +25,8 @@ from fusecli.arrays import (
     place,
 )
 from fusecli.errors import CheckpointError, ShapeError
+
+Kept = TypeVar("Kept")
 
 METHODS = ("attention",)
 
@@ -81,22 +83,10 @@ class Weights:
     _cache: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        wanted = tensor_shapes(1, 1, 1)
-        for name in wanted:
-            if name not in self.tensors:
-                raise CheckpointError("tensor is missing", where=name, found=_listed(self.tensors))
-        for name in self.tensors:
-            if name not in wanted:
-                raise CheckpointError("unexpected tensor", where=name, wanted=_listed(wanted))
-        for name, shape in wanted.items():
-            if len(self.tensors[name].shape) != len(shape):
-                raise _misshapen(name, self.tensors[name], f"{len(shape)} axes")
-        for name, shape in tensor_shapes(self.dim, self.text_dim, self.image_dim).items():
-            if tuple(self.tensors[name].shape) != shape:
-                raise _misshapen(name, self.tensors[name], str(list(shape)))
-            compute_dtype(self.tensors[name])
+        self._check_tensors()
         if not self.dim or not self.text_dim or not self.image_dim:
-            raise CheckpointError("a width is zero", found=f"D={self.dim}, Dt={self.text_dim}, Di={self.image_dim}")
+            found = f"D={self.dim}, Dt={self.text_dim}, Di={self.image_dim}"
+            raise CheckpointError("a width is zero", found=found)
         if self.dim % self.config.num_heads:
             raise CheckpointError(
                 "heads do not divide the width",
@@ -109,6 +99,21 @@ class Weights:
                 "residual adds the text to the result, so their widths must be equal",
                 found=f"Dt={self.text_dim}, D={self.dim}",
             )
+
+    def _check_tensors(self) -> None:
+        axes = {name: len(shape) for name, shape in tensor_shapes(1, 1, 1).items()}
+        for name, wanted in axes.items():
+            if name not in self.tensors:
+                raise CheckpointError("tensor is missing", where=name, found=_listed(self.tensors))
+            if len(self.tensors[name].shape) != wanted:
+                raise _misshapen(name, self.tensors[name], f"{wanted} axes")
+        for name in self.tensors:
+            if name not in axes:
+                raise CheckpointError("unexpected tensor", where=name, wanted=_listed(axes))
+        for name, shape in tensor_shapes(self.dim, self.text_dim, self.image_dim).items():
+            if tuple(self.tensors[name].shape) != shape:
+                raise _misshapen(name, self.tensors[name], str(list(shape)))
+            compute_dtype(self.tensors[name])
 
     @property
     def dim(self) -> int:
@@ -139,16 +144,20 @@ class Weights:
         """The tensors as ``dtype``, where ``template`` lives."""
 
         def take(name: str) -> tuple[Array, Array]:
-            join = "_" if name.endswith("in_proj") else "."
-            pair = self.tensors[f"{name}{join}weight"], self.tensors[f"{name}{join}bias"]
+            pair = self.tensors[f"{name}weight"], self.tensors[f"{name}bias"]
             return cast(like(pair[0], template), dtype), cast(like(pair[1], template), dtype)
 
-        names = ("text_proj", "image_proj", "attention.in_proj", "attention.out_proj")
-        if is_torch(template) and needs_grad(*self.tensors.values()):
-            return attention.Layers(*map(take, names), self.config.num_heads)
-        return self._kept(
-            "layers", template, dtype, lambda: attention.Layers(*map(take, names), self.config.num_heads)
-        )
+        def make() -> attention.Layers:
+            return attention.Layers(
+                text=take("text_proj."),
+                image=take("image_proj."),
+                in_proj=take("attention.in_proj_"),
+                out_proj=take("attention.out_proj."),
+                num_heads=self.config.num_heads,
+            )
+
+        live = is_torch(template) and needs_grad(*self.tensors.values())
+        return make() if live else self._kept("layers", template, dtype, make)
 
     def folded(self, template: Array, dtype: str) -> attention.Maps:
         """The folded maps as ``dtype`` where ``template`` lives; folded in float64, once."""
@@ -161,11 +170,12 @@ class Weights:
 
         return self._kept("maps", template, dtype, make)
 
-    def _kept(self, what: str, template: Array, dtype: str, make: Callable[[], Any]) -> Any:
+    def _kept(self, what: str, template: Array, dtype: str, make: Callable[[], Kept]) -> Kept:
         key = (what, *place(template), dtype)
         if key not in self._cache:
             self._cache[key] = make()
-        return self._cache[key]
+        kept: Kept = self._cache[key]
+        return kept
 
 
 #: Scores of one block of text rows at most, in numbers: 32 MiB of float32.
@@ -261,15 +271,11 @@ class Seen:
 
 
 @overload
-def fuse(
-    weights: Weights, image: Array, text: Array, *, need_weights: Literal[False] = False
-) -> Array: ...
+def fuse(weights: Weights, image: Array, text: Array, *, need_weights: Literal[False] = False) -> Array: ...
 
 
 @overload
-def fuse(
-    weights: Weights, image: Array, text: Array, *, need_weights: Literal[True]
-) -> tuple[Array, Array]: ...
+def fuse(weights: Weights, image: Array, text: Array, *, need_weights: Literal[True]) -> tuple[Array, Array]: ...
 
 
 def fuse(weights: Weights, image: Array, text: Array, *, need_weights: bool = False) -> Any:

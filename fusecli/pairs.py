@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import numpy as np
+
 from fusecli.arrays import Array, cast, first_nonfinite, to_numpy
 from fusecli.errors import FileError, OutputError, ShapeError, UsageError, ValuesError
 from fusecli.formats import NumpyArray, Stored, format_of, is_stream, itemsize, open_sink, open_tensors
@@ -116,7 +118,13 @@ def refuse_same_file(outputs: Sequence[str | None], inputs: Sequence[str | None]
             raise UsageError("output is also an input or another output", where=path, hint="write to another file")
         seen[real] = path
         for other in inputs:
-            if other and path != "-" and os.path.exists(other) and os.path.exists(path) and os.path.samefile(other, path):
+            if (
+                other
+                and path != "-"
+                and os.path.exists(other)
+                and os.path.exists(path)
+                and os.path.samefile(other, path)
+            ):
                 raise UsageError("output is the same file as an input", where=path, hint="write to another file")
 
 
@@ -131,31 +139,33 @@ def fuse_pair(
 
     Args:
         weights: the fusion.
-        image, text: from `find_features`.
+        image: from `find_features`.
+        text: from `find_features`.
         output: where and how to write.
         to_device: moves an array to where the work is done.
 
     Raises:
         InputError: a file is bad, or does not fit the weights; nothing has been written then.
-        OutputError: the result cannot be written, or does not fit the dtype asked for.
+        OutputError: the result cannot be written, or finite features gave numbers that its dtype cannot hold.
     """
     _require_width(image, weights.image_dim)
     _require_width(text, weights.text_dim)
     n, dtype, finite = text.shape[0], output.dtype or text.dtype, not output.allow_nonfinite
     compute = "float64" if {image.dtype, text.dtype} & {"float64", "longdouble"} else "float32"
     rows = to_device(cast(read_finite(image, finite), compute))
-    seen = Seen(weights, rows, rows, n, compute)
+    with np.errstate(all="ignore"):  # what overflows is found by looking
+        seen = Seen(weights, rows, rows, n, compute)
     blocks = list(seen.blocks())
     first = read_finite(text, finite, blocks[0])
     if is_stream(output.path):  # what has gone into a pipe cannot be taken back: look before writing
         for block in blocks[1:]:
             read_finite(text, finite, block)
-    with ExitStack() as stack:
-        fused = _ArrayFile(stack, output.path, output.format, "fused", (n, weights.dim), dtype)
+    with ExitStack() as stack, np.errstate(all="ignore"):
+        fused = _ArrayFile(stack, output.path, output.format, "fused", (n, weights.dim), dtype, finite)
         attention = None
         if output.attention:
             shape = (n, seen.m) if output.attention_mean else (weights.config.num_heads, n, seen.m)
-            attention = _ArrayFile(stack, output.attention, None, "attention", shape, compute)
+            attention = _ArrayFile(stack, output.attention, None, "attention", shape, compute, finite)
         for block in blocks:
             part = first if block.start == 0 else read_finite(text, finite, block)
             result, attended = seen.meet(to_device(cast(part, compute)), need_weights=attention is not None)
@@ -170,9 +180,16 @@ class _ArrayFile:
     """An array written in blocks along its last axis but one."""
 
     def __init__(
-        self, stack: ExitStack, path: str, format: str | None, name: str, shape: tuple[int, ...], dtype: str
+        self,
+        stack: ExitStack,
+        path: str,
+        format: str | None,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: str,
+        finite: bool,
     ) -> None:
-        self._shape, self._dtype, self._where = shape, dtype, path
+        self._shape, self._dtype, self._where, self._finite = shape, dtype, path, finite
         header: bytes = format_of(path, format).header(name, shape, dtype, {})
         self._begin = len(header)
         self._sink = stack.enter_context(open_sink(path))
@@ -181,11 +198,12 @@ class _ArrayFile:
     def put_rows(self, start: int, block: NumpyArray) -> None:
         """Write ``block [n, width]`` or ``[H, n, width]`` from row ``start`` on."""
         stored = cast(block, self._dtype)
-        if itemsize(self._dtype) < block.itemsize and first_nonfinite(stored) and not first_nonfinite(block):
-            largest = f"{float(abs(block).max()):.4g}"
-            raise OutputError(
-                f"result does not fit {self._dtype}", where=self._where, found=largest, hint="pass --dtype float32"
-            )
+        bad = first_nonfinite(stored) if self._finite else None
+        if bad is not None:
+            row = bad[-2] + start
+            found = f"{float(block[bad]):.4g} in row {row}, column {bad[-1]}"
+            hint = "pass --dtype float32" if itemsize(self._dtype) < 4 else "scale the features down"
+            raise OutputError(f"result does not fit {self._dtype}", where=self._where, found=found, hint=hint)
         rows, width = self._shape[-2:]
         for head, part in enumerate(stored if stored.ndim == 3 else stored[None]):
             self._sink.put(self._begin + (head * rows + start) * width * stored.itemsize, part)

@@ -33,7 +33,8 @@ def run(tmp_path: Path) -> Run:
         done = subprocess.run(
             [*FUSECLI, *map(str, args)], cwd=tmp_path, env=env, capture_output=True, timeout=120, check=False, **options
         )
-        assert b"Traceback" not in done.stderr and b"internal error" not in done.stderr, done.stderr.decode()
+        for word in (b"Traceback", b"internal error"):
+            assert word not in done.stderr, done.stderr.decode()
         assert code is None or done.returncode == code, done.stderr.decode()
         return done
 

@@ -28,7 +28,9 @@ def test_init_draws_what_torch_draws(widths: tuple[int, int, int], seed: int) ->
 
 def test_identity_is_plain_attention(rng: np.random.Generator) -> None:
     image, text = features(rng, 5, 16, norm=3), features(rng, 4, 16, norm=3)
-    expected = nn.functional.scaled_dot_product_attention(*map(torch.from_numpy, (text, image, image)))
+    expected = nn.functional.scaled_dot_product_attention(
+        torch.from_numpy(text), torch.from_numpy(image), torch.from_numpy(image)
+    )
     np.testing.assert_allclose(fuse(identity(16), image, text), expected.numpy(), atol=1e-6)
 
 

@@ -56,7 +56,7 @@ def test_training_lowers_the_loss() -> None:
     for _ in range(30):
         optimizer.zero_grad()
         loss = (module(image, text) - text).square().mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+
 import typer
 
 from fusecli import __version__
@@ -13,7 +14,6 @@ from fusecli.cli.inspect import inspect
 from fusecli.cli.light import LightCommand, LightGroup
 from fusecli.cli.weights import convert, init
 from fusecli.errors import FusecliError
-
 
 app = typer.Typer(
     cls=LightGroup,

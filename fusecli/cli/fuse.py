@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +15,7 @@ from fusecli.cli.console import Debug, Json, Quiet, emit, note
 _CONE = "one image row: every text row gets the same vector, whatever it says"
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """What an output can be stored as."""
 
     float16 = "float16"
@@ -24,7 +24,7 @@ class Dtype(str, Enum):
     float64 = "float64"
 
 
-class Format(str, Enum):
+class Format(StrEnum):
     """Formats that can be written."""
 
     npy = "npy"
@@ -38,14 +38,18 @@ Weights = Annotated[
 
 
 def fuse(
-    image: Annotated[str, typer.Argument(metavar="IMAGE", help="Image features [M, Di]: .npy, .safetensors or - (stdin).")],
+    image: Annotated[
+        str, typer.Argument(metavar="IMAGE", help="Image features [M, Di]: .npy, .safetensors or - (stdin).")
+    ],
     text: Annotated[str, typer.Argument(metavar="TEXT", help="Text features [N, Dt], likewise.")],
     output: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="Fused features [N, D]; - is stdout.")],
     weights: Weights = None,
     attention: Annotated[
         str | None, typer.Option("--attention", "-a", metavar="FILE", help="Also write the attention [H, N, M].")
     ] = None,
-    attention_mean: Annotated[bool, typer.Option("--attention-mean", help="Write its mean over heads, [N, M].")] = False,
+    attention_mean: Annotated[
+        bool, typer.Option("--attention-mean", help="Write its mean over heads, [N, M].")
+    ] = False,
     residual: Annotated[bool, typer.Option("--residual", help="Add the text to the result (Dt = D).")] = False,
     image_key: Annotated[str | None, typer.Option(metavar="NAME", help="Tensor in IMAGE.")] = None,
     text_key: Annotated[str | None, typer.Option(metavar="NAME", help="Tensor in TEXT.")] = None,
@@ -56,7 +60,9 @@ def fuse(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of untrained weights, without --weights.")] = 0,
     device: Annotated[str, typer.Option(metavar="cpu|cuda|cuda:N", help="Where to compute.")] = "cpu",
-    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Accept NaN and Inf in the features.")] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Accept NaN and Inf in the features.")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -115,10 +121,7 @@ def _check_streams(output: str, attention: str | None, json: bool) -> None:
 def _weights(path: str | None, num_heads: int | None, seed: int, residual: bool) -> Any:
     from fusecli import checkpoint
 
-    if path:
-        loaded = checkpoint.load(path, num_heads)
-    else:
-        loaded = checkpoint.init(num_heads=num_heads or 8, seed=seed)
+    loaded = checkpoint.load(path, num_heads) if path else checkpoint.init(num_heads=num_heads or 8, seed=seed)
     return loaded.with_options(residual=True) if residual else loaded
 
 
@@ -128,4 +131,3 @@ def _mover(device: str) -> Callable[[Any], Any]:
     from fusecli.arrays import to_device
 
     return to_device(device)
-

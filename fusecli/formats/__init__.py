@@ -33,6 +33,7 @@ __all__ = [
 
 FORMATS: dict[str, ModuleType] = {"npy": npy, "safetensors": safetensors}
 
+
 def sniff(source: Source) -> str:
     """The format that the first bytes speak of: a name in `FORMATS`.
 

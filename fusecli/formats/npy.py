@@ -30,7 +30,9 @@ def open_tensors(source: Source) -> dict[str, Stored]:
         raise FileError("cut short in its header", where=source.name, found=f"{len(start)} bytes")
     if start[6] not in (1, 2, 3):
         raise FileError("unknown .npy version", where=source.name, found=str(start[6]), wanted="1, 2 or 3")
-    length, at = (struct.unpack("<H", start[8:10])[0], 10) if start[6] == 1 else (struct.unpack("<I", start[8:12])[0], 12)
+    length, at = (
+        (struct.unpack("<H", start[8:10])[0], 10) if start[6] == 1 else (struct.unpack("<I", start[8:12])[0], 12)
+    )
     if length > MAX_HEADER:
         raise FileError("absurd header", where=source.name, found=f"{length} bytes", wanted=f"at most {MAX_HEADER}")
     header = read_bytes(source, at, length)

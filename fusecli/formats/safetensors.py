@@ -66,7 +66,9 @@ def open_tensors(source: Source) -> dict[str, Stored]:
     end = 0
     for first, last, name in sorted(spans):
         if first != end:
-            raise FileError("data overlap or leave a hole", where=f"{source.name}[{name}]", found=f"offset {first}", wanted=f"{end}")
+            raise FileError(
+                "data overlap or leave a hole", where=f"{source.name}[{name}]", found=f"offset {first}", wanted=f"{end}"
+            )
         end = last
     size = source.load(begin + end) if isinstance(source, StreamSource) else source.size()
     if size is not None and size != begin + end:

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from fusecli.errors import OutputError
-from fusecli.formats.source import NumpyArray
+from fusecli.formats.source import NumpyArray, as_bytes
 
 
 class Sink(Protocol):
@@ -63,7 +63,7 @@ class StreamSink:
 def _as_bytes(data: bytes | NumpyArray) -> memoryview:
     if isinstance(data, bytes):
         return memoryview(data)
-    return memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+    return as_bytes(np.ascontiguousarray(data))
 
 
 def is_stream(path: str) -> bool:

@@ -7,7 +7,7 @@ import stat
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
 
@@ -24,7 +24,9 @@ FLOATS = {"float16", "bfloat16", "float32", "float64", "longdouble"}
 class Source(Protocol):
     """Bytes with a name."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What messages call it."""
 
     def size(self) -> int | None:
         """Bytes in all, or None where the end is not known before it is reached."""
@@ -216,7 +218,7 @@ class Stored:
         return self._native(block.T)
 
     def _fill(self, block: NumpyArray, offset: int) -> None:
-        target = memoryview(block.reshape(-1).view(np.uint8))
+        target = as_bytes(block)
         try:
             got = self.source.read_into(offset, target)
         except OSError as error:
@@ -228,11 +230,16 @@ class Stored:
         if self.dtype == "bfloat16":
             from ml_dtypes import bfloat16  # only where it is needed: 15 ms
 
-            return np.dtype(bfloat16)
+            return cast("np.dtype[Any]", np.dtype(bfloat16))
         return np.dtype(self.dtype)
 
     def _native(self, block: NumpyArray) -> NumpyArray:
         return np.ascontiguousarray(block.byteswap() if self.big_endian else block)
+
+
+def as_bytes(x: NumpyArray) -> memoryview:
+    """The memory of a C-contiguous array (its own, not a copy), of any dtype."""
+    return memoryview(cast(Any, x.reshape(-1).view(np.uint8)))
 
 
 def itemsize(dtype: str) -> int:

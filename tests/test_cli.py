@@ -1,0 +1,317 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from fusecli import fuse, init, load
+from tests.conftest import FUSECLI, Run
+from tests.oracle import article, features
+
+TTY = "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) >> 8)"
+
+
+def test_one_pair(run: Run, pair: tuple[Any, Any], tmp_path: Path) -> None:
+    image, text = pair
+    done = run("fuse", "regions.npy", "txt.npy", "-o", "out.npy", "-a", "att.safetensors", "--json")
+    fused, attended = fuse(init(), image, text, need_weights=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), fused)
+    np.testing.assert_array_equal(load_file(tmp_path / "att.safetensors")["attention"], attended)
+    told = json.loads(done.stdout)
+    assert told["shape"] == [5, 768]
+    assert (told["image"], told["text"], told["num_heads"]) == ([16, 768], [5, 768], 8)
+    assert b"untrained" in done.stderr
+
+
+def test_what_the_user_should_know_is_said_and_quiet_is_quiet(run: Run, pair: tuple[Any, Any]) -> None:
+    loud = run("fuse", "img.npy", "txt.npy", "-o", "out.npy")
+    assert b"one image row" in loud.stderr
+    assert b"untrained weights" in loud.stderr
+    assert run("fuse", "img.npy", "txt.npy", "-o", "out.npy", "-q").stderr == b""
+    assert loud.stdout == b""
+
+
+@pytest.mark.parametrize("mean", [True, False])
+def test_attention_in_blocks_and_as_a_mean(
+    run: Run, pair: tuple[Any, Any], tmp_path: Path, rng: np.random.Generator, mean: bool
+) -> None:
+    text = rng.standard_normal((20_000, 768), dtype=np.float32)
+    np.save(tmp_path / "long.npy", text)
+    flags = ["--attention-mean"] if mean else []
+    run("fuse", "regions.npy", "long.npy", "-o", "out.npy", "-a", "att.npy", *flags)
+    fused, attended = fuse(init(), pair[0], text, need_weights=True)
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), fused, atol=1e-6)
+    np.testing.assert_allclose(np.load(tmp_path / "att.npy"), attended.mean(0) if mean else attended, atol=1e-6)
+
+
+@pytest.mark.parametrize("stored", ["float16", "float32", "float64", "bfloat16"])
+def test_the_output_is_stored_as_the_text_is(run: Run, pair: tuple[Any, Any], tmp_path: Path, stored: str) -> None:
+    import ml_dtypes
+
+    dtype = ml_dtypes.bfloat16 if stored == "bfloat16" else np.dtype(stored)
+    save_file({"text": pair[1].astype(dtype), "image": pair[0], "other": pair[0][:2]}, tmp_path / "pair.safetensors")
+    run("fuse", "pair.safetensors", "pair.safetensors", "-o", "out.safetensors")
+    run("fuse", "pair.safetensors", "pair.safetensors", "-o", "out.npy", "--dtype", "float64", "--text-key", "text")
+    assert load_file(tmp_path / "out.safetensors")["fused"].dtype == dtype
+    assert np.load(tmp_path / "out.npy").dtype == np.float64
+
+
+def test_a_torch_checkpoint_goes_through_convert(run: Run, tmp_path: Path, rng: np.random.Generator) -> None:
+    module = article(48, 4, text_dim=40, image_dim=56)
+    torch.save(module.state_dict(), tmp_path / "model.pt")
+    image, text = features(rng, 6, 56), features(rng, 9, 40)
+    np.save(tmp_path / "i.npy", image)
+    np.save(tmp_path / "t.npy", text)
+    run("convert", "model.pt", "-o", "w.safetensors", "--num-heads", 4)
+    run("fuse", "i.npy", "t.npy", "-o", "out.npy", "-w", "w.safetensors")
+    expected = module(torch.from_numpy(image), torch.from_numpy(text))[0].numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, atol=1e-6)
+
+
+def test_init_writes_the_same_bytes_and_weights_come_from_the_environment(
+    run: Run, pair: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        told = json.loads(run("init", "-o", f"{name}.safetensors", "--seed", 9, "--num-heads", 12, "--json").stdout)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert told["parameters"] == load(tmp_path / "a.safetensors").num_parameters
+    env = {**os.environ, "FUSECLI_WEIGHTS": "a.safetensors"}
+    subprocess.run([*FUSECLI, "fuse", "regions.npy", "txt.npy", "-o", "o.npy"], cwd=tmp_path, env=env, check=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "o.npy"), fuse(init(768, 12, seed=9), *pair))
+
+
+def test_inspect_says_what_files_are(run: Run, pair: tuple[Any, Any], tmp_path: Path) -> None:
+    run("init", "-o", "w.safetensors", "--identity")
+    run("fuse", "regions.npy", "txt.npy", "-w", "w.safetensors", "-o", "o.npy", "-a", "att.npy", "-q")
+    bad = pair[1].copy()
+    bad[2, 3] = np.nan
+    np.save(tmp_path / "bad.npy", bad)
+    lines = run("inspect", "w.safetensors", "att.npy", "bad.npy", "--json").stdout.splitlines()
+    weights, attention, features = map(json.loads, lines)
+    assert (weights["kind"], weights["num_heads"], weights["parameters"]) == ("checkpoint", 1, 3_543_552)
+    assert (attention["kind"], attention["heads"], attention["image_rows"]) == ("attention", 1, 16)
+    assert features["tensors"][0]["nonfinite"] == 1
+    norms = np.linalg.norm(np.delete(pair[1], 2, axis=0), axis=1)
+    assert features["tensors"][0]["norms"]["max"] == pytest.approx(norms.max())
+    shown = run("inspect", "w.safetensors", "regions.npy").stdout.decode()
+    assert "text_proj.weight" in shown
+    assert "[16, 768]" in shown
+
+
+# Pipes
+
+
+def test_two_arrays_one_after_the_other_on_stdin(run: Run, pair: tuple[Any, Any], tmp_path: Path) -> None:
+    run("fuse", "regions.npy", "txt.npy", "-o", "out.npy", "-q")
+    both = (tmp_path / "regions.npy").read_bytes() + (tmp_path / "txt.npy").read_bytes()
+    done = run("fuse", "-", "-", "-o", "-", input=both)
+    assert done.stdout == (tmp_path / "out.npy").read_bytes()
+    save_file({"text": pair[1]}, tmp_path / "t.safetensors")
+    both = (tmp_path / "t.safetensors").read_bytes()
+    done = run("fuse", "regions.npy", "-", "-o", "-", "--format", "safetensors", input=both)
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), _fused(done.stdout))
+
+
+def _fused(data: bytes) -> Any:
+    from safetensors.numpy import load as load_bytes
+
+    return load_bytes(data)["fused"]
+
+
+def test_process_substitution_and_a_closed_pipe(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    command = " ".join(FUSECLI)
+    shell = f"set -o pipefail; {command} fuse <(cat regions.npy) txt.npy -q -o - | head -c 10; echo $?"
+    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, check=True, timeout=60)
+    assert done.stdout == b"\x93NUMPY\x01\x00v\x00" + b"0\n"
+    assert done.stderr == b""
+
+
+def test_a_closed_pipe_ends_a_long_run_quietly(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    np.save(tmp_path / "long.npy", np.ones((5000, 768), np.float32))
+    command = " ".join(FUSECLI)
+    shell = f"set -o pipefail; {command} fuse img.npy long.npy -q -o - | head -c 10 > /dev/null"
+    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_fifo_is_written_and_not_replaced(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.npy")
+    child = subprocess.Popen([*FUSECLI, "fuse", "img.npy", "txt.npy", "-qo", "pipe.npy"], cwd=tmp_path)
+    fused = np.load(io.BytesIO((tmp_path / "pipe.npy").read_bytes()))
+    assert child.wait(timeout=60) == 0
+    assert fused.shape == (5, 768)
+    assert (tmp_path / "pipe.npy").is_fifo()
+
+
+def test_nothing_goes_into_a_pipe_when_the_last_row_is_bad(run: Run, pair: tuple[Any, Any], tmp_path: Path) -> None:
+    text = np.ones((20_000, 768), np.float32)
+    text[-1, -1] = np.inf
+    np.save(tmp_path / "long.npy", text)
+    done = run("fuse", "regions.npy", "long.npy", "-o", "-", code=3)
+    assert done.stdout == b""
+    assert b"row 19999, column 767" in done.stderr
+
+
+# Errors
+
+
+BAD: dict[str, Callable[[Path, Any], Any]] = {
+    "missing": lambda path, x: None,
+    "empty": lambda path, x: path.write_bytes(b""),
+    "directory": lambda path, x: path.mkdir(),
+    "cut": lambda path, x: path.write_bytes(_saved(x)[:400]),
+    "random": lambda path, x: path.write_bytes(bytes(range(256)) * 9),
+    "integers": lambda path, x: np.save(path, x.astype(np.int64)),
+    "complex": lambda path, x: np.save(path, x.astype(np.complex64)),
+    "objects": lambda path, x: np.save(path, np.array([{}], dtype=object), allow_pickle=True),
+    "strings": lambda path, x: np.save(path, np.array(["a"])),
+    "records": lambda path, x: np.save(path, np.zeros(3, [("a", "<f4")])),
+    "nan": lambda path, x: np.save(path, np.where(x == x[0, 0], np.nan, x)),
+    "inf": lambda path, x: np.save(path, np.where(x == x[0, 0], np.inf, x)),
+    "narrow": lambda path, x: np.save(path, x[:, :-1]),
+    "no rows": lambda path, x: np.save(path, x[:0]),
+    "no axes": lambda path, x: np.save(path, np.float32(3)),
+    "4-D": lambda path, x: np.save(path, x[None, None]),
+    "two texts": lambda path, x: np.save(path, np.stack([x, x])),
+}
+
+
+def _saved(x: Any) -> bytes:
+    out = io.BytesIO()
+    np.save(out, x)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_is_named_and_nothing_is_written(run: Run, pair: tuple[Any, Any], tmp_path: Path, kind: str) -> None:
+    BAD[kind](tmp_path / "bad.npy", pair[1])
+    for image, text in (("bad.npy", "txt.npy"), ("regions.npy", "bad.npy")):
+        done = run("fuse", image, text, "-o", "out.npy", "-q", code=3)
+        assert done.stderr.startswith(b"error: bad.npy")
+        assert len(done.stderr.splitlines()) <= 2
+    assert not list(tmp_path.glob("*out.npy*"))
+
+
+def test_nonfinite_features_pass_when_asked_for(run: Run, pair: tuple[Any, Any], tmp_path: Path) -> None:
+    BAD["nan"](tmp_path / "bad.npy", pair[1])
+    run("fuse", "regions.npy", "bad.npy", "-o", "out.npy", "--allow-nonfinite")
+    assert np.isnan(np.load(tmp_path / "out.npy")[0]).all()
+    assert np.isfinite(np.load(tmp_path / "out.npy")[1:]).all()
+
+
+def test_tensors_are_chosen_by_name_and_doubt_is_an_error(run: Run, pair: tuple[Any, Any], tmp_path: Path) -> None:
+    save_file({"a": pair[0], "b": pair[1]}, tmp_path / "x.safetensors")
+    run("fuse", "x.safetensors", "x.safetensors", "--image-key", "a", "--text-key", "b", "-o", "out.npy", "-q")
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), fuse(init(), *pair))
+    for flags, words in (([], b"--image-key"), (["--image-key", "c"], b"x.safetensors[c]")):
+        assert words in run("fuse", "x.safetensors", "txt.npy", *flags, "-o", "out.npy", code=3).stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["regions.npy", "txt.npy"],
+        ["regions.npy", "txt.npy", "-o", "txt.npy"],
+        ["regions.npy", "txt.npy", "-o", "linked.npy"],
+        ["regions.npy", "txt.npy", "-o", "hard.npy"],
+        ["regions.npy", "txt.npy", "-o", "out.npy", "-a", "out.npy"],
+        ["regions.npy", "txt.npy", "-o", "out.txt"],
+        ["regions.npy", "txt.npy", "-o", "-", "--json"],
+        ["regions.npy", "txt.npy", "-o", "out.npy", "--dtype", "bfloat16"],
+        ["regions.npy", "txt.npy", "-o", "out.npy", "--device", "tpu"],
+        ["regions.npy", "txt.npy", "-o", "out.npy", "--num-heads", "0"],
+    ],
+)
+def test_usage_errors(run: Run, pair: tuple[Any, Any], tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "linked.npy").symlink_to("txt.npy")
+    os.link(tmp_path / "txt.npy", tmp_path / "hard.npy")
+    before = (tmp_path / "txt.npy").read_bytes()
+    run("fuse", *arguments, code=2)
+    assert (tmp_path / "txt.npy").read_bytes() == before
+
+
+def test_binary_data_are_kept_off_a_terminal(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    command = [sys.executable, "-c", TTY, *FUSECLI, "fuse", "img.npy", "txt.npy", "-o", "-"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, stdin=subprocess.DEVNULL, check=False, timeout=60)
+    assert done.returncode == 2
+    assert b"terminal" in done.stdout
+
+
+def test_what_cannot_be_written(run: Run, pair: tuple[Any, Any], tmp_path: Path) -> None:
+    assert b"mkdir -p" in run("fuse", "img.npy", "txt.npy", "-o", "no/out.npy", code=1).stderr
+    assert b"No space" in run("fuse", "img.npy", "txt.npy", "-o", "/dev/full", "-q", code=1).stderr
+    run("fuse", "img.npy", "txt.npy", "-o", "/dev/null", "-q")
+    huge = np.full((1, 768), 1e20, np.float32)
+    np.save(tmp_path / "huge.npy", huge)
+    assert b"--dtype" in run("fuse", "huge.npy", "txt.npy", "-o", "o.npy", "--dtype", "float16", code=1).stderr
+    assert not (tmp_path / "o.npy").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+def test_cuda_that_is_not_there(run: Run, pair: tuple[Any, Any]) -> None:
+    assert b"CUDA" in run("fuse", "img.npy", "txt.npy", "-o", "out.npy", "--device", "cuda", code=1).stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+def test_cuda_gives_the_cpus_numbers(run: Run, pair: tuple[Any, Any], tmp_path: Path) -> None:
+    run("fuse", "regions.npy", "txt.npy", "-o", "out.npy", "--device", "cuda:0")
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), fuse(init(), *pair), atol=1e-5)
+
+
+def test_ctrl_c_leaves_no_litter(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "never.npy")  # whoever reads it waits
+    child = subprocess.Popen([*FUSECLI, "fuse", "img.npy", "never.npy", "-o", "out/out.npy"], cwd=tmp_path)
+    with open(tmp_path / "never.npy", "wb"):
+        time.sleep(1)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(timeout=60) == 130
+    assert os.listdir(tmp_path / "out") == []
+
+
+# Start-up and memory: what can be counted, not timed
+
+
+HEAVY = "import sys; from fusecli.cli import main\ntry: main()\nexcept SystemExit: pass\nprint(*sorted(sys.modules))"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["fuse", "img.npy", "txt.npy", "-qo", "o.npy", "-w", "w.safetensors"], ["--help"]]
+)
+def test_a_small_run_imports_nothing_heavy(
+    run: Run, pair: tuple[Any, Any], tmp_path: Path, arguments: list[str]
+) -> None:
+    run("init", "-o", "w.safetensors", "-q")
+    done = subprocess.run([sys.executable, "-c", HEAVY, *arguments], cwd=tmp_path, capture_output=True, check=True)
+    loaded = set(done.stdout.decode().splitlines()[-1].split())
+    assert "typer" in loaded
+    assert not loaded & {"torch", "rich", "pydantic", "safetensors", "ml_dtypes", "hashlib"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("image", "limit"), [("img.npy", 64), ("regions.npy", 300)])
+def test_memory_stays_flat_in_the_text(pair: tuple[Any, Any], tmp_path: Path, image: str, limit: int) -> None:
+    shape = (300_000, 768)  # 0.9 GB
+    text = np.lib.format.open_memmap(tmp_path / "long.npy", "w+", np.float32, shape)
+    text[:] = 1
+    del text
+    code = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)"
+    )
+    command = [sys.executable, "-c", code, *FUSECLI, "fuse", image, "long.npy", "-qo", "out.npy"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True, timeout=300)
+    assert int(done.stdout) <= limit + 32 * (image == "img.npy")  # untrained weights are drawn in float64
+    assert np.load(tmp_path / "out.npy", mmap_mode="r").shape == shape
