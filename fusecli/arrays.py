@@ -138,6 +138,15 @@ def largest(x: Array) -> float:
     return max(float(x.max()), -float(x.min()))
 
 
+def products_beside(a: Array, b: Array) -> Array:
+    """Products of stacked matrices side by side: ``[H, rows, k] @ [H, k, n]`` as ``[rows, H*n]``."""
+    if is_torch(a):
+        return (a @ b).swapaxes(0, 1).reshape(a.shape[1], -1)
+    beside = np.empty((a.shape[1], a.shape[0], b.shape[-1]), a.dtype)
+    np.matmul(a, b, out=beside.swapaxes(0, 1))
+    return beside.reshape(a.shape[1], -1)
+
+
 def detach(x: Array) -> Array:
     """``x`` without its history, so that no gradient flows through what is computed from it."""
     return x.detach() if is_torch(x) else x

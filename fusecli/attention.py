@@ -34,6 +34,7 @@ from fusecli.arrays import (
     like,
     namespace,
     needs_grad,
+    products_beside,
     row_sums,
 )
 
@@ -193,7 +194,7 @@ class Keys:
             return _split_heads(flat, heads)
         query = self.queries(text)  # [H, N, d]
         if self.order is Order.TEXT:
-            wide = _beside(_dot(query, _by_head(self.key, heads)))  # [Di, H*N]
+            wide = products_beside(_by_head(self.key, heads).mT, query.mT)  # [Di, H*N]
             return _dot(wide.mT, self.image.mT).reshape(heads, n, -1)
         return _dot(query, self.rows.mT)
 
@@ -213,7 +214,7 @@ def see_keys(
         rows = keys if keys is not None else _split_heads(_dot(image, key.mT), num_heads)  # [H, M, d]
     if order is Order.IMAGE:
         shift = (rows @ query_bias.reshape(num_heads, -1, 1)).reshape(-1)  # [H*M]
-        rows = _beside(_dot(rows, _by_head(query, num_heads)))  # [Dt, H*M]
+        rows = products_beside(_by_head(query, num_heads).mT, rows.mT)  # [Dt, H*M]
     return Keys(order, num_heads, query, query_bias, key, image, rows, shift)
 
 
@@ -238,7 +239,7 @@ def see(image: Array, maps: Maps, num_heads: int, plan: Plan) -> ImageSide:
     elif plan.values is not Order.TEXT:
         values = _split_heads(_dot(image, maps.value.mT), num_heads)  # [H, M, d]
     if plan.values is Order.IMAGE:
-        values = _beside(_dot(values, _by_head(maps.out.mT, num_heads)))  # [D, H*M]
+        values = products_beside(_by_head(maps.out.mT, num_heads).mT, values.mT)  # [D, H*M]
     seen = see_keys(plan.scores, num_heads, maps.query, maps.query_bias, maps.key, image, keys)
     return ImageSide(maps, plan, num_heads, image, seen, values)
 
@@ -252,9 +253,10 @@ def meet(text: Array, side: ImageSide, *, need_weights: bool = False) -> tuple[A
     if side.plan.scores is side.plan.values is Order.DIRECT:
         return _meet_by_heads(text, side, side.keys, need_weights)
     scores = side.keys.scores(text)  # [H, N, M]
-    if _too_large(scores, side.keys):
+    peak = _peak(scores)
+    if peak > LARGE_SCORE[side.plan.scores]:
         scores = side.keys.exact.scores(cast(text, "float64"))
-    weights, total = _softmax(scores, text)  # [H, N, M], [H, N, 1]
+    weights, total = _softmax(scores, peak, text)  # [H, N, M], [H, N, 1]
     if need_weights or side.plan.values is Order.IMAGE:
         weights = weights / total  # not in place: autograd still needs the exponentials
         total = None
@@ -270,9 +272,10 @@ def _meet_by_heads(text: Array, side: ImageSide, keys: Keys, need_weights: bool)
     for start in range(0, heads, step):
         some = slice(start, start + step)
         scores = _dot(query[some], keys.rows[some].mT)  # [h, N, M]
-        if _too_large(scores, keys):
+        peak = _peak(scores)
+        if peak > LARGE_SCORE[keys.order] and keys is side.keys:
             return _meet_by_heads(text, side, keys.exact, need_weights)
-        weights, total = _softmax(scores, text)  # [h, N, M], [h, N, 1]
+        weights, total = _softmax(scores, peak, text)  # [h, N, M], [h, N, 1]
         if need_weights:
             weights = weights / total
             dump.append(weights)
@@ -288,7 +291,7 @@ def _mix(weights: Array, total: Array | None, side: ImageSide) -> Array:
     heads, n, m = weights.shape
     if side.plan.values is Order.IMAGE:
         flat = weights.swapaxes(0, 1).reshape(n, heads * m)
-        return _biased(_dot(flat, side.values.mT), side)
+        return _finish(flat, side.values.mT, side)
     if side.plan.values is Order.TEXT:
         seen = _dot(weights.reshape(heads * n, m), side.image).reshape(heads, n, -1)  # [H, N, Di]
         mixed = _dot(seen, _by_head(side.maps.value, heads).mT)  # [H, N, d]
@@ -301,10 +304,12 @@ def _mix(weights: Array, total: Array | None, side: ImageSide) -> Array:
 
 def _out(mixed: Array, side: ImageSide) -> Array:
     joined = mixed.swapaxes(0, 1).reshape(mixed.shape[1], -1)  # [H, N, d] -> [N, D]
-    return _biased(_dot(joined, side.maps.out.mT), side)
+    return _finish(joined, side.maps.out.mT, side)
 
 
-def _biased(fused: Array, side: ImageSide) -> Array:
+def _finish(mixed: Array, out: Array, side: ImageSide) -> Array:
+    # The result has to lie in rows: from here on turning it round costs more than `_dot` saves.
+    fused = mixed @ out if len(mixed) >= 128 else _dot(mixed, out)  # [N, D]
     fused += side.maps.bias
     return contiguous(fused)
 
@@ -319,18 +324,20 @@ SAFE_SCORE = 30.0
 LARGE_SCORE = {Order.DIRECT: 60.0, Order.IMAGE: 3.0, Order.TEXT: 3.0}
 
 
-def _too_large(scores: Array, keys: Keys) -> bool:
-    if dtype_name(scores) == "float64" or needs_grad(scores):
-        return False
-    return not largest(scores) <= LARGE_SCORE[keys.order]
+def _peak(scores: Array) -> float:
+    """The largest absolute score; infinite if it is NaN, 0 while autograd records (it needs one path)."""
+    if needs_grad(scores):
+        return 0.0
+    peak = largest(scores)
+    return peak if peak == peak else float("inf")
 
 
-def _softmax(scores: Array, template: Array) -> tuple[Array, Array]:
+def _softmax(scores: Array, peak: float, template: Array) -> tuple[Array, Array]:
     """``exp`` of scores ``[H, N, M]`` and its row sums ``[H, N, 1]``; their quotient is the softmax.
 
     Overwrites ``scores``. The result has the dtype of ``template``.
     """
-    if is_torch(scores) or not largest(scores) <= SAFE_SCORE:
+    if is_torch(scores) or peak > SAFE_SCORE:
         scores -= namespace(scores).amax(detach(scores), axis=-1, keepdims=True)
     weights = exp_inplace(cast(scores, dtype_name(template)))
     return weights, row_sums(weights)
@@ -355,7 +362,3 @@ def _split_heads(x: Array, num_heads: int) -> Array:
 
 def _by_head(weight: Array, num_heads: int) -> Array:
     return weight.reshape(num_heads, -1, weight.shape[-1])  # [D, width] -> [H, d, width]
-
-
-def _beside(x: Array) -> Array:
-    return x.mT.swapaxes(0, 1).reshape(x.shape[-1], -1)  # [H, rows, width] -> [width, H*rows]

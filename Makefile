@@ -1,0 +1,37 @@
+# `make` lists the targets. Each makes .venv first if it is not there; a machine with Python 3.11 is enough.
+PYTHON ?= python3
+BIN := .venv/bin
+OUT := demo-out
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: .venv/installed  ## fuse the sample pair and show what came out
+	@mkdir -p $(OUT)
+	$(BIN)/fusecli fuse sample_data/regions.npy sample_data/text.npy -o $(OUT)/fused.npy -a $(OUT)/attention.npy
+	@$(BIN)/fusecli inspect sample_data/regions.npy sample_data/text.npy $(OUT)/fused.npy $(OUT)/attention.npy
+
+test: .venv/installed  ## run all tests
+	$(BIN)/python -m pytest
+
+lint: .venv/installed  ## ruff and import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: .venv/installed  ## mypy, strict
+	$(BIN)/mypy
+
+bench: .venv/installed  ## measure and print ratios (minutes; leave the machine alone)
+	$(BIN)/python -m benchmarks
+
+clean:  ## remove all that make made
+	rm -rf .venv $(OUT) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
