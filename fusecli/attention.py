@@ -209,7 +209,8 @@ def see_keys(
     order: Order, num_heads: int, query: Array, query_bias: Array, key: Array, image: Array, keys: Array | None = None
 ) -> Keys:
     """Compute `Keys`; ``keys [H, M, d]`` are the projected image rows if they are at hand."""
-    rows = shift = None
+    rows: Array = None
+    shift: Array = None
     if order is not Order.TEXT:
         rows = keys if keys is not None else _split_heads(_dot(image, key.mT), num_heads)  # [H, M, d]
     if order is Order.IMAGE:
@@ -232,7 +233,8 @@ class ImageSide:
 
 def see(image: Array, maps: Maps, num_heads: int, plan: Plan) -> ImageSide:
     """Compute the image's part of ``plan``. ``image [M, Di]`` has the dtype and device of ``maps``."""
-    keys = values = None
+    keys: Array = None
+    values: Array = None
     if plan.scores is not Order.TEXT and plan.values is not Order.TEXT:
         both = _split_heads(_dot(image, maps.key_value.mT), 2 * num_heads)  # [2H, M, d]
         keys, values = both[:num_heads], both[num_heads:]
@@ -254,7 +256,7 @@ def meet(text: Array, side: ImageSide, *, need_weights: bool = False) -> tuple[A
         return _meet_by_heads(text, side, side.keys, need_weights)
     scores = side.keys.scores(text)  # [H, N, M]
     peak = _peak(scores)
-    if peak > LARGE_SCORE[side.plan.scores]:
+    if _too_large(scores, peak, side.keys):
         scores = side.keys.exact.scores(cast(text, "float64"))
     weights, total = _softmax(scores, peak, text)  # [H, N, M], [H, N, 1]
     if need_weights or side.plan.values is Order.IMAGE:
@@ -273,7 +275,7 @@ def _meet_by_heads(text: Array, side: ImageSide, keys: Keys, need_weights: bool)
         some = slice(start, start + step)
         scores = _dot(query[some], keys.rows[some].mT)  # [h, N, M]
         peak = _peak(scores)
-        if peak > LARGE_SCORE[keys.order] and keys is side.keys:
+        if _too_large(scores, peak, keys):
             return _meet_by_heads(text, side, keys.exact, need_weights)
         weights, total = _softmax(scores, peak, text)  # [h, N, M], [h, N, 1]
         if need_weights:
@@ -322,6 +324,10 @@ SAFE_SCORE = 30.0
 # Beyond these sizes float32 was seen to lose more than twice what the reference loses (drawn shapes, norms to
 # 90), so the scores are computed again in float64. The orders that leave one side unprojected round more.
 LARGE_SCORE = {Order.DIRECT: 60.0, Order.IMAGE: 3.0, Order.TEXT: 3.0}
+
+
+def _too_large(scores: Array, peak: float, keys: Keys) -> bool:
+    return dtype_name(scores) == "float32" and peak > LARGE_SCORE[keys.order]
 
 
 def _peak(scores: Array) -> float:
