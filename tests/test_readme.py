@@ -1,0 +1,75 @@
+"""The README cannot lie: what it shows is run, and what it says comes out is compared."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SESSIONS = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def _steps(session: str) -> list[tuple[str, str]]:
+    """(command, what it prints) of one console block."""
+    parts = re.split(r"^\$ (.*)\n", session, flags=re.MULTILINE)
+    return list(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def _pattern(shown: str) -> str:
+    """``...`` in the README stands for what differs from run to run."""
+    lines = (re.escape(line.rstrip()).replace(r"\.\.\.", ".*") + r"\s*" for line in shown.splitlines())
+    return "\n".join(lines)
+
+
+def _bash(command: str, folder: Path) -> str:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {key: value for key, value in os.environ.items() if key != "FUSECLI_WEIGHTS"} | {"PATH": path}
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=env, text=True, timeout=60, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{command}\n{done.stdout}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for the whole README, as its reader has."""
+    folder = tmp_path_factory.mktemp("reader")
+    shutil.copytree(ROOT / "sample_data", folder / "sample_data")
+    return folder
+
+
+def test_every_session_prints_what_the_readme_shows(folder: Path) -> None:
+    assert len(SESSIONS) >= 5
+    for session in SESSIONS:
+        for command, shown in _steps(session):
+            printed = "\n".join(line.rstrip() for line in _bash(command, folder).splitlines())
+            assert re.fullmatch(_pattern(shown), printed), f"$ {command}\n{printed}"
+
+
+def test_the_python_runs(folder: Path) -> None:
+    _bash("fusecli init -q -o fusion.safetensors", folder)
+    for code in PYTHON:
+        subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=folder, check=True, timeout=60)
+    assert PYTHON
+
+
+def test_the_two_commands_are_targets_of_make() -> None:
+    for target in re.findall(r"^make (\w+) ", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_sample_data_are_small_and_whole() -> None:
+    files = [path for path in (ROOT / "sample_data").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 8 * 2**20
+    for side in ("images", "texts"):
+        assert len(list((ROOT / "sample_data" / "pairs" / side).glob("*.npy"))) == 24
