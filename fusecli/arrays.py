@@ -117,6 +117,11 @@ def filled(shape: tuple[int, ...], value: Array) -> Array:
     return x
 
 
+def empty(shape: tuple[int, ...], template: Array) -> Array:
+    """An array to be filled: kind, device and dtype of ``template``."""
+    return template.new_empty(shape) if is_torch(template) else np.empty(shape, template.dtype)
+
+
 def ones(shape: tuple[int, ...], template: Array) -> Array:
     """An array of ones: kind, device and dtype of ``template``."""
     return template.new_ones(shape) if is_torch(template) else np.ones(shape, template.dtype)

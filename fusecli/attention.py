@@ -28,6 +28,7 @@ from fusecli.arrays import (
     contiguous,
     detach,
     dtype_name,
+    empty,
     exp_inplace,
     is_torch,
     largest,
@@ -246,6 +247,10 @@ def see(image: Array, maps: Maps, num_heads: int, plan: Plan) -> ImageSide:
     return ImageSide(maps, plan, num_heads, image, seen, values)
 
 
+#: Scores that stay in the cache, in numbers: 1 MiB of float32.
+TILE = 2**18
+
+
 def meet(text: Array, side: ImageSide, *, need_weights: bool = False) -> tuple[Array, Array | None]:
     """Let ``text [N, Dt]`` attend to a seen image.
 
@@ -269,8 +274,9 @@ def _meet_by_heads(text: Array, side: ImageSide, keys: Keys, need_weights: bool)
     # A few heads at a time, so that their scores are still in the cache when the values are taken.
     n, m, heads = len(text), len(side.image), side.num_heads
     query = keys.queries(cast(text, dtype_name(keys.query)))  # [H, N, d]
-    step = heads if is_torch(text) else max(1, 2**18 // (n * m))
-    mixed, dump = [], []
+    step = heads if is_torch(text) else max(1, TILE // (n * m))
+    mixed = empty((n, heads, query.shape[-1]), text)  # [N, H, d]
+    dump = empty((heads, n, m), text) if need_weights else None
     for start in range(0, heads, step):
         some = slice(start, start + step)
         scores = _dot(query[some], keys.rows[some].mT)  # [h, N, M]
@@ -278,14 +284,10 @@ def _meet_by_heads(text: Array, side: ImageSide, keys: Keys, need_weights: bool)
         if _too_large(scores, peak, keys):
             return _meet_by_heads(text, side, keys.exact, need_weights)
         weights, total = _softmax(scores, peak, text)  # [h, N, M], [h, N, 1]
-        if need_weights:
-            weights = weights / total
-            dump.append(weights)
-        taken = _dot(weights, side.values[some])  # [h, N, d]
-        if not need_weights:
-            taken /= total
-        mixed.append(taken)
-    return _out(_join(mixed), side), _join(dump) if need_weights else None
+        if dump is not None:
+            dump[some] = weights / total
+        mixed[:, some] = (_dot(weights, side.values[some]) / total).swapaxes(0, 1)
+    return _finish(mixed.reshape(n, -1), side.maps.out.mT, side), dump
 
 
 def _mix(weights: Array, total: Array | None, side: ImageSide) -> Array:
@@ -356,10 +358,6 @@ def _dot(a: Array, b: Array) -> Array:
     tokens, the more it matters), and the transposed result costs nothing: it is a view.
     """
     return a @ b if a.shape[-2] >= b.shape[-1] else (b.mT @ a.mT).mT
-
-
-def _join(parts: list[Array]) -> Array:
-    return parts[0] if len(parts) == 1 else namespace(parts[0]).concatenate(parts)
 
 
 def _split_heads(x: Array, num_heads: int) -> Array:
