@@ -2,7 +2,7 @@
 
 The mathematics is written once, over what both kinds of array share: ``@``, ``.mT``, ``reshape``,
 ``swapaxes``, slices, ``namespace.amax(x, axis=...)``. What they do not share is here. torch is imported
-by `to_device` alone: elsewhere a tensor can only come from a program that has imported it already.
+by `import_torch` alone: elsewhere a tensor can only come from a program that has imported it already.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from fusecli.errors import DeviceError, UsageError, ValuesError
+from fusecli.errors import DeviceError, MissingPackageError, UsageError, ValuesError
 
 #: A ``numpy.ndarray`` or a ``torch.Tensor``. No static type covers the operations they share.
 Array: TypeAlias = Any
@@ -83,6 +83,19 @@ def to_numpy(x: Array) -> Array:
     return (x.float() if dtype_name(x) == "bfloat16" else x).numpy()
 
 
+def import_torch() -> Any:
+    """torch: a second and 200 MB, so it is imported only where it is asked for.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise MissingPackageError("torch is needed for this and not installed", hint="pip install torch") from None
+    return torch
+
+
 def to_device(name: str) -> Callable[[Array], Array]:
     """A function that moves NumPy arrays to the torch device ``name``, e.g. ``cuda:1``.
 
@@ -93,8 +106,7 @@ def to_device(name: str) -> Callable[[Array], Array]:
     kind, _, number = name.partition(":")
     if kind != "cuda" or (":" in name and not number.isdecimal()):
         raise UsageError("unknown device", where="--device", found=name, wanted="cpu, cuda or cuda:N")
-    import torch  # only for those who asked for CUDA
-
+    torch = import_torch()
     if not torch.cuda.is_available():
         raise DeviceError("no CUDA here", where="--device", found=name, hint="leave it out to compute on the CPU")
     if int(number or 0) >= torch.cuda.device_count():

@@ -6,6 +6,7 @@ key, ``fusecli``, with canonical JSON. The bare ``state_dict`` of the article's 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -14,9 +15,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from fusecli.arrays import Array, first_nonfinite, to_numpy
+from fusecli.arrays import FLOAT_NAMES, Array, dtype_name, first_nonfinite, import_torch, to_numpy
 from fusecli.errors import CheckpointError, FileError, InputError, UsageError, ValuesError
-from fusecli.formats import NumpyArray, open_sink, open_source, safetensors, sniff
+from fusecli.formats import NumpyArray, open_sink, open_source, read_bytes, safetensors, sniff
 from fusecli.fusion import Config, Weights, tensor_shapes
 
 METADATA_KEY = "fusecli"
@@ -66,9 +67,9 @@ def _config(saved: str, path: str) -> Config:
     try:
         options = json.loads(saved)
         version = options.pop("format")
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise CheckpointError("metadata make no sense", where=path, found=saved[:80]) from None
-    if version != FORMAT or not set(options) <= known:
+    if type(version) is not int or version != FORMAT or not set(options) <= known:
         found = f"format {version}, options {', '.join(sorted(options))}"
         raise CheckpointError("made by another version of fusecli", where=path, found=found, wanted=f"format {FORMAT}")
     try:
@@ -97,7 +98,11 @@ def _located(error: InputError, path: str) -> CheckpointError:
 
 def _bare(tensors: Mapping[str, Array], path: str, num_heads: int | None) -> Weights:
     config = Config(num_heads=8 if num_heads is None else num_heads)
-    return _checked(config, article_names(tensors), path)
+    try:
+        named = article_names(tensors)
+    except CheckpointError as error:
+        raise _located(error, path) from None
+    return _checked(config, named, path)
 
 
 def article_names(tensors: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
@@ -113,7 +118,7 @@ def article_names(tensors: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
     thirds = [f"attention.{letter}_proj_weight" for letter in "qkv"]
     if all(name in named for name in thirds):
         parts = [named.pop(name) for name in thirds]
-        if len({part.shape for part in parts}) > 1:
+        if len({part.shape for part in parts}) > 1 or parts[0].ndim != 2:
             found = ", ".join(str(list(part.shape)) for part in parts)
             raise CheckpointError(
                 "q, k and v have different shapes", where="attention", found=found, wanted="[D, D] each"
@@ -129,22 +134,37 @@ def article_names(tensors: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
 
 
 def _read_pt(path: str) -> dict[str, NumpyArray]:
-    open_source(path)  # missing, unreadable or a directory: our own words
-    import torch  # a second to import, and needed for these files alone
-
+    source = open_source(path)
+    torch = import_torch()
     try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+        data = io.BytesIO(read_bytes(source, 0, source.size() or 2**62))
+        found: Any = torch.load(data, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for a bad file
-        first = str(error).strip().split("\n")[0][:120]
-        raise FileError(
-            "not a PyTorch checkpoint of tensors", where=path, found=first, hint="torch.save(model.state_dict(), path)"
-        ) from None
-    for wrapper in ("state_dict", "model_state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
-            found = found[wrapper]
+        pickled = "Weights only load failed" in str(error)
+        told = "objects other than tensors, which are never loaded" if pickled else str(error).split("\n")[0]
+        hint = "torch.save(model.state_dict(), path)"
+        raise FileError("not a PyTorch checkpoint of tensors", where=path, found=told, hint=hint) from None
+    wrappers = ("state_dict", "model_state_dict", "model")
+    while isinstance(found, dict) and any(isinstance(found.get(name), dict) for name in wrappers):
+        found = next(found[name] for name in wrappers if isinstance(found.get(name), dict))
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise FileError("holds no state_dict", where=path, found=type(found).__name__, wanted="names and tensors")
-    return {str(name): to_numpy(tensor) for name, tensor in found.items()}
+    return {str(name): _plain(tensor, f"{path}[{name}]") for name, tensor in found.items()}
+
+
+def _plain(tensor: Any, where: str) -> NumpyArray:
+    """A stored tensor as an array.
+
+    Sparse, quantised and other odd ones are refused, and so is a view that claims more than the file holds.
+    """
+    dtype = dtype_name(tensor)
+    odd = tensor.is_nested or tensor.is_sparse or tensor.is_sparse_csr or tensor.is_quantized or tensor.is_meta
+    if odd or dtype not in FLOAT_NAMES:
+        raise CheckpointError("not a plain tensor of floats", where=where, found=f"{dtype}, {tensor.layout}")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise CheckpointError("claims more numbers than the file holds", where=where, found=str(list(tensor.shape)))
+    array: NumpyArray = to_numpy(tensor.resolve_neg())
+    return array
 
 
 def to_bytes(weights: Weights) -> bytes:

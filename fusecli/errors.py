@@ -46,14 +46,19 @@ class FusecliError(Exception):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        text = f"{self.where}: {self.what}" if self.where else self.what
-        details = [f"found {self.found}"] if self.found else []
-        details += [f"wanted {self.wanted}"] if self.wanted else []
+        text = f"{_clip(self.where)}: {_clip(self.what)}" if self.where else _clip(self.what)
+        details = [f"found {_clip(self.found)}"] if self.found else []
+        details += [f"wanted {_clip(self.wanted)}"] if self.wanted else []
         return f"{text}: {', '.join(details)}" if details else text
 
     def __reduce__(self) -> tuple[object, ...]:
         # Keyword-only arguments do not survive the default pickling, and errors cross processes.
         return (_rebuild, (type(self), self.what, self.where, self.found, self.wanted, self.hint))
+
+
+def _clip(text: str, length: int = 300) -> str:
+    # What was found may be megabytes of a hostile header.
+    return text if len(text) <= length else f"{text[:length]}…"
 
 
 def _rebuild(

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, overload
 
 from fusecli import attention
 from fusecli.arrays import (
+    FLOAT_NAMES,
     Array,
     cast,
     compute_dtype,
@@ -113,7 +114,9 @@ class Weights:
         for name, shape in tensor_shapes(self.dim, self.text_dim, self.image_dim).items():
             if tuple(self.tensors[name].shape) != shape:
                 raise _misshapen(name, self.tensors[name], str(list(shape)))
-            compute_dtype(self.tensors[name])
+            if dtype_name(self.tensors[name]) not in FLOAT_NAMES:
+                found = dtype_name(self.tensors[name])
+                raise CheckpointError("tensor is not of floats", where=name, found=found, wanted="a float dtype")
 
     @property
     def dim(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -108,24 +109,26 @@ class Fused:
 
 
 def refuse_same_file(outputs: Sequence[str | None], inputs: Sequence[str | None]) -> None:
-    """Raise `UsageError` if a file would be written that is also read, or two results go to one file."""
-    seen = {os.path.realpath(path): path for path in inputs if path and not is_stream(path)}
+    """Raise `UsageError` if a file would be written that is also read, or two results would go to one place."""
+    taken = {_identity(path, 0) for path in inputs if path} - {"-"}
     for path in outputs:
-        if not path or (is_stream(path) and path != "-"):
+        if not path:
             continue
-        real = "-" if path == "-" else os.path.realpath(path)
-        if real in seen:
+        mine = _identity(path, 1)
+        if mine in taken:
             raise UsageError("output is also an input or another output", where=path, hint="write to another file")
-        seen[real] = path
-        for other in inputs:
-            if (
-                other
-                and path != "-"
-                and os.path.exists(other)
-                and os.path.exists(path)
-                and os.path.samefile(other, path)
-            ):
-                raise UsageError("output is the same file as an input", where=path, hint="write to another file")
+        taken.add(mine)
+
+
+def _identity(path: str, standard: int) -> object:
+    """What two names of one file have in common; ``standard`` is the descriptor that ``-`` stands for."""
+    try:
+        info = os.fstat(standard) if path == "-" else os.stat(path)
+    except OSError:
+        return os.path.realpath(path)  # not there yet
+    if stat.S_ISREG(info.st_mode):
+        return info.st_dev, info.st_ino
+    return "-" if path == "-" else object()  # pipes and devices may be named as often as one likes
 
 
 def fuse_pair(

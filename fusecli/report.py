@@ -11,7 +11,7 @@ from fusecli import checkpoint
 from fusecli.arrays import dtype_name
 from fusecli.formats import FLOATS, NumpyArray, Stored, open_tensors
 
-#: Bytes read at once; a file of any size is described in little memory.
+#: Bytes read at once, in whole rows: many rows are described in little memory.
 BLOCK = 2**24
 
 

@@ -31,7 +31,12 @@ def run(tmp_path: Path) -> Run:
     def call(*args: Any, code: int | None = 0, **options: Any) -> subprocess.CompletedProcess[bytes]:
         env = {key: value for key, value in os.environ.items() if key != "FUSECLI_WEIGHTS"}
         done = subprocess.run(
-            [*FUSECLI, *map(str, args)], cwd=tmp_path, env=env, capture_output=True, timeout=120, check=False, **options
+            [*FUSECLI, *map(str, args)],
+            cwd=tmp_path,
+            env=env,
+            check=False,
+            timeout=120,
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
         )
         for word in (b"Traceback", b"internal error"):
             assert word not in done.stderr, done.stderr.decode()

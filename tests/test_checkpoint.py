@@ -104,7 +104,15 @@ def test_a_damaged_checkpoint_names_the_tensor(stored: Any, name: str, ours: boo
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"format":2,"method":"attention"}', '{"format":1,"method":"magic"}', '{"format":1,"x":1}']
+    [
+        "",
+        "[]",
+        "[" * 100_000,
+        "{}",
+        '{"format":2,"method":"attention"}',
+        '{"format":1,"method":"magic"}',
+        '{"format":1,"x":1}',
+    ]
     + [f'{{"format":1,"num_heads":{heads}}}' for heads in ("0", "true", '"8"', "5")],
 )
 def test_metadata_that_make_no_sense_are_refused(stored: Any, text: str) -> None:
@@ -130,3 +138,18 @@ def test_a_pickle_is_never_run(tmp_path: Path) -> None:
         with pytest.raises(FileError, match=name):
             load(tmp_path / name)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        torch.zeros(1).expand(10**6, 10**6),
+        torch.eye(4).to_sparse(),
+        torch.zeros(4, 4, device="meta"),
+        torch.zeros(4, 4, dtype=torch.int64),
+    ],
+)
+def test_odd_tensors_are_named_and_cost_nothing(tmp_path: Path, odd: torch.Tensor) -> None:
+    torch.save({"state_dict": {"model": {"text_proj.weight": odd}}}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"text_proj\.weight"):
+        load(tmp_path / "model.pt")

@@ -315,3 +315,65 @@ def test_memory_stays_flat_in_the_text(pair: tuple[Any, Any], tmp_path: Path, im
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True, timeout=300)
     assert int(done.stdout) <= limit + 32 * (image == "img.npy")  # untrained weights are drawn in float64
     assert np.load(tmp_path / "out.npy", mmap_mode="r").shape == shape
+
+
+# What went wrong once
+
+
+def test_a_file_on_stdin_is_read_one_array_after_the_other(run: Run, pair: tuple[Any, Any], tmp_path: Path) -> None:
+    (tmp_path / "both.npy").write_bytes((tmp_path / "regions.npy").read_bytes() + (tmp_path / "txt.npy").read_bytes())
+    with open(tmp_path / "both.npy", "rb") as both:
+        run("fuse", "-", "-", "-o", "out.npy", stdin=both)
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), fuse(init(), *pair))
+    with open(tmp_path / "txt.npy", "rb") as text:
+        run("fuse", "regions.npy", "-", "-o", "txt.npy", stdin=text, code=2)
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "2>/dev/full", "2> >(true)"])
+def test_words_that_nobody_hears_do_not_touch_the_result(pair: tuple[Any, Any], tmp_path: Path, closed: str) -> None:
+    shell = f"{' '.join(FUSECLI)} fuse img.npy txt.npy -o - {closed}"
+    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, check=True, timeout=60)
+    assert np.load(io.BytesIO(done.stdout)).shape == (5, 768)
+
+
+def test_results_that_overflow_are_an_error(run: Run, pair: tuple[Any, Any], tmp_path: Path) -> None:
+    for rows in (1, 16):
+        np.save(tmp_path / "huge.npy", np.sign(pair[0][:rows]) * np.float32(3e38))
+        done = run("fuse", "huge.npy", "txt.npy", "-o", "out.npy", "-q", code=1)
+        assert b"does not fit" in done.stderr
+        assert not (tmp_path / "out.npy").exists()
+
+
+def test_an_empty_name_of_weights_is_no_wish_for_untrained_ones(run: Run, pair: tuple[Any, Any]) -> None:
+    assert b"--weights" in run("fuse", "img.npy", "txt.npy", "-o", "out.npy", "-w", "", code=2).stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stopped_run_leaves_no_litter(pair: tuple[Any, Any], tmp_path: Path, number: int) -> None:
+    (tmp_path / "out").mkdir()
+    np.lib.format.open_memmap(tmp_path / "long.npy", "w+", np.float32, (400_000, 768)).flush()
+    child = subprocess.Popen([*FUSECLI, "fuse", "regions.npy", "long.npy", "-qo", "out/out.npy"], cwd=tmp_path)
+    while not os.listdir(tmp_path / "out"):
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.send_signal(number)
+    assert child.wait(timeout=60) == 128 + number
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_inspect_of_anything_readable(run: Run, tmp_path: Path) -> None:
+    np.save(tmp_path / "columns.npy", np.asfortranarray(np.ones((900, 50, 100), np.float32)))
+    save_file({"\x1b[31mred": np.ones((2, 3), np.float32), "ids": np.arange(3)}, tmp_path / "x.safetensors")
+    assert b"[900, 50, 100]" in run("inspect", "columns.npy").stdout
+    shown = run("inspect", "x.safetensors").stdout
+    assert b"\x1b" not in shown
+    assert b"I64" in shown
+    with open("/dev/full", "wb") as full:
+        assert b"No space" in run("inspect", "x.safetensors", code=1, stdout=full).stderr
+
+
+def test_debug_shows_the_traceback(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    command = [*FUSECLI, "fuse", "none.npy", "txt.npy", "-o", "out.npy", "--debug"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False, timeout=60)
+    assert b"Traceback" in done.stderr
+    assert done.returncode == 3

@@ -134,6 +134,10 @@ def _npy(header: str) -> bytes:
         "{'descr': '<f4', 'fortran_order': False, 'shape': (True, 768)}",
         "{'descr': '<f4', 'fortran_order': False, 'shape': (1e3,)}",
         "{'descr': '<f4', 'fortran_order': False}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (" + "9" * 4000 + ", 768)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (10**30, 0)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (" + "1," * 70 + ")}",
+        "{'descr': None, 'fortran_order': False, 'shape': (1,)}",
         "{'descr': 'nonsense', 'fortran_order': False, 'shape': (1,)}",
         "((((((((((((((((((((" * 40,
         "__import__('os').system('true')",
@@ -154,6 +158,8 @@ def test_npy_headers_that_lie_are_refused(tmp_path: Path, header: str) -> None:
         {"x": {"dtype": "F32", "shape": [-4, -4], "data_offsets": [0, 64]}},
         {"x": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}},
         {"x": {"dtype": "F32", "shape": [8], "data_offsets": [32, 64]}},
+        {"x": {"dtype": "F32", "shape": [999999999] * 100_000, "data_offsets": [0, 64]}},
+        {"x": {"dtype": "F32", "shape": [10**30, 0], "data_offsets": [0, 0]}},
         {"x": {"dtype": 7, "shape": [16], "data_offsets": [0, 64]}},
         {"x": {"dtype": "F32", "shape": [16]}},
         {"x": []},
@@ -166,6 +172,13 @@ def test_safetensors_headers_that_lie_are_refused(tmp_path: Path, header: Any) -
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(64))
     with pytest.raises(FileError, match=r"x\.safetensors"):
         open_tensors(str(tmp_path / "x.safetensors"))
+
+
+def test_a_dtype_that_is_called_as_ours_is_not_read(tmp_path: Path) -> None:
+    text = json.dumps({"x": {"dtype": "float32", "shape": [10**9, 16], "data_offsets": [0, 64]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(64))
+    with pytest.raises(ValuesError, match="FLOAT32"):
+        _read(tmp_path / "x.safetensors")
 
 
 def test_absurd_header_lengths_do_not_allocate(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import signal
 import sys
 import traceback
+import warnings
 
 import typer
 
@@ -43,18 +46,36 @@ def options(
 
 def main() -> None:
     """Run the command line and exit with its code; see `fusecli.errors` for the codes."""
-    debug = "--debug" in sys.argv
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # they are for us, not for users
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    else:
+        sys.stdout = io.StringIO()
     try:
         app(prog_name="fusecli")
-    except FusecliError as error:
+    except Exception as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        sys.exit(_explain(error))
+
+
+def _leave(number: int, frame: object) -> None:
+    sys.exit(128 + number)  # an exception, so that unfinished files are removed
+
+
+def _explain(error: Exception) -> int:
+    """Say what happened; returns the exit code."""
+    if isinstance(error, FusecliError):
         complain(str(error), error.hint)
-        code = error.exit_code
-    except MemoryError as error:
+        return error.exit_code
+    if isinstance(error, MemoryError):
         complain(f"out of memory: {error}", "use smaller inputs, or fewer image rows")
-        code = 1
-    except Exception as error:  # a mistake of ours
-        complain(f"internal error: {type(error).__name__}: {error}", "run again with --debug and report what it shows")
-        code = 1
-    if debug:
-        traceback.print_exc()
-    sys.exit(code)
+    elif isinstance(error, OSError):
+        complain(f"{error.filename or 'standard output'}: {error.strerror or error}", None)
+    else:  # a mistake of ours
+        told = f"{type(error).__name__}: {error}"
+        complain(f"internal error: {told}", "run again with --debug and report what it shows")
+    return 1

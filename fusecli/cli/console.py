@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from typing import Annotated, Any
@@ -13,17 +14,29 @@ Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable o
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
+def printable(text: str) -> str:
+    """``text`` on one line, with what a terminal would obey (escapes, bells) spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def note(text: str, quiet: bool) -> None:
     """A line for the user on stderr."""
     if not quiet:
-        print(text, file=sys.stderr)
+        _say(text)
 
 
 def complain(text: str, hint: str | None) -> None:
     """An error on stderr, and what to do about it."""
-    print("error:", " ".join(text.split()), file=sys.stderr)
+    _say(f"error: {text}")
     if hint:
-        print("hint:", hint, file=sys.stderr)
+        _say(f"hint: {hint}")
+
+
+def _say(line: str) -> None:
+    # Nobody may be listening: stderr closed, full or a broken pipe. That must not stop the work.
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(printable(line), file=sys.stderr, flush=True)
 
 
 def emit(value: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -72,9 +73,10 @@ def fuse(
     fusecli fuse image.npy text.npy -o fused.npy
     """
     from fusecli import pairs
+    from fusecli.errors import OutputError
 
     started = time.perf_counter()
-    _check_streams(output, attention, json)
+    _check_streams(output, attention, weights, json)
     pairs.refuse_same_file([output, attention], [image, text, weights])
     stored_image = pairs.find_features(image, "image", image_key)
     stored_text = pairs.find_features(text, "text", text_key)
@@ -86,7 +88,13 @@ def fuse(
         note(f"untrained weights (seed {seed}): the numbers mean nothing yet; pass --weights FILE", quiet)
     if stored_image.shape[0] == 1:
         note(_CONE + ("" if loaded.config.residual else "; use image regions, or --residual"), quiet)
-    done = pairs.fuse_pair(loaded, stored_image, stored_text, form, _mover(device))
+    try:
+        done = pairs.fuse_pair(loaded, stored_image, stored_text, form, _mover(device))
+    except BrokenPipeError:
+        if attention is None:
+            raise
+        # Whoever stops reading one result has not said that the other is not wanted.
+        raise OutputError("nobody reads it any more, so nothing was finished", where=output) from None
     seconds = time.perf_counter() - started
     if json:
         emit(
@@ -109,9 +117,13 @@ def fuse(
         note(f"{output}: [{done.n}, {done.dim}] {done.dtype} from {done.m} image and {done.n} text rows", quiet)
 
 
-def _check_streams(output: str, attention: str | None, json: bool) -> None:
+def _check_streams(output: str, attention: str | None, weights: str | None, json: bool) -> None:
     from fusecli.errors import UsageError
 
+    if weights == "":
+        raise UsageError("no file name", where="--weights", hint="leave it out for untrained weights")
+    if output != "-" and _is_our_terminal(output):
+        output = "-"
     if "-" in (output, attention) and sys.stdout is not None and sys.stdout.isatty():
         raise UsageError("binary data on a terminal", where="-", hint="name a file, or pipe it on")
     if "-" in (output, attention) and json:
@@ -120,9 +132,21 @@ def _check_streams(output: str, attention: str | None, json: bool) -> None:
 
 def _weights(path: str | None, num_heads: int | None, seed: int, residual: bool) -> Any:
     from fusecli import checkpoint
+    from fusecli.errors import UsageError
 
+    if not path and num_heads and 768 % num_heads:
+        raise UsageError(
+            "heads do not divide the width", where="--num-heads", found=str(num_heads), wanted="a divisor of 768"
+        )
     loaded = checkpoint.load(path, num_heads) if path else checkpoint.init(num_heads=num_heads or 8, seed=seed)
     return loaded.with_options(residual=True) if residual else loaded
+
+
+def _is_our_terminal(path: str) -> bool:
+    try:
+        return os.isatty(1) and os.path.samestat(os.stat(path), os.fstat(1))
+    except OSError:
+        return False
 
 
 def _mover(device: str) -> Callable[[Any], Any]:

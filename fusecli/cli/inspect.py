@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fusecli.cli.console import Debug, emit
+from fusecli.cli.console import Debug, emit, printable
 
 
 def inspect(
@@ -33,10 +33,14 @@ def inspect(
 
 def _show(facts: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.markup import escape
+    from rich.markup import escape as unmarked
     from rich.table import Table
 
-    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else 120)
+    def escape(text: str) -> str:
+        return unmarked(printable(text))
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console.begin_capture()
     head = ", ".join(f"{key} {value}" for key, value in facts.items() if key not in ("file", "kind", "tensors"))
     console.print(f"[bold]{escape(facts['file'])}[/bold]: {facts['kind']}" + (f" ({escape(head)})" if head else ""))
     table = Table("tensor", "shape", "dtype", "norm of rows", "NaN/Inf", box=None, pad_edge=False)
@@ -46,3 +50,4 @@ def _show(facts: dict[str, Any]) -> None:
         shape, bad = str(row["shape"]), "-" if row["nonfinite"] is None else str(row["nonfinite"])
         table.add_row(escape(row["name"] or "-"), escape(shape), row["dtype"], spread, bad)
     console.print(table)
+    print(console.end_capture(), end="", flush=True)  # rich would end a closed pipe with an error

@@ -10,12 +10,18 @@ from fusecli.cli.console import Debug, Json, Quiet, emit, note
 
 Output = Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="Checkpoint to write (.safetensors).")]
 
+MAX_WIDTH = 2**20
+
 
 def init(
     output: Output,
-    feature_dim: Annotated[int, typer.Option(min=1, help="D, the width of the fusion.")] = 768,
-    text_dim: Annotated[int | None, typer.Option(min=1, help="Dt, of the text features.  [default: D]")] = None,
-    image_dim: Annotated[int | None, typer.Option(min=1, help="Di, of the image features.  [default: D]")] = None,
+    feature_dim: Annotated[int, typer.Option(min=1, max=MAX_WIDTH, help="D, the width of the fusion.")] = 768,
+    text_dim: Annotated[
+        int | None, typer.Option(min=1, max=MAX_WIDTH, help="Dt, of the text features.  [default: D]")
+    ] = None,
+    image_dim: Annotated[
+        int | None, typer.Option(min=1, max=MAX_WIDTH, help="Di, of the image features.  [default: D]")
+    ] = None,
     num_heads: Annotated[int | None, typer.Option(min=1, help="H.  [default: 8; 1 with --identity]")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the random numbers.")] = 0,
     identity: Annotated[

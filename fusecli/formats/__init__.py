@@ -28,6 +28,7 @@ __all__ = [
     "open_sink",
     "open_source",
     "open_tensors",
+    "read_bytes",
     "sniff",
 ]
 

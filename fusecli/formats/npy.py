@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fusecli.errors import FileError, UsageError, ValuesError
-from fusecli.formats.source import Source, Stored, StreamSource, read_bytes
+from fusecli.formats.source import Source, Stored, StreamSource, read_bytes, require_sane
 
 MAGIC = b"\x93NUMPY"
 SUFFIXES = (".npy",)
@@ -47,12 +47,12 @@ def _parse(source: Source, text: str, offset: int) -> Stored:
     try:
         header = ast.literal_eval(text.strip())
         descr, fortran, shape = header["descr"], header["fortran_order"], header["shape"]
-        whole = all(type(n) is int and n >= 0 for n in shape)
-        if not (len(header) == 3 and type(fortran) is bool and type(shape) is tuple and whole):
+        if len(header) != 3 or type(fortran) is not bool or type(shape) is not tuple or type(descr) not in (str, list):
             raise ValueError
         dtype = np.dtype(descr)
     except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError):
         raise FileError("the header makes no sense", where=source.name, found=repr(text[:80])) from None
+    require_sane(shape, source.name)
     if dtype.hasobject:
         raise ValuesError(
             "holds pickled Python objects, which are never loaded",

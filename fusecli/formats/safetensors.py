@@ -8,11 +8,12 @@ tests hold both directions against the library.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from typing import Any
 
 from fusecli.errors import FileError, UsageError
-from fusecli.formats.source import Source, Stored, StreamSource, read_bytes
+from fusecli.formats.source import Source, Stored, StreamSource, read_bytes, require_sane
 
 SUFFIXES = (".safetensors",)
 #: The library's own limit for the header.
@@ -41,11 +42,14 @@ def read_header(source: Source) -> tuple[dict[str, Any], int]:
     if len(text) < length:
         raise FileError("cut short in its header", where=source.name, found=f"{len(text)} bytes", wanted=f"{length}")
     try:
-        header = json.loads(text)
-        if not isinstance(header, dict):
+        header = json.loads(text.decode())
+        strings = header.get(METADATA, {}).values()
+        if not all(isinstance(value, str) for value in strings):
             raise ValueError
-    except (ValueError, RecursionError):
-        raise FileError("the header is no JSON object", where=source.name, found=repr(text[:60])) from None
+    except (ValueError, RecursionError, AttributeError):
+        raise FileError(
+            "the header is no JSON object of tensors and strings", where=source.name, found=repr(text[:60])
+        ) from None
     return header, 8 + length
 
 
@@ -86,12 +90,11 @@ def _parse(source: Source, name: str, entry: Any, begin: int) -> tuple[Stored, t
             raise ValueError
     except (ValueError, TypeError, KeyError):
         raise FileError("the header makes no sense", where=where, found=repr(entry)[:80]) from None
-    stored = Stored(source, name, tuple(shape), NAMES.get(code, code), begin + first)
+    require_sane(shape, where)
+    # Codes are upper case, our names lower: an unknown code cannot pass for a dtype that is read.
+    stored = Stored(source, name, tuple(shape), NAMES.get(code, code.upper()), begin + first)
     bits = OTHER_BITS.get(code) if code in OTHER_BITS else None
-    count = 1
-    for n in shape:
-        count *= n
-    wanted = count * bits // 8 if bits else stored.nbytes if code in NAMES else last - first
+    wanted = math.prod(shape) * bits // 8 if bits else stored.nbytes if code in NAMES else last - first
     if last - first != wanted:
         raise FileError(
             "shape and size disagree", where=where, found=f"{last - first} bytes", wanted=f"{wanted} for {shape} {code}"
@@ -100,14 +103,8 @@ def _parse(source: Source, name: str, entry: Any, begin: int) -> tuple[Stored, t
 
 
 def metadata(source: Source) -> dict[str, str]:
-    """The file's own strings, ``{}`` if it has none.
-
-    Raises:
-        FileError: they are no strings.
-    """
-    found = read_header(source)[0].get(METADATA, {})
-    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise FileError("metadata are not strings", where=source.name, found=repr(found)[:80])
+    """The file's own strings, ``{}`` if it has none."""
+    found: dict[str, str] = read_header(source)[0].get(METADATA, {})
     return found
 
 
@@ -121,9 +118,7 @@ def header(name: str, shape: tuple[int, ...], dtype: str, metadata: dict[str, st
         raise UsageError(
             f".safetensors cannot name {dtype}", found=f"dtype {dtype}", hint="write .npy, or pass --dtype float64"
         )
-    nbytes = int(dtype[-2:]) // 8
-    for n in shape:
-        nbytes *= n
+    nbytes = math.prod(shape) * int(dtype[-2:]) // 8
     entry = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [0, nbytes]}
     text = json.dumps(({METADATA: metadata} if metadata else {}) | {name: entry}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data aligned to 8 bytes, as the library has it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import stat
 from collections.abc import Iterator
 from typing import Protocol
@@ -108,10 +109,10 @@ def _whole_file(path: str) -> Iterator[Sink]:
     target = os.path.realpath(path)  # a link stays a link
     if os.path.isdir(target):
         raise OutputError("is a directory", where=path, wanted="a file name")
-    folder, name = os.path.split(target)
+    folder = os.path.dirname(target)
     if not os.path.isdir(folder):
-        raise OutputError("no such folder", where=path, found=folder, hint=f"mkdir -p {folder}")
-    temporary = os.path.join(folder, f".{name[:200]}.{os.urandom(6).hex()}.tmp")
+        raise OutputError("no such folder", where=path, found=folder, hint=f"mkdir -p {shlex.quote(folder)}")
+    temporary = os.path.join(folder, f".fusecli-{os.urandom(6).hex()}.tmp")
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 import sys
@@ -99,7 +100,7 @@ def open_source(path: str) -> Source:
     if path == "-":
         if sys.stdin is None or sys.stdin.closed:
             raise FileError("standard input is closed", where="-")
-        return _on_descriptor("<stdin>", os.dup(0))
+        return StreamSource("<stdin>", os.dup(0))  # a file on stdin too: a second array may follow the first
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -113,9 +114,7 @@ def _on_descriptor(name: str, fd: int) -> Source:
     mode = os.fstat(fd).st_mode
     if stat.S_ISDIR(mode):
         os.close(fd)
-        raise FileError(
-            "is a directory", where=name, wanted="a feature file", hint="directories of pairs: fusecli batch"
-        )
+        raise FileError("is a directory", where=name, wanted="a feature file", hint="name a file in it")
     if stat.S_ISREG(mode) and os.lseek(fd, 0, os.SEEK_CUR) == 0:
         return FileSource(name, fd)
     return StreamSource(name, fd)
@@ -167,7 +166,7 @@ class Stored:
     @property
     def nbytes(self) -> int:
         """Bytes of the data."""
-        return int(np.prod([int(n) for n in self.shape], dtype=object)) * itemsize(self.dtype)
+        return math.prod(self.shape) * itemsize(self.dtype)
 
     def as_rows(self) -> Stored:
         """The same seen as ``[rows, width]``: one vector is one row, a leading axis of 1 goes.
@@ -202,8 +201,8 @@ class Stored:
         self.require_float()
         rows = rows or slice(0, self.shape[0] if self.shape else 1)
         shape = (rows.stop - rows.start, *self.shape[1:]) if self.shape else ()
-        if self.fortran and len(self.shape) > 1 and shape != self.shape:
-            return self._read_columns(rows)
+        if self.fortran and shape != self.shape:
+            return self._read_columns(rows) if len(shape) == 2 else self.read()[rows]
         block = np.empty(shape[::-1] if self.fortran else shape, self._numpy_dtype())
         row_bytes = block.nbytes // max(1, len(block)) if block.ndim else block.nbytes
         self._fill(block, self.offset + (0 if self.fortran else rows.start * row_bytes))
@@ -235,6 +234,15 @@ class Stored:
 
     def _native(self, block: NumpyArray) -> NumpyArray:
         return np.ascontiguousarray(block.byteswap() if self.big_endian else block)
+
+
+def require_sane(shape: Any, where: str) -> None:
+    """Raise `FileError` unless ``shape`` is a list of axes that some array could have."""
+    sane = len(shape) <= 32 and all(type(n) is int and 0 <= n < 2**62 for n in shape)
+    if sane:
+        sane = math.prod(n for n in shape if n) < 2**62
+    if not sane:
+        raise FileError("the header makes no sense", where=where, found=f"shape {shape!r}"[:80])
 
 
 def as_bytes(x: NumpyArray) -> memoryview:
