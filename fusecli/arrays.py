@@ -139,15 +139,21 @@ def ones(shape: tuple[int, ...], template: Array) -> Array:
     return template.new_ones(shape) if is_torch(template) else np.ones(shape, template.dtype)
 
 
-def row_sums(x: Array) -> Array:
-    """Sums over the last axis, kept as an axis of 1.
+def exp_and_sums(x: Array) -> tuple[Array, Array]:
+    """``exp`` of ``x`` in its own memory, and its sums over the last axis, kept as an axis of 1.
 
-    NumPy sums in pairs only along contiguous memory. Along any other axis it adds one by one, and 577 such
-    additions in float32 lose a digit; so they are taken 64 at a time.
+    Overflow goes to infinity without a word. Autograd follows: the backward of ``exp`` needs only its result.
     """
-    if is_torch(x) or x.strides[-1] == x.itemsize or x.shape[-1] <= 64:
-        return x.sum(-1, keepdims=True)
-    return sum(x[..., at : at + 64].sum(-1, keepdims=True) for at in range(0, x.shape[-1], 64))
+    if is_torch(x):
+        x = x.exp_()
+        return x, x.sum(-1, keepdims=True)
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.exp(x, out=x)
+        # Along contiguous memory BLAS sums in many lanes. Along any other axis NumPy adds one by one, and 577
+        # such additions in float32 lose a digit; so they are taken 64 at a time.
+        if x.strides[-1] == x.itemsize:
+            return x, x @ ones((x.shape[-1], 1), x)
+        return x, sum(x[..., at : at + 64].sum(-1, keepdims=True) for at in range(0, x.shape[-1], 64))
 
 
 def largest(x: Array) -> float:
@@ -172,11 +178,6 @@ def detach(x: Array) -> Array:
 def contiguous(x: Array) -> Array:
     """``x`` in C order, itself when it already is."""
     return x.contiguous() if is_torch(x) else np.ascontiguousarray(x)
-
-
-def exp_inplace(x: Array) -> Array:
-    """``exp`` of ``x`` in its own memory (autograd follows it: the backward needs only the result)."""
-    return x.exp_() if is_torch(x) else np.exp(x, out=x)
 
 
 def needs_grad(*arrays: Array) -> bool:

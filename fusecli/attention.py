@@ -29,14 +29,13 @@ from fusecli.arrays import (
     detach,
     dtype_name,
     empty,
-    exp_inplace,
+    exp_and_sums,
     is_torch,
     largest,
     like,
     namespace,
     needs_grad,
     products_beside,
-    row_sums,
 )
 
 
@@ -260,10 +259,10 @@ def meet(text: Array, side: ImageSide, *, need_weights: bool = False) -> tuple[A
     if side.plan.scores is side.plan.values is Order.DIRECT:
         return _meet_by_heads(text, side, side.keys, need_weights)
     scores = side.keys.scores(text)  # [H, N, M]
-    peak = _peak(scores)
-    if _too_large(scores, peak, side.keys):
-        scores = side.keys.exact.scores(cast(text, "float64"))
-    weights, total = _softmax(scores, peak, text)  # [H, N, M], [H, N, 1]
+    weighed = _softmax(scores, side.keys.order, text)
+    if weighed is None:
+        weighed = _shifted_softmax(side.keys.exact.scores(cast(text, "float64")), text)
+    weights, total = weighed  # [H, N, M], [H, N, 1]
     if need_weights or side.plan.values is Order.IMAGE:
         weights = weights / total  # not in place: autograd still needs the exponentials
         total = None
@@ -280,10 +279,10 @@ def _meet_by_heads(text: Array, side: ImageSide, keys: Keys, need_weights: bool)
     for start in range(0, heads, step):
         some = slice(start, start + step)
         scores = _dot(query[some], keys.rows[some].mT)  # [h, N, M]
-        peak = _peak(scores)
-        if _too_large(scores, peak, keys):
+        weighed = _softmax(scores, keys.order, text)
+        if weighed is None:
             return _meet_by_heads(text, side, keys.exact, need_weights)
-        weights, total = _softmax(scores, peak, text)  # [h, N, M], [h, N, 1]
+        weights, total = weighed  # [h, N, M], [h, N, 1]
         if dump is not None:
             dump[some] = weights / total
         mixed[:, some] = (_dot(weights, side.values[some]) / total).swapaxes(0, 1)
@@ -298,7 +297,11 @@ def _mix(weights: Array, total: Array | None, side: ImageSide) -> Array:
         return _finish(flat, side.values.mT, side)
     if side.plan.values is Order.TEXT:
         seen = _dot(weights.reshape(heads * n, m), side.image).reshape(heads, n, -1)  # [H, N, Di]
-        mixed = _dot(seen, _by_head(side.maps.value, heads).mT)  # [H, N, d]
+        # The reference averages the rounding of M projected rows; here one row carries it all, so the long sum
+        # over Di is taken in parts.
+        value = _by_head(side.maps.value, heads).mT  # [H, Di, d]
+        parts = (slice(at, at + 192) for at in range(0, len(value[0]), 192))
+        mixed = sum(_dot(seen[..., part], value[:, part]) for part in parts)  # [H, N, d]
     else:
         mixed = _dot(weights, side.values)  # [H, N, d]
     if total is not None:
@@ -318,46 +321,43 @@ def _finish(mixed: Array, out: Array, side: ImageSide) -> Array:
     return contiguous(fused)
 
 
-# exp of anything in ±30 keeps all its digits, and so do products with values up to 1e25: no need to
-# subtract the row's maximum. Looking costs a third of subtracting.
-SAFE_SCORE = 30.0
-
 # exp turns the rounding of a score into a relative error of its weight, and rounding grows with the scores.
-# Beyond these sizes float32 was seen to lose more than twice what the reference loses (drawn shapes, norms to
-# 90), so the scores are computed again in float64. The orders that leave one side unprojected round more.
-LARGE_SCORE = {Order.DIRECT: 60.0, Order.IMAGE: 3.0, Order.TEXT: 3.0}
+# Beyond some size float32 was seen to lose more than twice what the reference loses (drawn shapes, norms to
+# 90), so the scores are computed again in float64. The orders that leave one side unprojected round more, and
+# get there at 3. For the direct order it is 40 and more, where exp itself still works without subtracting the
+# row's maximum: so nothing is subtracted, and the row sums, between exp(max) and M exp(max), tell.
+LARGE_SCORE = 3.0
+LARGE_TOTAL = 1e20
 
 
-def _too_large(scores: Array, peak: float, keys: Keys) -> bool:
-    return dtype_name(scores) == "float32" and peak > LARGE_SCORE[keys.order]
-
-
-def _peak(scores: Array) -> float:
-    """The largest absolute score; infinite if it is NaN, 0 while autograd records (it needs one path)."""
-    if needs_grad(scores):
-        return 0.0
-    peak = largest(scores)
-    return peak if peak == peak else float("inf")
-
-
-def _softmax(scores: Array, peak: float, template: Array) -> tuple[Array, Array]:
+def _softmax(scores: Array, order: Order, text: Array) -> tuple[Array, Array] | None:
     """``exp`` of scores ``[H, N, M]`` and its row sums ``[H, N, 1]``; their quotient is the softmax.
 
-    Overwrites ``scores``. The result has the dtype of ``template``.
+    Overwrites ``scores``. The result has the dtype of ``text``; None if float32 does not do.
     """
-    if is_torch(scores) or peak > SAFE_SCORE:
-        scores -= namespace(scores).amax(detach(scores), axis=-1, keepdims=True)
-    weights = exp_inplace(cast(scores, dtype_name(template)))
-    return weights, row_sums(weights)
+    if dtype_name(scores) == "float64" or needs_grad(scores):
+        return _shifted_softmax(scores, text)
+    if order is not Order.DIRECT and not largest(scores) <= LARGE_SCORE:
+        return None
+    weights, total = exp_and_sums(scores)
+    return (weights, total) if total.min() > 1 / LARGE_TOTAL and total.max() < LARGE_TOTAL else None
+
+
+def _shifted_softmax(scores: Array, text: Array) -> tuple[Array, Array]:
+    scores -= namespace(scores).amax(detach(scores), axis=-1, keepdims=True)
+    return exp_and_sums(cast(scores, dtype_name(text)))
 
 
 def _dot(a: Array, b: Array) -> Array:
     """``a @ b``, computed as ``(bᵀ aᵀ)ᵀ`` where the result is wider than high.
 
     OpenBLAS is up to three times as fast with the long side of the result first (the fewer the
-    tokens, the more it matters), and the transposed result costs nothing: it is a view.
+    tokens, the more it matters), and the transposed result costs nothing: it is a view. torch's libraries
+    round more that way round.
     """
-    return a @ b if a.shape[-2] >= b.shape[-1] else (b.mT @ a.mT).mT
+    if is_torch(a) or a.shape[-2] >= b.shape[-1]:
+        return a @ b
+    return (b.mT @ a.mT).mT
 
 
 def _split_heads(x: Array, num_heads: int) -> Array:
