@@ -18,6 +18,7 @@ Everything works on NumPy arrays and torch tensors alike; with torch, autograd f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property, lru_cache
@@ -48,6 +49,7 @@ class Maps:
     key_value: Array  # [2D, Di], F_k above F_v: one product gives keys and values
     out: Array  # [D, D]
     bias: Array  # [D], the constant c
+    exact: Callable[[], Maps] | None = None  # the same before rounding, in float64
 
     def like(self, template: Array, dtype: str) -> Maps:
         """The same as ``dtype`` where ``template`` lives."""
@@ -172,17 +174,15 @@ class Keys:
 
     order: Order
     num_heads: int
-    query: Array  # [D, Dt]
-    query_bias: Array  # [D]
-    key: Array  # [D, Di]
+    maps: Maps
     image: Array  # [M, Di]
     rows: Array  # DIRECT [H, M, d]; IMAGE [Dt, H*M]; TEXT None
     shift: Array  # IMAGE [H*M]: the query bias, met by every key; else None
 
     def queries(self, text: Array) -> Array:
         """``text [N, Dt]`` projected: ``[H, N, d]``."""
-        query = _dot(text, self.query.mT)  # [N, D]
-        query += self.query_bias
+        query = _dot(text, self.maps.query.mT)  # [N, D]
+        query += self.maps.query_bias
         return _split_heads(query, self.num_heads)  # [H, N, d]
 
     def scores(self, text: Array) -> Array:
@@ -194,29 +194,27 @@ class Keys:
             return _split_heads(flat, heads)
         query = self.queries(text)  # [H, N, d]
         if self.order is Order.TEXT:
-            wide = products_beside(_by_head(self.key, heads).mT, query.mT)  # [Di, H*N]
+            wide = products_beside(_by_head(self.maps.key, heads).mT, query.mT)  # [Di, H*N]
             return _dot(wide.mT, self.image.mT).reshape(heads, n, -1)
         return _dot(query, self.rows.mT)
 
     @cached_property
     def exact(self) -> Keys:
         """The same in float64."""
-        parts = (self.query, self.query_bias, self.key, self.image)
-        return see_keys(self.order, self.num_heads, *(cast(x, "float64") for x in parts))
+        maps = self.maps.exact() if self.maps.exact else self.maps.like(self.image, "float64")
+        return see_keys(self.order, self.num_heads, maps, cast(self.image, "float64"))
 
 
-def see_keys(
-    order: Order, num_heads: int, query: Array, query_bias: Array, key: Array, image: Array, keys: Array | None = None
-) -> Keys:
+def see_keys(order: Order, num_heads: int, maps: Maps, image: Array, keys: Array = None) -> Keys:
     """Compute `Keys`; ``keys [H, M, d]`` are the projected image rows if they are at hand."""
     rows: Array = None
     shift: Array = None
     if order is not Order.TEXT:
-        rows = keys if keys is not None else _split_heads(_dot(image, key.mT), num_heads)  # [H, M, d]
+        rows = keys if keys is not None else _split_heads(_dot(image, maps.key.mT), num_heads)  # [H, M, d]
     if order is Order.IMAGE:
-        shift = (rows @ query_bias.reshape(num_heads, -1, 1)).reshape(-1)  # [H*M]
-        rows = products_beside(_by_head(query, num_heads).mT, rows.mT)  # [Dt, H*M]
-    return Keys(order, num_heads, query, query_bias, key, image, rows, shift)
+        shift = (rows @ maps.query_bias.reshape(num_heads, -1, 1)).reshape(-1)  # [H*M]
+        rows = products_beside(_by_head(maps.query, num_heads).mT, rows.mT)  # [Dt, H*M]
+    return Keys(order, num_heads, maps, image, rows, shift)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +240,7 @@ def see(image: Array, maps: Maps, num_heads: int, plan: Plan) -> ImageSide:
         values = _split_heads(_dot(image, maps.value.mT), num_heads)  # [H, M, d]
     if plan.values is Order.IMAGE:
         values = products_beside(_by_head(maps.out.mT, num_heads).mT, values.mT)  # [D, H*M]
-    seen = see_keys(plan.scores, num_heads, maps.query, maps.query_bias, maps.key, image, keys)
+    seen = see_keys(plan.scores, num_heads, maps, image, keys)
     return ImageSide(maps, plan, num_heads, image, seen, values)
 
 
@@ -272,7 +270,7 @@ def meet(text: Array, side: ImageSide, *, need_weights: bool = False) -> tuple[A
 def _meet_by_heads(text: Array, side: ImageSide, keys: Keys, need_weights: bool) -> tuple[Array, Array | None]:
     # A few heads at a time, so that their scores are still in the cache when the values are taken.
     n, m, heads = len(text), len(side.image), side.num_heads
-    query = keys.queries(cast(text, dtype_name(keys.query)))  # [H, N, d]
+    query = keys.queries(cast(text, dtype_name(keys.image)))  # [H, N, d]
     step = heads if is_torch(text) else max(1, TILE // (n * m))
     mixed = empty((n, heads, query.shape[-1]), text)  # [N, H, d]
     dump = empty((heads, n, m), text) if need_weights else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, TypeVar, overload
 
 from fusecli import attention
@@ -169,7 +170,8 @@ class Weights:
             own = self.tensors["attention.out_proj.weight"]
             exact = attention.fold(self.layers(own, "float64"))
             self._cache.pop(("layers", *place(own), "float64"), None)  # twice the size of the checkpoint
-            return exact.like(template, dtype)
+            unrounded = None if dtype == "float64" else partial(self.folded, template, "float64")
+            return replace(exact.like(template, dtype), exact=unrounded)
 
         return self._kept("maps", template, dtype, make)
 
