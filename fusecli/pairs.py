@@ -151,8 +151,8 @@ def fuse_pair(
         InputError: a file is bad, or does not fit the weights; nothing has been written then.
         OutputError: the result cannot be written, or finite features gave numbers that its dtype cannot hold.
     """
-    _require_width(image, weights.image_dim)
-    _require_width(text, weights.text_dim)
+    _require_width(image, weights.image_dim, "image")
+    _require_width(text, weights.text_dim, "text")
     n, dtype, finite = text.shape[0], output.dtype or text.dtype, not output.allow_nonfinite
     compute = "float64" if {image.dtype, text.dtype} & {"float64", "longdouble"} else "float32"
     rows = to_device(cast(read_finite(image, finite), compute))
@@ -212,12 +212,12 @@ class _ArrayFile:
             self._sink.put(self._begin + (head * rows + start) * width * stored.itemsize, part)
 
 
-def _require_width(stored: Stored, width: int) -> None:
+def _require_width(stored: Stored, width: int, side: str) -> None:
     if stored.shape[1] != width:
         raise ShapeError(
             "features do not fit the weights",
             where=stored.where,
             found=f"{list(stored.shape)}, width {stored.shape[1]}",
             wanted=f"width {width}",
-            hint="make or name weights of this width: fusecli init --help",
+            hint=f"other weights, e.g. fusecli init -o weights.safetensors --{side}-dim {stored.shape[1]}",
         )

@@ -13,7 +13,8 @@ import typer
 
 from fusecli.cli.console import Debug, Json, Quiet, emit, note
 
-_CONE = "one image row: every text row gets the same vector, whatever it says"
+ONE_ROW = "one image row: every text row gets the same vector, whatever it says; use image regions, or --residual"
+KEPT_TEXT = "one image row: every text row has the same vector added to it, whatever it says"
 
 
 class Dtype(StrEnum):
@@ -81,13 +82,11 @@ def fuse(
     stored_image = pairs.find_features(image, "image", image_key)
     stored_text = pairs.find_features(text, "text", text_key)
     loaded = _weights(weights, num_heads, seed, residual)
-    form = pairs.Output(
-        output, dtype and dtype.value, format and format.value, attention, attention_mean, allow_nonfinite
-    )
     if weights is None:
         note(f"untrained weights (seed {seed}): the numbers mean nothing yet; pass --weights FILE", quiet)
     if stored_image.shape[0] == 1:
-        note(_CONE + ("" if loaded.config.residual else "; use image regions, or --residual"), quiet)
+        note(KEPT_TEXT if loaded.config.residual else ONE_ROW, quiet)
+    form = pairs.Output(output, dtype, format, attention, attention_mean, allow_nonfinite)
     try:
         done = pairs.fuse_pair(loaded, stored_image, stored_text, form, _mover(device))
     except BrokenPipeError:
@@ -95,24 +94,22 @@ def fuse(
             raise
         # Whoever stops reading one result has not said that the other is not wanted.
         raise OutputError("nobody reads it any more, so nothing was finished", where=output) from None
-    seconds = time.perf_counter() - started
+    facts = {
+        "output": output,
+        "shape": [done.n, done.dim],
+        "dtype": done.dtype,
+        "image": [done.m, loaded.image_dim],
+        "text": [done.n, loaded.text_dim],
+        "attention": attention,
+        "weights": weights,
+        "method": loaded.config.method,
+        "num_heads": loaded.config.num_heads,
+        "residual": loaded.config.residual,
+        "device": device,
+        "seconds": round(time.perf_counter() - started, 4),
+    }
     if json:
-        emit(
-            {
-                "output": output,
-                "shape": [done.n, done.dim],
-                "dtype": done.dtype,
-                "image": [done.m, stored_image.shape[1]],
-                "text": [done.n, stored_text.shape[1]],
-                "attention": attention,
-                "weights": weights,
-                "method": loaded.config.method,
-                "num_heads": loaded.config.num_heads,
-                "residual": loaded.config.residual,
-                "device": device,
-                "seconds": round(seconds, 4),
-            }
-        )
+        emit(facts)
     elif output != "-":
         note(f"{output}: [{done.n}, {done.dim}] {done.dtype} from {done.m} image and {done.n} text rows", quiet)
 
@@ -139,6 +136,9 @@ def _weights(path: str | None, num_heads: int | None, seed: int, residual: bool)
             "heads do not divide the width", where="--num-heads", found=str(num_heads), wanted="a divisor of 768"
         )
     loaded = checkpoint.load(path, num_heads) if path else checkpoint.init(num_heads=num_heads or 8, seed=seed)
+    if residual and loaded.text_dim != loaded.dim:
+        found = f"Dt={loaded.text_dim}, D={loaded.dim}"
+        raise UsageError("adds the text to the result, so it needs Dt = D", where="--residual", found=found)
     return loaded.with_options(residual=True) if residual else loaded
 
 
