@@ -107,6 +107,14 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path, suffix: str) -> None:
     assert _read(path).shape == (7, 9)
 
 
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.ones((9, 5), np.float32))
+    stored = open_tensors(str(tmp_path / "x.npy"))[""]
+    os.truncate(tmp_path / "x.npy", 200)
+    with pytest.raises(FileError, match="shrank"):
+        stored.read()
+
+
 @given(data=st.data(), suffix=st.sampled_from(["npy", "safetensors"]))
 def test_flipped_bits_give_an_array_or_an_error_of_ours(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, suffix: str
