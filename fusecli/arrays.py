@@ -1,8 +1,8 @@
 """The one seam between NumPy and torch.
 
 The mathematics is written once, over what both kinds of array share: ``@``, ``.mT``, ``reshape``,
-``swapaxes``, slices, ``namespace.amax(x, axis=...)``. What they do not share is here. torch is imported
-by `import_torch` alone: elsewhere a tensor can only come from a program that has imported it already.
+``swapaxes``, slices, ``namespace.amax(x, axis=...)``. What they do not share is here. Nothing but
+`import_torch` imports torch: a tensor can only come from a program that has imported it already.
 """
 
 from __future__ import annotations

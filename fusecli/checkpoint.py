@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from typing import Any, cast
 
@@ -22,15 +22,18 @@ from fusecli.fusion import Config, Weights, tensor_shapes
 
 METADATA_KEY = "fusecli"
 FORMAT = 1
-PT_SUFFIXES = (".pt", ".pth", ".bin")
+PT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
-def load(path: str | os.PathLike[str], num_heads: int | None = None) -> Weights:
+def load(
+    path: str | os.PathLike[str], num_heads: int | None = None, *, tell: Callable[[str], None] = lambda line: None
+) -> Weights:
     """Read a checkpoint: ours, or a bare ``state_dict`` (``.safetensors``, ``.pt``, ``.pth``, ``.bin``).
 
     Args:
         path: the file.
         num_heads: heads of a bare ``state_dict``, which does not say (default 8).
+        tell: is called with a line for the user when the number of heads had to be assumed.
 
     Raises:
         FileError: the file cannot be read, or is none of these.
@@ -39,7 +42,7 @@ def load(path: str | os.PathLike[str], num_heads: int | None = None) -> Weights:
     """
     path = os.fspath(path)
     if path.endswith(PT_SUFFIXES):
-        return _bare(_read_pt(path), path, num_heads)
+        return _bare(_read_pt(path), path, num_heads, tell)
     source = open_source(path)
     if sniff(source) != "safetensors":
         raise FileError(
@@ -53,7 +56,7 @@ def load(path: str | os.PathLike[str], num_heads: int | None = None) -> Weights:
             raise CheckpointError(error.what, where=error.where, found=error.found, wanted=error.wanted) from None
     saved = safetensors.metadata(source).get(METADATA_KEY)
     if saved is None:
-        return _bare(tensors, path, num_heads)
+        return _bare(tensors, path, num_heads, tell)
     config = _config(saved, path)
     if num_heads not in (None, config.num_heads):
         raise UsageError(
@@ -96,8 +99,11 @@ def _located(error: InputError, path: str) -> CheckpointError:
     return CheckpointError(error.what, where=where, found=error.found, wanted=error.wanted, hint=error.hint)
 
 
-def _bare(tensors: Mapping[str, Array], path: str, num_heads: int | None) -> Weights:
-    config = Config(num_heads=8 if num_heads is None else num_heads)
+def _bare(tensors: Mapping[str, Array], path: str, num_heads: int | None, tell: Callable[[str], None]) -> Weights:
+    if num_heads is None:
+        num_heads = 8
+        tell(f"{path} does not say its number of heads: 8 assumed; pass --num-heads if it has others")
+    config = Config(num_heads=num_heads)
     try:
         named = article_names(tensors)
     except CheckpointError as error:
@@ -108,12 +114,13 @@ def _bare(tensors: Mapping[str, Array], path: str, num_heads: int | None) -> Wei
 def article_names(tensors: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
     """A ``state_dict`` under the article's names.
 
-    A prefix that all names share goes; ``q/k/v_proj_weight`` (separate in `torch.nn.MultiheadAttention` when
-    it is built with ``kdim`` or ``vdim``) are stacked; layers built with ``bias=False`` get zeros.
+    The prefix of ``text_proj.weight`` goes from all names; ``q/k/v_proj_weight`` (separate in
+    `torch.nn.MultiheadAttention` when it is built with ``kdim`` or ``vdim``) are stacked; layers built with
+    ``bias=False`` get zeros.
     """
     names = list(tensors)
     marks = [name.removesuffix("text_proj.weight") for name in names if name.endswith("text_proj.weight")]
-    prefix = marks[0] if len(marks) == 1 and all(name.startswith(marks[0]) for name in names) else ""
+    prefix = marks[0] if len(marks) == 1 else ""
     named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     thirds = [f"attention.{letter}_proj_weight" for letter in "qkv"]
     if all(name in named for name in thirds):
@@ -219,8 +226,9 @@ def init(
         CheckpointError: the heads do not divide the width.
     """
     config = Config(num_heads=num_heads)
-    if feature_dim % num_heads:
-        raise _indivisible(feature_dim, num_heads)
+    if feature_dim < 1 or feature_dim % num_heads:
+        found = f"num_heads={num_heads}, D={feature_dim}"
+        raise CheckpointError("heads do not divide the width", found=found, wanted=f"a divisor of {feature_dim}")
     bits = np.random.MT19937()
     # torch seeds its generator likewise
     bits.state = cast(Any, np.random.RandomState(seed).get_state(legacy=False))
@@ -262,9 +270,3 @@ def identity(feature_dim: int = 768, num_heads: int = 1) -> Weights:
         if name.endswith("weight"):
             tensor.reshape(-1, feature_dim, feature_dim)[:] = np.eye(feature_dim, dtype=np.float32)
     return Weights(Config(num_heads=num_heads), tensors)
-
-
-def _indivisible(dim: int, num_heads: int) -> CheckpointError:
-    return CheckpointError(
-        "heads do not divide the width", found=f"num_heads={num_heads}, D={dim}", wanted=f"a divisor of {dim}"
-    )

@@ -5,7 +5,7 @@
     FusecliError                 1  could not finish
     ├── OutputError              1  the result cannot be written
     ├── DeviceError              1  the device asked for is not there
-    ├── MissingPackageError      1  an optional package is needed for this and absent
+    ├── MissingPackageError      1  a package is needed for this and absent
     ├── UsageError               2  the command line contradicts itself
     └── InputError               3  something that was read is bad
         ├── FileError            3  a file cannot be opened, or is not what its name says
@@ -14,7 +14,7 @@
         └── CheckpointError      3  a checkpoint lacks, adds or misshapes a tensor
 
 Every message says what, where, found and wanted; a hint is something that can be typed or done.
-The tree is caught in one place, ``fusecli.cli.main``.
+They become words for the user in one place, ``fusecli.cli``.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class DeviceError(FusecliError):
 
 
 class MissingPackageError(FusecliError):
-    """An optional package is needed and not installed."""
+    """A package is needed and not installed."""
 
 
 class UsageError(FusecliError):

@@ -237,11 +237,6 @@ class Seen:
         return out @ (value @ (weight @ image + bias) + value_bias) + out_bias
 
     @property
-    def row(self) -> Array | None:
-        """With ``M = 1``, the vector ``[D]`` that every fused row is (before the residual); else None."""
-        return self._row
-
-    @property
     def block_rows(self) -> int:
         """Text rows to pass at once, so that memory stays flat in ``N``."""
         if self._row is not None:

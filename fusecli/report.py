@@ -31,10 +31,10 @@ def describe(path: str, num_heads: int | None = None) -> dict[str, Any]:
         return {"file": path, **_of_checkpoint(weights), "tensors": listed}
     tensors = open_tensors(path)
     rows = [_scan(stored) for _, stored in sorted(tensors.items())]
+    stochastic = [row.pop("stochastic") for row in rows]
     if any(name.endswith("text_proj.weight") for name in tensors):
         return {"file": path, **_of_checkpoint(checkpoint.load(path, num_heads)), "tensors": rows}
     kind: dict[str, Any] = {"kind": "features"}
-    stochastic = [row.pop("stochastic") for row in rows]
     if stochastic == [True] and len(rows[0]["shape"]) in (2, 3):
         *heads, n, m = rows[0]["shape"]
         kind = {"kind": "attention", "heads": heads[0] if heads else "mean", "text_rows": n, "image_rows": m}

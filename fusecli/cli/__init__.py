@@ -1,4 +1,4 @@
-"""The command line: parse, call one function, show. Errors are caught here and nowhere else."""
+"""The command line: parse, call one function, show. Errors become words here."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _explain(error: Exception) -> int:
         complain(str(error), error.hint)
         return error.exit_code
     if isinstance(error, MemoryError):
-        complain(f"out of memory: {error}", "use smaller inputs, or fewer image rows")
+        complain(f"out of memory: {error}", "use smaller inputs, fewer image rows, or smaller widths")
     elif isinstance(error, OSError):
         complain(f"{error.filename or 'standard output'}: {error.strerror or error}", None)
     else:  # a mistake of ours

@@ -41,7 +41,10 @@ Weights = Annotated[
 
 def fuse(
     image: Annotated[
-        str, typer.Argument(metavar="IMAGE", help="Image features [M, Di]: .npy, .safetensors or - (stdin).")
+        str,
+        typer.Argument(
+            metavar="IMAGE", help="Image features [M, Di]: .npy, .safetensors or - (stdin; IMAGE before TEXT)."
+        ),
     ],
     text: Annotated[str, typer.Argument(metavar="TEXT", help="Text features [N, Dt], likewise.")],
     output: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="Fused features [N, D]; - is stdout.")],
@@ -53,17 +56,21 @@ def fuse(
         bool, typer.Option("--attention-mean", help="Write its mean over heads, [N, M].")
     ] = False,
     residual: Annotated[bool, typer.Option("--residual", help="Add the text to the result (Dt = D).")] = False,
-    image_key: Annotated[str | None, typer.Option(metavar="NAME", help="Tensor in IMAGE.")] = None,
-    text_key: Annotated[str | None, typer.Option(metavar="NAME", help="Tensor in TEXT.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Store as this.  [default: the text's]")] = None,
-    format: Annotated[Format | None, typer.Option(help="Of the output.  [default: by suffix, npy for -]")] = None,
-    num_heads: Annotated[
-        int | None, typer.Option(min=1, help="Heads of weights that do not say.  [default: 8]")
+    image_key: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the tensor in IMAGE.")] = None,
+    text_key: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the tensor in TEXT.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the output.  [default: the text's]")] = None,
+    format: Annotated[
+        Format | None, typer.Option(help="Format of the output.  [default: by suffix; npy for -]")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of untrained weights, without --weights.")] = 0,
+    num_heads: Annotated[
+        int | None, typer.Option(min=1, help="Number of heads, for weights that do not say it.  [default: 8]")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the untrained weights that are used without --weights.")
+    ] = 0,
     device: Annotated[str, typer.Option(metavar="cpu|cuda|cuda:N", help="Where to compute.")] = "cpu",
     allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Accept NaN and Inf in the features.")
+        bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf in the features through, into the output.")
     ] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -77,11 +84,11 @@ def fuse(
     from fusecli.errors import OutputError
 
     started = time.perf_counter()
-    _check_streams(output, attention, weights, json)
+    _check_options(output, attention, attention_mean, weights, json)
     pairs.refuse_same_file([output, attention], [image, text, weights])
     stored_image = pairs.find_features(image, "image", image_key)
     stored_text = pairs.find_features(text, "text", text_key)
-    loaded = _weights(weights, num_heads, seed, residual)
+    loaded = _weights(weights, num_heads, seed, residual, lambda line: note(line, quiet))
     if weights is None:
         note(f"untrained weights (seed {seed}): the numbers mean nothing yet; pass --weights FILE", quiet)
     if stored_image.shape[0] == 1:
@@ -114,11 +121,13 @@ def fuse(
         note(f"{output}: [{done.n}, {done.dim}] {done.dtype} from {done.m} image and {done.n} text rows", quiet)
 
 
-def _check_streams(output: str, attention: str | None, weights: str | None, json: bool) -> None:
+def _check_options(output: str, attention: str | None, attention_mean: bool, weights: str | None, json: bool) -> None:
     from fusecli.errors import UsageError
 
     if weights == "":
         raise UsageError("no file name", where="--weights", hint="leave it out for untrained weights")
+    if attention_mean and attention is None:
+        raise UsageError("needs a file to write to", where="--attention-mean", hint="add --attention FILE")
     if output != "-" and _is_our_terminal(output):
         output = "-"
     if "-" in (output, attention) and sys.stdout is not None and sys.stdout.isatty():
@@ -127,7 +136,7 @@ def _check_streams(output: str, attention: str | None, weights: str | None, json
         raise UsageError("--json and a result would both go to stdout", hint="write the result to a file")
 
 
-def _weights(path: str | None, num_heads: int | None, seed: int, residual: bool) -> Any:
+def _weights(path: str | None, num_heads: int | None, seed: int, residual: bool, tell: Callable[[str], None]) -> Any:
     from fusecli import checkpoint
     from fusecli.errors import UsageError
 
@@ -135,7 +144,10 @@ def _weights(path: str | None, num_heads: int | None, seed: int, residual: bool)
         raise UsageError(
             "heads do not divide the width", where="--num-heads", found=str(num_heads), wanted="a divisor of 768"
         )
-    loaded = checkpoint.load(path, num_heads) if path else checkpoint.init(num_heads=num_heads or 8, seed=seed)
+    if path:
+        loaded = checkpoint.load(path, num_heads, tell=tell)
+    else:
+        loaded = checkpoint.init(num_heads=num_heads or 8, seed=seed)
     if residual and loaded.text_dim != loaded.dim:
         found = f"Dt={loaded.text_dim}, D={loaded.dim}"
         raise UsageError("adds the text to the result, so it needs Dt = D", where="--residual", found=found)

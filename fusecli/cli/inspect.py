@@ -16,7 +16,7 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print one machine-readable object a file on stdout.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Say what files are.
+    """Show what files hold.
 
     Names, shapes, dtypes, norms of rows and number of NaN/Inf; of a checkpoint also method, heads, parameters
     and a fingerprint.

@@ -17,13 +17,15 @@ def init(
     output: Output,
     feature_dim: Annotated[int, typer.Option(min=1, max=MAX_WIDTH, help="D, the width of the fusion.")] = 768,
     text_dim: Annotated[
-        int | None, typer.Option(min=1, max=MAX_WIDTH, help="Dt, of the text features.  [default: D]")
+        int | None, typer.Option(min=1, max=MAX_WIDTH, help="Dt, the width of the text features.  [default: D]")
     ] = None,
     image_dim: Annotated[
-        int | None, typer.Option(min=1, max=MAX_WIDTH, help="Di, of the image features.  [default: D]")
+        int | None, typer.Option(min=1, max=MAX_WIDTH, help="Di, the width of the image features.  [default: D]")
     ] = None,
-    num_heads: Annotated[int | None, typer.Option(min=1, help="H.  [default: 8; 1 with --identity]")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the random numbers.")] = 0,
+    num_heads: Annotated[
+        int | None, typer.Option(min=1, help="H, the number of heads.  [default: 8; 1 with --identity]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the random numbers.")] = 0,
     identity: Annotated[
         bool, typer.Option("--identity", help="Identity projections: nothing to train, for spaces shared already.")
     ] = False,
@@ -41,7 +43,10 @@ def init(
 
     _want_safetensors(output)
     if identity and {text_dim or feature_dim, image_dim or feature_dim} != {feature_dim}:
-        raise UsageError("--identity needs equal widths", found=f"D={feature_dim}, Dt={text_dim}, Di={image_dim}")
+        raise UsageError(
+            "--identity needs equal widths",
+            found=f"D={feature_dim}, Dt={text_dim or feature_dim}, Di={image_dim or feature_dim}",
+        )
     heads = num_heads or (1 if identity else 8)
     if feature_dim % heads:
         raise UsageError(
@@ -59,12 +64,14 @@ def init(
 def convert(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A state_dict: .pt, .pth, .bin or .safetensors.")],
     output: Output,
-    num_heads: Annotated[int | None, typer.Option(min=1, help="H; a state_dict does not say.  [default: 8]")] = None,
+    num_heads: Annotated[
+        int | None, typer.Option(min=1, help="H, the number of heads; a state_dict does not say it.  [default: 8]")
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Turn a PyTorch checkpoint into ours.
+    """Convert a PyTorch checkpoint to .safetensors.
 
     fusecli convert model.pt -o fusion.safetensors --num-heads 8
     """
@@ -72,9 +79,7 @@ def convert(
 
     _want_safetensors(output)
     pairs.refuse_same_file([output], [model])
-    weights = checkpoint.load(model, num_heads)
-    if num_heads is None:
-        note(f"num_heads: {weights.config.num_heads}", quiet)
+    weights = checkpoint.load(model, num_heads, tell=lambda line: note(line, quiet))
     _write(weights, output, json, quiet)
 
 
@@ -93,6 +98,7 @@ def _write(weights: Any, output: str, json: bool, quiet: bool) -> None:
         "output": output,
         "method": weights.config.method,
         "num_heads": weights.config.num_heads,
+        "residual": weights.config.residual,
         "dim": weights.dim,
         "text_dim": weights.text_dim,
         "image_dim": weights.image_dim,

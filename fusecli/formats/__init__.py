@@ -43,7 +43,8 @@ def sniff(source: Source) -> str:
     """
     start = read_bytes(source, 0, 9)
     if not start:
-        raise FileError("is empty", where=source.name, wanted=".npy or .safetensors")
+        what = "has ended, no array came" if source.name == "<stdin>" else "is empty"
+        raise FileError(what, where=source.name, wanted=".npy or .safetensors")
     if npy.MAGIC.startswith(start[:6]):
         return "npy"
     if start[8:9] == b"{" or source.name.endswith(safetensors.SUFFIXES):

@@ -93,7 +93,7 @@ def _parse(source: Source, name: str, entry: Any, begin: int) -> tuple[Stored, t
     require_sane(shape, where)
     # Codes are upper case, our names lower: an unknown code cannot pass for a dtype that is read.
     stored = Stored(source, name, tuple(shape), NAMES.get(code, code.upper()), begin + first)
-    bits = OTHER_BITS.get(code) if code in OTHER_BITS else None
+    bits = OTHER_BITS.get(code)
     wanted = math.prod(shape) * bits // 8 if bits else stored.nbytes if code in NAMES else last - first
     if last - first != wanted:
         raise FileError(

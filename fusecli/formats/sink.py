@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shlex
 import stat
@@ -101,7 +102,7 @@ def open_sink(path: str) -> Iterator[Sink]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        hint = {28: "free some space, or write elsewhere"}.get(error.errno or 0)
+        hint = {errno.ENOSPC: "free some space, or write elsewhere"}.get(error.errno or 0)
         raise OutputError("cannot be written", where=shown, found=error.strerror or str(error), hint=hint) from error
 
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
 
+from fusecli.arrays import FLOAT_NAMES
 from fusecli.errors import FileError, ShapeError, ValuesError
 
 NumpyArray: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
@@ -19,7 +20,7 @@ NumpyArray: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 #: What a pipe is read by; a header that lies costs at most this much memory.
 CHUNK = 2**20
 
-FLOATS = {"float16", "bfloat16", "float32", "float64", "longdouble"}
+FLOATS = frozenset(FLOAT_NAMES)
 
 
 class Source(Protocol):
@@ -95,7 +96,7 @@ def open_source(path: str) -> Source:
     """Open ``path`` for reading; ``-`` is standard input.
 
     Raises:
-        FileError: it is missing, unreadable, a directory or empty.
+        FileError: it is missing, unreadable or a directory.
     """
     if path == "-":
         if sys.stdin is None or sys.stdin.closed:
