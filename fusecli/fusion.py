@@ -240,7 +240,7 @@ class Seen:
     def block_rows(self) -> int:
         """Text rows to pass at once, so that memory stays flat in ``N``."""
         if self._row is not None:
-            return BLOCK_ROWS // 8  # nothing to compute: a block that stays in the cache
+            return BLOCK_ROWS // 64  # nothing to compute: a block that stays in the cache
         return max(1, min(BLOCK_ROWS, BLOCK_SCORES // (self.weights.config.num_heads * self.m)))
 
     def blocks(self) -> Iterator[slice]:
