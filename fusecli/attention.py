@@ -304,10 +304,6 @@ def _mix(weights: Array, total: Array | None, side: ImageSide) -> Array:
         mixed = _dot(weights, side.values)  # [H, N, d]
     if total is not None:
         mixed /= total
-    return _out(mixed, side)
-
-
-def _out(mixed: Array, side: ImageSide) -> Array:
     joined = mixed.swapaxes(0, 1).reshape(mixed.shape[1], -1)  # [H, N, d] -> [N, D]
     return _finish(joined, side.maps.out.mT, side)
 

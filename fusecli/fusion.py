@@ -169,18 +169,22 @@ class Weights:
         def make() -> attention.Maps:
             own = self.tensors["attention.out_proj.weight"]
             exact = attention.fold(self.layers(own, "float64"))
-            self._cache.pop(("layers", *place(own), "float64"), None)  # twice the size of the checkpoint
+            self._cache.pop(self._key("layers", own, "float64"), None)  # twice the size of the checkpoint
             unrounded = None if dtype == "float64" else partial(self.folded, template, "float64")
             return replace(exact.like(template, dtype), exact=unrounded)
 
         return self._kept("maps", template, dtype, make)
 
     def _kept(self, what: str, template: Array, dtype: str, make: Callable[[], Kept]) -> Kept:
-        key = (what, *place(template), dtype)
+        key = self._key(what, template, dtype)
         if key not in self._cache:
             self._cache[key] = make()
         kept: Kept = self._cache[key]
         return kept
+
+    def _key(self, what: str, template: Array, dtype: str) -> tuple[str, ...]:
+        # `with_options` shares the cache, and the maps hold 1/sqrt(d).
+        return (what, str(self.config.num_heads), *place(template), dtype)
 
 
 #: Scores of one block of text rows at most, in numbers: 32 MiB of float32.
@@ -239,13 +243,11 @@ class Seen:
     @property
     def block_rows(self) -> int:
         """Text rows to pass at once, so that memory stays flat in ``N``."""
-        if self._row is not None:
-            return BLOCK_ROWS // 64  # nothing to compute: a block that stays in the cache
         return max(1, min(BLOCK_ROWS, BLOCK_SCORES // (self.weights.config.num_heads * self.m)))
 
-    def blocks(self) -> Iterator[slice]:
-        """The rows ``0..N``, a block at a time."""
-        step = self.block_rows
+    def blocks(self, most: int = BLOCK_ROWS) -> Iterator[slice]:
+        """The rows ``0..N``, a block of at most ``most`` at a time."""
+        step = min(self.block_rows, most)
         return (slice(start, min(start + step, self.n)) for start in range(0, self.n, step))
 
     def meet(self, text: Array, *, need_weights: bool = False) -> tuple[Array, Array | None]:

@@ -86,6 +86,10 @@ def read_finite(stored: Stored, finite: bool = True, rows: slice | None = None) 
     return block
 
 
+#: Text rows of a block that is only checked and answered, with M = 1: it stays in the cache.
+COPIED_ROWS = 128
+
+
 @dataclass(frozen=True)
 class Output:
     """Where results go and in what form."""
@@ -158,7 +162,7 @@ def fuse_pair(
     rows = to_device(cast(read_finite(image, finite), compute))
     with np.errstate(all="ignore"):  # what overflows is found by looking
         seen = Seen(weights, rows, rows, n, compute)
-    blocks = list(seen.blocks())
+    blocks = list(seen.blocks(COPIED_ROWS) if seen.m == 1 else seen.blocks())
     first = read_finite(text, finite, blocks[0])
     if is_stream(output.path):  # what has gone into a pipe cannot be taken back: look before writing
         for block in blocks[1:]:

@@ -95,6 +95,13 @@ def test_residual_adds_the_text(drawn: tuple[Weights, Any, Any]) -> None:
         np.testing.assert_allclose(added, text, atol=2e-6)
 
 
+def test_other_heads_are_not_served_from_the_cache(drawn: tuple[Weights, Any, Any]) -> None:
+    weights, image, text = drawn
+    fuse(weights, image, text)
+    fresh = Weights(Config(num_heads=2), weights.tensors)
+    np.testing.assert_array_equal(fuse(weights.with_options(num_heads=2), image, text), fuse(fresh, image, text))
+
+
 @pytest.mark.parametrize("text_dtype", FLOATS)
 @pytest.mark.parametrize("image_dtype", FLOATS)
 def test_the_output_has_the_texts_dtype(drawn: tuple[Weights, Any, Any], text_dtype: str, image_dtype: str) -> None:
