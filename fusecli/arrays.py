@@ -170,6 +170,29 @@ def products_beside(a: Array, b: Array) -> Array:
     return beside.reshape(a.shape[1], -1)
 
 
+#: Rows that are multiplied together by `rows_apart`.
+ROWS_APART = 4
+#: OpenBLAS multiplies matrices of up to so many multiplications without copying them first.
+SMALL_PRODUCT = 10**6
+
+
+def rows_apart(x: Array, weight: Array) -> Array:
+    """``x [B, K] @ weightᵀ`` as ``[B, D]``, where the numbers of a row depend on no other row, nor on ``B``.
+
+    A matrix product rounds differently for different numbers of rows. So NumPy gets products of one size
+    only, `ROWS_APART` rows, of zeros if need be.
+    """
+    if is_torch(x):
+        return x @ weight.mT
+    b, (dim, width) = len(x), weight.shape
+    tiles = np.zeros((-(-b // ROWS_APART), ROWS_APART, width), x.dtype)
+    tiles.reshape(-1, width)[:b] = x
+    parts = next((p for p in range(1, 65) if dim % p == 0 and dim // p * width * ROWS_APART <= SMALL_PRODUCT), 1)
+    blocks = weight.reshape(parts, 1, dim // parts, width)
+    product = blocks @ tiles.mT  # [parts, tiles, dim / parts, 4]
+    return product.transpose(1, 3, 0, 2).reshape(-1, dim)[:b]
+
+
 def detach(x: Array) -> Array:
     """``x`` without its history, so that no gradient flows through what is computed from it."""
     return x.detach() if is_torch(x) else x

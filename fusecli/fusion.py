@@ -25,6 +25,7 @@ from fusecli.arrays import (
     needs_grad,
     ones,
     place,
+    rows_apart,
 )
 from fusecli.errors import CheckpointError, ShapeError
 
@@ -193,6 +194,19 @@ BLOCK_SCORES = 2**23
 BLOCK_ROWS = 2**13
 
 
+def single_rows(weights: Weights, images: Array) -> Array:
+    """What every token gets from an image of one row, for ``images [B, Di]`` of one row each: ``[B, D]``.
+
+    Softmax over one key is 1: the text drops out, and ``W_o (W_v (W_i x + b_i) + b_v) + b_o`` is left. Three
+    products with a vector: folding them would cost more than a thousand pairs save. The numbers of an image do
+    not depend on the others beside it.
+    """
+    layers = weights.layers(images, dtype_name(images))
+    for weight, bias in (layers.image, layers.thirds()[2], layers.out_proj):
+        images = rows_apart(images, weight) + bias  # [B, D]
+    return images
+
+
 class Seen:
     """One image, ready to meet text in blocks of rows: the single path of every fusion.
 
@@ -203,22 +217,34 @@ class Seen:
         n: rows that the text has in all blocks together; the plan depends on it.
         dtype: ``"float32"`` or ``"float64"``, what to compute in.
         training: compute with the layers as they are instead of folded maps, so that autograd reaches them.
+        row: the answer of one image row, from `single_rows`, in place of ``image``.
 
     Raises:
         ShapeError: the image has other axes, no rows, or a width other than ``Di``.
     """
 
     def __init__(
-        self, weights: Weights, image: Array, template: Array, n: int, dtype: str, *, training: bool = False
+        self,
+        weights: Weights,
+        image: Array,
+        template: Array,
+        n: int,
+        dtype: str,
+        *,
+        training: bool = False,
+        row: Array = None,
     ) -> None:
-        image = as_rows(image, "image", weights.image_dim)
-        self.weights, self.n, self.m, self._dtype = weights, n, len(image), dtype
-        image = cast(like(image, template), dtype)
+        self.weights, self.n, self.m, self._dtype = weights, n, 1, dtype
         self._text_layer: tuple[Array, Array] | None = None
-        self._row: Array | None = None
         self._side: attention.ImageSide | None = None
+        self._row: Array | None = row
+        if row is not None:
+            return
+        image = as_rows(image, "image", weights.image_dim)
+        self.m = len(image)
+        image = cast(like(image, template), dtype)
         if self.m == 1 and not training:
-            self._row = self._single(image[0], template)  # [D]
+            self._row = single_rows(weights, image)[0]  # [D]
             return
         if training:
             layers = weights.layers(template, dtype)
@@ -231,14 +257,6 @@ class Seen:
             heads = weights.config.num_heads
             plan = attention.plan(n, self.m, weights.dim, weights.text_dim, weights.image_dim, heads)
         self._side = attention.see(image, maps, weights.config.num_heads, plan)
-
-    def _single(self, image: Array, template: Array) -> Array:
-        # Softmax over one key is 1: the text drops out, every token gets W_o (W_v (W_i x + b_i) + b_v) + b_o.
-        # Three products with a vector: folding them would cost more than a thousand pairs save.
-        layers = self.weights.layers(template, self._dtype)
-        (weight, bias), (value, value_bias) = layers.image, layers.thirds()[2]
-        out, out_bias = layers.out_proj
-        return out @ (value @ (weight @ image + bias) + value_bias) + out_bias
 
     @property
     def block_rows(self) -> int:

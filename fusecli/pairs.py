@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from time import perf_counter
+from typing import TypeAlias
 
 import numpy as np
 
 from fusecli.arrays import Array, cast, first_nonfinite, to_numpy
 from fusecli.errors import FileError, OutputError, ShapeError, UsageError, ValuesError
-from fusecli.formats import NumpyArray, Stored, format_of, is_stream, itemsize, open_sink, open_tensors
+from fusecli.formats import NumpyArray, Sink, Stored, format_of, itemsize, open_sink, open_tensors
 from fusecli.fusion import Seen, Weights
 
 #: Names that encoders and dataset tools give their tensors, the most telling first.
@@ -24,19 +26,20 @@ KNOWN_NAMES = {
 SHARED_NAMES = ("last_hidden_state", "features", "embeddings", "hidden_states")
 
 
-def find_features(path: str, side: str, key: str | None = None) -> Stored:
+def find_features(path: str, side: str, key: str | None = None, whole: int = 0) -> Stored:
     """The image or text features in a file, not read yet.
 
     Args:
         path: ``.npy`` or ``.safetensors``; ``-`` is standard input.
         side: ``"image"`` or ``"text"``, for well-known names and messages.
         key: the tensor's name; else the only tensor, else the only one with a well-known name.
+        whole: files of up to so many bytes are read at once.
 
     Raises:
         FileError: the file cannot be used, or it does not say which tensor is meant.
         ShapeError, ValuesError: the tensor holds no rows of floats.
     """
-    tensors = open_tensors(path)
+    tensors = open_tensors(path, whole)
     stored = _choose(tensors, path, side, key)
     stored.require_float()
     return stored.as_rows()
@@ -89,17 +92,42 @@ def read_finite(stored: Stored, finite: bool = True, rows: slice | None = None) 
 #: Text rows of a block that is only checked and answered, with M = 1: it stays in the cache.
 COPIED_ROWS = 128
 
+#: Opens the place of one result: ``(name, shape, dtype)`` to a sink and the offset where the numbers begin.
+Opener: TypeAlias = Callable[[str, tuple[int, ...], str], AbstractContextManager[tuple[Sink, int]]]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Output:
     """Where results go and in what form."""
 
-    path: str
-    dtype: str | None = None  # None: the text's
-    format: str | None = None  # None: by suffix
-    attention: str | None = None
+    fused: Opener
+    attention: Opener | None = None
     attention_mean: bool = False  # [N, M] instead of [H, N, M]
-    allow_nonfinite: bool = False
+    dtype: str | None = None  # None: the text's
+    finite: bool = True  # refuse NaN and Inf
+    stream: bool = False  # what has gone out cannot be taken back
+
+
+def to_file(path: str, format: str | None = None) -> Opener:
+    """Results into one file, in ``format`` or by its suffix; ``-`` is standard output."""
+
+    @contextmanager
+    def opener(name: str, shape: tuple[int, ...], dtype: str) -> Iterator[tuple[Sink, int]]:
+        header: bytes = format_of(path, format).header(name, shape, dtype, {})
+        with open_sink(path) as sink:
+            sink.put(0, header)
+            yield sink, len(header)
+
+    return opener
+
+
+@dataclass(slots=True)
+class Seconds:
+    """Where the time went."""
+
+    read: float = 0.0
+    fuse: float = 0.0
+    write: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -135,12 +163,28 @@ def _identity(path: str, standard: int) -> object:
     return "-" if path == "-" else object()  # pipes and devices may be named as often as one likes
 
 
+def compute_dtype_of(image: Stored, text: Stored) -> str:
+    """What a pair is computed in: ``"float64"`` if a side is wider than 32 bits, else ``"float32"``."""
+    return "float64" if image.dtype in WIDE or text.dtype in WIDE else "float32"
+
+
+WIDE = ("float64", "longdouble")
+
+
+def require_fit(weights: Weights, image: Stored, text: Stored) -> None:
+    """Raise `ShapeError` if the widths of a pair are not those of the weights."""
+    _require_width(image, weights.image_dim, "image")
+    _require_width(text, weights.text_dim, "text")
+
+
 def fuse_pair(
     weights: Weights,
     image: Stored,
     text: Stored,
     output: Output,
     to_device: Callable[[NumpyArray], Array] = lambda x: x,
+    row: Array = None,
+    seconds: Seconds | None = None,
 ) -> Fused:
     """Read a pair, fuse it, write it: text rows go through in blocks, memory stays flat in ``N``.
 
@@ -150,57 +194,73 @@ def fuse_pair(
         text: from `find_features`.
         output: where and how to write.
         to_device: moves an array to where the work is done.
+        row: what `fusecli.fusion.single_rows` gave for this image, if it has been asked already.
+        seconds: the time taken is added to it.
 
     Raises:
         InputError: a file is bad, or does not fit the weights; nothing has been written then.
         OutputError: the result cannot be written, or finite features gave numbers that its dtype cannot hold.
     """
-    _require_width(image, weights.image_dim, "image")
-    _require_width(text, weights.text_dim, "text")
-    n, dtype, finite = text.shape[0], output.dtype or text.dtype, not output.allow_nonfinite
-    compute = "float64" if {image.dtype, text.dtype} & {"float64", "longdouble"} else "float32"
-    rows = to_device(cast(read_finite(image, finite), compute))
-    with np.errstate(all="ignore"):  # what overflows is found by looking
-        seen = Seen(weights, rows, rows, n, compute)
+    require_fit(weights, image, text)
+    n, finite, compute = text.shape[0], output.finite, compute_dtype_of(image, text)
+    clock = _Clock(seconds or Seconds())
+    if row is None:
+        rows = to_device(cast(read_finite(image, finite), compute))
+        clock.lap("read")
+        with np.errstate(all="ignore"):  # what overflows is found by looking
+            seen = Seen(weights, rows, rows, n, compute)
+        clock.lap("fuse")
+    else:
+        seen = Seen(weights, None, row, n, compute, row=row)
     blocks = list(seen.blocks(COPIED_ROWS) if seen.m == 1 else seen.blocks())
     first = read_finite(text, finite, blocks[0])
-    if is_stream(output.path):  # what has gone into a pipe cannot be taken back: look before writing
+    if output.stream:  # look before writing
         for block in blocks[1:]:
             read_finite(text, finite, block)
+    clock.lap("read")
+    dtype = output.dtype or text.dtype
     with ExitStack() as stack, np.errstate(all="ignore"):
-        fused = _ArrayFile(stack, output.path, output.format, "fused", (n, weights.dim), dtype, finite)
+        fused = _ArrayFile(stack, output.fused, "fused", (n, weights.dim), dtype, finite)
         attention = None
         if output.attention:
             shape = (n, seen.m) if output.attention_mean else (weights.config.num_heads, n, seen.m)
-            attention = _ArrayFile(stack, output.attention, None, "attention", shape, compute, finite)
+            attention = _ArrayFile(stack, output.attention, "attention", shape, compute, finite)
+        clock.lap("write")
         for block in blocks:
             part = first if block.start == 0 else read_finite(text, finite, block)
+            clock.lap("read")
             result, attended = seen.meet(to_device(cast(part, compute)), need_weights=attention is not None)
-            fused.put_rows(block.start, to_numpy(result))
+            result = to_numpy(result)
+            clock.lap("fuse")
+            fused.put_rows(block.start, result)
             if attention:
                 attended = to_numpy(attended)
                 attention.put_rows(block.start, attended.mean(0) if output.attention_mean else attended)
+            clock.lap("write")
+    clock.lap("write")
     return Fused(n, seen.m, weights.dim, dtype)
+
+
+class _Clock:
+    """Adds the time since its last lap to one of the `Seconds`."""
+
+    def __init__(self, seconds: Seconds) -> None:
+        self._seconds, self._last = seconds, perf_counter()
+
+    def lap(self, what: str) -> None:
+        now = perf_counter()
+        setattr(self._seconds, what, getattr(self._seconds, what) + now - self._last)
+        self._last = now
 
 
 class _ArrayFile:
     """An array written in blocks along its last axis but one."""
 
     def __init__(
-        self,
-        stack: ExitStack,
-        path: str,
-        format: str | None,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: str,
-        finite: bool,
+        self, stack: ExitStack, opener: Opener, name: str, shape: tuple[int, ...], dtype: str, finite: bool
     ) -> None:
-        self._shape, self._dtype, self._where, self._finite = shape, dtype, path, finite
-        header: bytes = format_of(path, format).header(name, shape, dtype, {})
-        self._begin = len(header)
-        self._sink = stack.enter_context(open_sink(path))
-        self._sink.put(0, header)
+        self._shape, self._dtype, self._finite = shape, dtype, finite
+        self._sink, self._begin = stack.enter_context(opener(name, shape, dtype))
 
     def put_rows(self, start: int, block: NumpyArray) -> None:
         """Write ``block [n, width]`` or ``[H, n, width]`` from row ``start`` on."""
@@ -210,7 +270,7 @@ class _ArrayFile:
             row = bad[-2] + start
             found = f"{float(block[bad]):.4g} in row {row}, column {bad[-1]}"
             hint = "pass --dtype float32" if itemsize(self._dtype) < 4 else "scale the features down"
-            raise OutputError(f"result does not fit {self._dtype}", where=self._where, found=found, hint=hint)
+            raise OutputError(f"result does not fit {self._dtype}", where=self._sink.name, found=found, hint=hint)
         rows, width = self._shape[-2:]
         for head, part in enumerate(stored if stored.ndim == 3 else stored[None]):
             self._sink.put(self._begin + (head * rows + start) * width * stored.itemsize, part)

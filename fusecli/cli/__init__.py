@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
 import traceback
@@ -46,6 +47,10 @@ def options(
 
 def main() -> None:
     """Run the command line and exit with its code; see `fusecli.errors` for the codes."""
+    # Libraries that multiply on several threads round differently for different numbers of them. One thread
+    # gives the same bytes on every machine size, from `fuse` and from any number of workers of `batch`.
+    for library in ("OPENBLAS", "MKL", "OMP", "BLIS", "VECLIB"):
+        os.environ[f"{library}_NUM_THREADS"] = "1"
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # they are for us, not for users
     for number in (signal.SIGTERM, signal.SIGHUP):

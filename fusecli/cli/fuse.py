@@ -82,6 +82,7 @@ def fuse(
     """
     from fusecli import pairs
     from fusecli.errors import OutputError
+    from fusecli.formats import is_stream
 
     started = time.perf_counter()
     _check_options(output, attention, attention_mean, weights, json)
@@ -93,7 +94,14 @@ def fuse(
         note(f"untrained weights (seed {seed}): the numbers mean nothing yet; pass --weights FILE", quiet)
     if stored_image.shape[0] == 1:
         note(KEPT_TEXT if loaded.config.residual else ONE_ROW, quiet)
-    form = pairs.Output(output, dtype, format, attention, attention_mean, allow_nonfinite)
+    form = pairs.Output(
+        pairs.to_file(output, format),
+        pairs.to_file(attention) if attention else None,
+        attention_mean=attention_mean,
+        dtype=dtype,
+        finite=not allow_nonfinite,
+        stream=is_stream(output),
+    )
     try:
         done = pairs.fuse_pair(loaded, stored_image, stored_text, form, _mover(device))
     except BrokenPipeError:

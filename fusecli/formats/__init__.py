@@ -12,12 +12,13 @@ from types import ModuleType
 
 from fusecli.errors import FileError, UsageError
 from fusecli.formats import npy, safetensors
-from fusecli.formats.sink import Sink, is_stream, open_sink
+from fusecli.formats.sink import FileSink, Sink, is_stream, open_sink, replacing
 from fusecli.formats.source import FLOATS, NumpyArray, Source, Stored, itemsize, open_source, read_bytes
 
 __all__ = [
     "FLOATS",
     "FORMATS",
+    "FileSink",
     "NumpyArray",
     "Sink",
     "Source",
@@ -29,6 +30,7 @@ __all__ = [
     "open_source",
     "open_tensors",
     "read_bytes",
+    "replacing",
     "sniff",
 ]
 
@@ -57,13 +59,15 @@ def sniff(source: Source) -> str:
     raise FileError("not a feature file", where=source.name, found=found, wanted=".npy or .safetensors", hint=hint)
 
 
-def open_tensors(path: str) -> dict[str, Stored]:
+def open_tensors(path: str, whole: int = 0) -> dict[str, Stored]:
     """Every array in the file at ``path`` (``-`` is standard input), by name; ``""`` in a ``.npy``.
+
+    Regular files of up to ``whole`` bytes are read at once.
 
     Raises:
         FileError: it is missing, unreadable, empty, cut short or of no known format.
     """
-    source = open_source(path)
+    source = open_source(path, whole)
     tensors: dict[str, Stored] = FORMATS[sniff(source)].open_tensors(source)
     return tensors
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import io
 import struct
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from fusecli.errors import FileError, UsageError, ValuesError
+from fusecli.errors import FileError, InputError, UsageError, ValuesError
 from fusecli.formats.source import Source, Stored, StreamSource, read_bytes, require_sane
 
 MAGIC = b"\x93NUMPY"
@@ -38,12 +39,18 @@ def open_tensors(source: Source) -> dict[str, Stored]:
     header = read_bytes(source, at, length)
     if len(header) < length:
         raise FileError("cut short in its header", where=source.name, found=f"{len(header)} bytes", wanted=f"{length}")
-    stored = _parse(source, header.decode("latin1" if start[6] < 3 else "utf8", "replace"), at + length)
+    try:
+        shape, dtype, big_endian, fortran = _parse(header.decode("latin1" if start[6] < 3 else "utf8", "replace"))
+    except InputError as error:
+        raise type(error)(error.what, where=source.name, found=error.found, wanted=error.wanted) from None
+    stored = Stored(source, "", shape, dtype, at + length, big_endian, fortran)
     _check_length(stored)
     return {"": stored}
 
 
-def _parse(source: Source, text: str, offset: int) -> Stored:
+@lru_cache(maxsize=256)  # the files of a collection differ in little but their numbers
+def _parse(text: str) -> tuple[tuple[int, ...], str, bool, bool]:
+    """Shape, name of the dtype, big-endian, Fortran order."""
     try:
         header = ast.literal_eval(text.strip())
         descr, fortran, shape = header["descr"], header["fortran_order"], header["shape"]
@@ -51,16 +58,12 @@ def _parse(source: Source, text: str, offset: int) -> Stored:
             raise ValueError
         dtype = np.dtype(descr)
     except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError):
-        raise FileError("the header makes no sense", where=source.name, found=repr(text[:80])) from None
-    require_sane(shape, source.name)
+        raise FileError("the header makes no sense", found=repr(text[:80])) from None
+    require_sane(shape, None)
     if dtype.hasobject:
-        raise ValuesError(
-            "holds pickled Python objects, which are never loaded",
-            where=source.name,
-            found="object dtype",
-            wanted="a float dtype",
-        )
-    return Stored(source, "", shape, _name(dtype), offset, dtype.byteorder == ">", fortran)
+        what = "holds pickled Python objects, which are never loaded"
+        raise ValuesError(what, found="object dtype", wanted="a float dtype")
+    return shape, _name(dtype), dtype.byteorder == ">", fortran
 
 
 def _name(dtype: np.dtype[Any]) -> str:
@@ -91,6 +94,11 @@ def header(name: str, shape: tuple[int, ...], dtype: str, metadata: dict[str, st
     Raises:
         UsageError: ``dtype`` is bfloat16, which the format cannot name.
     """
+    return _header(shape, dtype)
+
+
+@lru_cache(maxsize=256)
+def _header(shape: tuple[int, ...], dtype: str) -> bytes:
     if dtype == "bfloat16":
         raise UsageError(
             ".npy cannot name bfloat16", found="dtype bfloat16", hint="write .safetensors, or pass --dtype float32"

@@ -117,13 +117,23 @@ def _whole_file(path: str) -> Iterator[Sink]:
     if not os.path.isdir(folder):
         raise OutputError("no such folder", where=path, found=folder, hint=f"mkdir -p {shlex.quote(folder)}")
     temporary = os.path.join(folder, f".fusecli-{os.urandom(6).hex()}.tmp")
+    with replacing(target, temporary) as fd:
+        yield FileSink(path, fd)
+
+
+@contextlib.contextmanager
+def replacing(target: str, temporary: str) -> Iterator[int]:
+    """A descriptor of the new file ``temporary``, which becomes ``target`` at the end, or goes after an error.
+
+    Both must lie on one file system.
+    """
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         try:
-            yield FileSink(path, fd)
+            yield fd
         finally:
             os.close(fd)
-        os.replace(temporary, target)
+        os.rename(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)

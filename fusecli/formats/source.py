@@ -63,6 +63,24 @@ class FileSource:
             os.close(self.fd)
 
 
+@dataclass(frozen=True, slots=True)
+class BytesSource:
+    """A small file, read at once: one system call instead of one for each part of it."""
+
+    name: str
+    data: bytes
+
+    def size(self) -> int | None:
+        """Bytes in the file."""
+        return len(self.data)
+
+    def read_into(self, offset: int, target: memoryview) -> int:
+        """See `Source`."""
+        part = memoryview(self.data)[offset : offset + len(target)]
+        target[: len(part)] = part
+        return len(part)
+
+
 @dataclass
 class StreamSource:
     """A pipe: read as far as asked, never further, so that a second array may follow the first."""
@@ -92,8 +110,12 @@ class StreamSource:
         return len(self._held)
 
 
-def open_source(path: str) -> Source:
+def open_source(path: str, whole: int = 0) -> Source:
     """Open ``path`` for reading; ``-`` is standard input.
+
+    Args:
+        path: the file.
+        whole: regular files of up to so many bytes are read at once and closed.
 
     Raises:
         FileError: it is missing, unreadable or a directory.
@@ -108,17 +130,24 @@ def open_source(path: str) -> Source:
         raise FileError("no such file", where=path) from None
     except (OSError, ValueError) as error:
         raise FileError("cannot be opened", where=path, found=_reason(error)) from None
-    return _on_descriptor(path, fd)
+    return _on_descriptor(path, fd, whole)
 
 
-def _on_descriptor(name: str, fd: int) -> Source:
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISDIR(mode):
+def _on_descriptor(name: str, fd: int, whole: int) -> Source:
+    info = os.fstat(fd)
+    if stat.S_ISDIR(info.st_mode):
         os.close(fd)
         raise FileError("is a directory", where=name, wanted="a feature file", hint="name a file in it")
-    if stat.S_ISREG(mode) and os.lseek(fd, 0, os.SEEK_CUR) == 0:
+    if not stat.S_ISREG(info.st_mode) or os.lseek(fd, 0, os.SEEK_CUR):
+        return StreamSource(name, fd)
+    if info.st_size > whole:
         return FileSource(name, fd)
-    return StreamSource(name, fd)
+    try:
+        return BytesSource(name, os.read(fd, info.st_size))
+    except OSError as error:
+        raise FileError("cannot be read", where=name, found=_reason(error)) from None
+    finally:
+        os.close(fd)
 
 
 def _reason(error: Exception) -> str:
@@ -131,6 +160,8 @@ def read_bytes(source: Source, offset: int, count: int) -> bytes:
     Raises:
         FileError: the system cannot read it.
     """
+    if isinstance(source, BytesSource):
+        return source.data[offset : offset + count]
     size = source.size()
     if size is not None:
         count = max(0, min(count, size - offset))
@@ -237,7 +268,7 @@ class Stored:
         return np.ascontiguousarray(block.byteswap() if self.big_endian else block)
 
 
-def require_sane(shape: Any, where: str) -> None:
+def require_sane(shape: Any, where: str | None) -> None:
     """Raise `FileError` unless ``shape`` is a list of axes that some array could have."""
     sane = len(shape) <= 32 and all(type(n) is int and 0 <= n < 2**62 for n in shape)
     if sane:
