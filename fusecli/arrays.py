@@ -7,6 +7,7 @@ The mathematics is written once, over what both kinds of array share: ``@``, ``.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -112,7 +113,7 @@ def to_device(name: str) -> Callable[[Array], Array]:
     if int(number or 0) >= torch.cuda.device_count():
         wanted = f"cuda:0 to cuda:{torch.cuda.device_count() - 1}"
         raise DeviceError("no such CUDA device", where="--device", found=name, wanted=wanted)
-    return lambda x: torch.from_numpy(x).to(name)
+    return lambda x: torch.from_numpy(x if x.flags.writeable else x.copy()).to(name)
 
 
 def place(x: Array) -> tuple[str, str]:
@@ -216,7 +217,7 @@ def first_nonfinite(x: Array) -> tuple[int, ...] | None:
         # anything else is looked at again.
         flat = x.reshape(-1)
         with np.errstate(over="ignore", invalid="ignore"):
-            if np.isfinite(np.dot(flat, flat)):
+            if math.isfinite(np.dot(flat, flat)):
                 return None
     bad = ~np.isfinite(x)
     return tuple(int(i) for i in np.unravel_index(int(bad.argmax()), x.shape)) if bad.any() else None

@@ -261,10 +261,13 @@ def meet(text: Array, side: ImageSide, *, need_weights: bool = False) -> tuple[A
     if weighed is None:
         weighed = _shifted_softmax(side.keys.exact.scores(cast(text, "float64")), text)
     weights, total = weighed  # [H, N, M], [H, N, 1]
+    divided: Array = None
     if need_weights or side.plan.values is Order.IMAGE:
-        weights = weights / total  # not in place: autograd still needs the exponentials
-        total = None
-    return _mix(weights, total, side), weights if need_weights else None
+        divided = weights / total  # not in place: autograd still needs the exponentials
+    if side.plan.values is Order.IMAGE:
+        weights, total = divided, None
+    # Asking for the weights does not change the result.
+    return _mix(weights, total, side), divided if need_weights else None
 
 
 def _meet_by_heads(text: Array, side: ImageSide, keys: Keys, need_weights: bool) -> tuple[Array, Array | None]:

@@ -234,7 +234,7 @@ class Seen:
         training: bool = False,
         row: Array = None,
     ) -> None:
-        self.weights, self.n, self.m, self._dtype = weights, n, 1, dtype
+        self.weights, self.n, self.m, self.dtype = weights, n, 1, dtype
         self._text_layer: tuple[Array, Array] | None = None
         self._side: attention.ImageSide | None = None
         self._row: Array | None = row
@@ -259,6 +259,11 @@ class Seen:
         self._side = attention.see(image, maps, weights.config.num_heads, plan)
 
     @property
+    def rows_alike(self) -> bool:
+        """Whether all fused rows are the same vector."""
+        return self._row is not None and not self.weights.config.residual
+
+    @property
     def block_rows(self) -> int:
         """Text rows to pass at once, so that memory stays flat in ``N``."""
         return max(1, min(BLOCK_ROWS, BLOCK_SCORES // (self.weights.config.num_heads * self.m)))
@@ -274,7 +279,7 @@ class Seen:
         Returns:
             Fused rows ``[n, D]`` and, if asked for, attention ``[H, n, M]``, in the dtype of computing.
         """
-        text = cast(text, self._dtype)
+        text = cast(text, self.dtype)
         if self._row is not None:
             fused = filled((len(text), self.weights.dim), self._row)
             heads = self.weights.config.num_heads

@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TypeAlias
-
-import numpy as np
+from typing import Any, TypeAlias
 
 from fusecli.arrays import Array, cast, first_nonfinite, to_numpy
 from fusecli.errors import FileError, OutputError, ShapeError, UsageError, ValuesError
@@ -46,6 +44,8 @@ def find_features(path: str, side: str, key: str | None = None, whole: int = 0) 
 
 
 def _choose(tensors: dict[str, Stored], path: str, side: str, key: str | None) -> Stored:
+    if key is None and len(tensors) == 1:
+        return next(iter(tensors.values()))
     names = sorted(tensors)
     listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
     if key is not None and "" not in tensors:
@@ -54,8 +54,6 @@ def _choose(tensors: dict[str, Stored], path: str, side: str, key: str | None) -
         raise FileError("no such tensor", where=f"{path}[{key}]", found=listed or "no tensors")
     if key is not None:
         raise FileError("a .npy has one array without a name", where=path, hint=f"leave out --{side}-key")
-    if len(tensors) == 1:
-        return next(iter(tensors.values()))
     for known in (KNOWN_NAMES[side], SHARED_NAMES):
         for name in known:
             if name in tensors:
@@ -163,18 +161,12 @@ def _identity(path: str, standard: int) -> object:
     return "-" if path == "-" else object()  # pipes and devices may be named as often as one likes
 
 
-def compute_dtype_of(image: Stored, text: Stored) -> str:
+def compute_dtype_of(*sides: Stored) -> str:
     """What a pair is computed in: ``"float64"`` if a side is wider than 32 bits, else ``"float32"``."""
-    return "float64" if image.dtype in WIDE or text.dtype in WIDE else "float32"
+    return "float64" if any(side.dtype in WIDE for side in sides) else "float32"
 
 
 WIDE = ("float64", "longdouble")
-
-
-def require_fit(weights: Weights, image: Stored, text: Stored) -> None:
-    """Raise `ShapeError` if the widths of a pair are not those of the weights."""
-    _require_width(image, weights.image_dim, "image")
-    _require_width(text, weights.text_dim, "text")
 
 
 def fuse_pair(
@@ -201,82 +193,104 @@ def fuse_pair(
         InputError: a file is bad, or does not fit the weights; nothing has been written then.
         OutputError: the result cannot be written, or finite features gave numbers that its dtype cannot hold.
     """
-    require_fit(weights, image, text)
+    require_width(image, weights.image_dim, "image")
+    require_width(text, weights.text_dim, "text")
+    seconds = seconds or Seconds()
     n, finite, compute = text.shape[0], output.finite, compute_dtype_of(image, text)
-    clock = _Clock(seconds or Seconds())
-    if row is None:
-        rows = to_device(cast(read_finite(image, finite), compute))
-        clock.lap("read")
-        with np.errstate(all="ignore"):  # what overflows is found by looking
-            seen = Seen(weights, rows, rows, n, compute)
-        clock.lap("fuse")
-    else:
-        seen = Seen(weights, None, row, n, compute, row=row)
+    began = perf_counter()
+    rows = to_device(cast(read_finite(image, finite), compute)) if row is None else row
+    read = perf_counter()
+    seen = Seen(weights, rows, rows, n, compute, row=row)
+    looked = perf_counter()
     blocks = list(seen.blocks(COPIED_ROWS) if seen.m == 1 else seen.blocks())
     first = read_finite(text, finite, blocks[0])
     if output.stream:  # look before writing
         for block in blocks[1:]:
             read_finite(text, finite, block)
-    clock.lap("read")
+    seconds.read = perf_counter() - looked + read - began
+    seconds.fuse = looked - read
     dtype = output.dtype or text.dtype
-    with ExitStack() as stack, np.errstate(all="ignore"):
-        fused = _ArrayFile(stack, output.fused, "fused", (n, weights.dim), dtype, finite)
-        attention = None
+    with _Opened(output.fused, "fused", (n, weights.dim), dtype, finite) as fused:
         if output.attention:
             shape = (n, seen.m) if output.attention_mean else (weights.config.num_heads, n, seen.m)
-            attention = _ArrayFile(stack, output.attention, "attention", shape, compute, finite)
-        clock.lap("write")
-        for block in blocks:
-            part = first if block.start == 0 else read_finite(text, finite, block)
-            clock.lap("read")
-            result, attended = seen.meet(to_device(cast(part, compute)), need_weights=attention is not None)
-            result = to_numpy(result)
-            clock.lap("fuse")
-            fused.put_rows(block.start, result)
-            if attention:
-                attended = to_numpy(attended)
-                attention.put_rows(block.start, attended.mean(0) if output.attention_mean else attended)
-            clock.lap("write")
-    clock.lap("write")
+            with _Opened(output.attention, "attention", shape, compute, finite) as attention:
+                _fuse_blocks(seen, text, blocks, first, fused, attention, output, to_device, seconds)
+        else:
+            _fuse_blocks(seen, text, blocks, first, fused, None, output, to_device, seconds)
+    seconds.write = perf_counter() - began - seconds.read - seconds.fuse
     return Fused(n, seen.m, weights.dim, dtype)
 
 
-class _Clock:
-    """Adds the time since its last lap to one of the `Seconds`."""
+def _fuse_blocks(
+    seen: Seen,
+    text: Stored,
+    blocks: list[slice],
+    part: NumpyArray,
+    fused: _ArrayFile,
+    attention: _ArrayFile | None,
+    output: Output,
+    to_device: Callable[[NumpyArray], Array],
+    seconds: Seconds,
+) -> None:
+    for block in blocks:
+        start = perf_counter()
+        if block.start:
+            part = read_finite(text, output.finite, block)
+        read = perf_counter()
+        result, attended = seen.meet(to_device(cast(part, seen.dtype)), need_weights=attention is not None)
+        result = to_numpy(result)
+        seconds.read += read - start
+        seconds.fuse += perf_counter() - read
+        fused.put_rows(block.start, result, alike=seen.rows_alike)
+        if attention:
+            attended = to_numpy(attended)
+            attention.put_rows(block.start, attended.mean(0) if output.attention_mean else attended)
 
-    def __init__(self, seconds: Seconds) -> None:
-        self._seconds, self._last = seconds, perf_counter()
 
-    def lap(self, what: str) -> None:
-        now = perf_counter()
-        setattr(self._seconds, what, getattr(self._seconds, what) + now - self._last)
-        self._last = now
+class _Opened:
+    """A context that gives an `_ArrayFile` at the place that ``opener`` opens."""
+
+    __slots__ = ("_dtype", "_finite", "_place", "_shape")
+
+    def __init__(self, opener: Opener, name: str, shape: tuple[int, ...], dtype: str, finite: bool) -> None:
+        self._place = opener(name, shape, dtype)
+        self._shape, self._dtype, self._finite = shape, dtype, finite
+
+    def __enter__(self) -> _ArrayFile:
+        sink, begin = self._place.__enter__()
+        return _ArrayFile(sink, begin, self._shape, self._dtype, self._finite)
+
+    def __exit__(self, *error: Any) -> None:
+        self._place.__exit__(*error)
 
 
 class _ArrayFile:
     """An array written in blocks along its last axis but one."""
 
-    def __init__(
-        self, stack: ExitStack, opener: Opener, name: str, shape: tuple[int, ...], dtype: str, finite: bool
-    ) -> None:
-        self._shape, self._dtype, self._finite = shape, dtype, finite
-        self._sink, self._begin = stack.enter_context(opener(name, shape, dtype))
+    __slots__ = ("_begin", "_dtype", "_finite", "_shape", "_sink")
 
-    def put_rows(self, start: int, block: NumpyArray) -> None:
-        """Write ``block [n, width]`` or ``[H, n, width]`` from row ``start`` on."""
+    def __init__(self, sink: Sink, begin: int, shape: tuple[int, ...], dtype: str, finite: bool) -> None:
+        self._sink, self._begin, self._shape, self._dtype, self._finite = sink, begin, shape, dtype, finite
+
+    def put_rows(self, start: int, block: NumpyArray, alike: bool = False) -> None:
+        """Write ``block [n, width]`` or ``[H, n, width]`` from row ``start`` on; ``alike`` if all rows are equal."""
         stored = cast(block, self._dtype)
-        bad = first_nonfinite(stored) if self._finite else None
+        bad = first_nonfinite(stored[:1] if alike else stored) if self._finite else None
         if bad is not None:
             row = bad[-2] + start
             found = f"{float(block[bad]):.4g} in row {row}, column {bad[-1]}"
             hint = "pass --dtype float32" if itemsize(self._dtype) < 4 else "scale the features down"
             raise OutputError(f"result does not fit {self._dtype}", where=self._sink.name, found=found, hint=hint)
+        if stored.ndim == 2:
+            self._sink.put(self._begin + start * self._shape[1] * stored.itemsize, stored)
+            return
         rows, width = self._shape[-2:]
-        for head, part in enumerate(stored if stored.ndim == 3 else stored[None]):
+        for head, part in enumerate(stored):
             self._sink.put(self._begin + (head * rows + start) * width * stored.itemsize, part)
 
 
-def _require_width(stored: Stored, width: int, side: str) -> None:
+def require_width(stored: Stored, width: int, side: str) -> None:
+    """Raise `ShapeError` if the rows of a side are not ``width`` wide."""
     if stored.shape[1] != width:
         raise ShapeError(
             "features do not fit the weights",

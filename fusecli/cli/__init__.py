@@ -12,6 +12,7 @@ import warnings
 import typer
 
 from fusecli import __version__
+from fusecli.cli.batch import batch
 from fusecli.cli.console import complain
 from fusecli.cli.fuse import fuse
 from fusecli.cli.inspect import inspect
@@ -28,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich takes longer to import than the help to read
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (fuse, init, convert, inspect):
+for command in (fuse, batch, init, convert, inspect):
     app.command(cls=LightCommand)(command)
 
 

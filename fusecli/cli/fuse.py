@@ -80,16 +80,18 @@ def fuse(
 
     fusecli fuse image.npy text.npy -o fused.npy
     """
+    import numpy as np
+
     from fusecli import pairs
     from fusecli.errors import OutputError
     from fusecli.formats import is_stream
 
     started = time.perf_counter()
-    _check_options(output, attention, attention_mean, weights, json)
+    _check_options(output, attention, attention_mean, json)
     pairs.refuse_same_file([output, attention], [image, text, weights])
     stored_image = pairs.find_features(image, "image", image_key)
     stored_text = pairs.find_features(text, "text", text_key)
-    loaded = _weights(weights, num_heads, seed, residual, lambda line: note(line, quiet))
+    loaded = load_weights(weights, num_heads, seed, residual, lambda line: note(line, quiet))
     if weights is None:
         note(f"untrained weights (seed {seed}): the numbers mean nothing yet; pass --weights FILE", quiet)
     if stored_image.shape[0] == 1:
@@ -103,7 +105,8 @@ def fuse(
         stream=is_stream(output),
     )
     try:
-        done = pairs.fuse_pair(loaded, stored_image, stored_text, form, _mover(device))
+        with np.errstate(all="ignore"):  # what overflows is found by looking
+            done = pairs.fuse_pair(loaded, stored_image, stored_text, form, _mover(device))
     except BrokenPipeError:
         if attention is None:
             raise
@@ -129,11 +132,9 @@ def fuse(
         note(f"{output}: [{done.n}, {done.dim}] {done.dtype} from {done.m} image and {done.n} text rows", quiet)
 
 
-def _check_options(output: str, attention: str | None, attention_mean: bool, weights: str | None, json: bool) -> None:
+def _check_options(output: str, attention: str | None, attention_mean: bool, json: bool) -> None:
     from fusecli.errors import UsageError
 
-    if weights == "":
-        raise UsageError("no file name", where="--weights", hint="leave it out for untrained weights")
     if attention_mean and attention is None:
         raise UsageError("needs a file to write to", where="--attention-mean", hint="add --attention FILE")
     if output != "-" and _is_our_terminal(output):
@@ -144,10 +145,15 @@ def _check_options(output: str, attention: str | None, attention_mean: bool, wei
         raise UsageError("--json and a result would both go to stdout", hint="write the result to a file")
 
 
-def _weights(path: str | None, num_heads: int | None, seed: int, residual: bool, tell: Callable[[str], None]) -> Any:
+def load_weights(
+    path: str | None, num_heads: int | None, seed: int, residual: bool, tell: Callable[[str], None]
+) -> Any:
+    """The weights that a command was asked to use, untrained ones if none."""
     from fusecli import checkpoint
     from fusecli.errors import UsageError
 
+    if path == "":
+        raise UsageError("no file name", where="--weights", hint="leave it out for untrained weights")
     if not path and num_heads and 768 % num_heads:
         raise UsageError(
             "heads do not divide the width", where="--num-heads", found=str(num_heads), wanted="a divisor of 768"

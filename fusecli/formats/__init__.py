@@ -12,25 +12,28 @@ from types import ModuleType
 
 from fusecli.errors import FileError, UsageError
 from fusecli.formats import npy, safetensors
-from fusecli.formats.sink import FileSink, Sink, is_stream, open_sink, replacing
-from fusecli.formats.source import FLOATS, NumpyArray, Source, Stored, itemsize, open_source, read_bytes
+from fusecli.formats.sink import FileSink, Replacing, Sink, is_stream, open_sink
+from fusecli.formats.source import FLOATS, NumpyArray, Source, Stored, as_bytes, itemsize, open_source, read_bytes
 
 __all__ = [
     "FLOATS",
     "FORMATS",
     "FileSink",
     "NumpyArray",
+    "Replacing",
     "Sink",
     "Source",
     "Stored",
+    "as_bytes",
     "format_of",
     "is_stream",
     "itemsize",
+    "npy",
     "open_sink",
     "open_source",
     "open_tensors",
     "read_bytes",
-    "replacing",
+    "safetensors",
     "sniff",
 ]
 

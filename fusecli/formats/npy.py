@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
-import struct
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -31,30 +31,29 @@ def open_tensors(source: Source) -> dict[str, Stored]:
         raise FileError("cut short in its header", where=source.name, found=f"{len(start)} bytes")
     if start[6] not in (1, 2, 3):
         raise FileError("unknown .npy version", where=source.name, found=str(start[6]), wanted="1, 2 or 3")
-    length, at = (
-        (struct.unpack("<H", start[8:10])[0], 10) if start[6] == 1 else (struct.unpack("<I", start[8:12])[0], 12)
-    )
+    at = 10 if start[6] == 1 else 12
+    length = int.from_bytes(start[8:at], "little")
     if length > MAX_HEADER:
         raise FileError("absurd header", where=source.name, found=f"{length} bytes", wanted=f"at most {MAX_HEADER}")
     header = read_bytes(source, at, length)
     if len(header) < length:
         raise FileError("cut short in its header", where=source.name, found=f"{len(header)} bytes", wanted=f"{length}")
     try:
-        shape, dtype, big_endian, fortran = _parse(header.decode("latin1" if start[6] < 3 else "utf8", "replace"))
+        shape, dtype, big_endian, fortran, nbytes = _parse(header, start[6] < 3)
     except InputError as error:
         raise type(error)(error.what, where=source.name, found=error.found, wanted=error.wanted) from None
-    stored = Stored(source, "", shape, dtype, at + length, big_endian, fortran)
-    _check_length(stored)
-    return {"": stored}
+    _check_length(source, at + length, shape, dtype, nbytes)
+    return {"": Stored(source, "", shape, dtype, at + length, big_endian, fortran)}
 
 
 @lru_cache(maxsize=256)  # the files of a collection differ in little but their numbers
-def _parse(text: str) -> tuple[tuple[int, ...], str, bool, bool]:
-    """Shape, name of the dtype, big-endian, Fortran order."""
+def _parse(header: bytes, latin: bool) -> tuple[tuple[int, ...], str, bool, bool, int]:
+    """Shape, name of the dtype, big-endian, Fortran order, bytes of the data."""
+    text = header.decode("latin1" if latin else "utf8", "replace")
     try:
-        header = ast.literal_eval(text.strip())
-        descr, fortran, shape = header["descr"], header["fortran_order"], header["shape"]
-        if len(header) != 3 or type(fortran) is not bool or type(shape) is not tuple or type(descr) not in (str, list):
+        fields = ast.literal_eval(text.strip())
+        descr, fortran, shape = fields["descr"], fields["fortran_order"], fields["shape"]
+        if len(fields) != 3 or type(fortran) is not bool or type(shape) is not tuple or type(descr) not in (str, list):
             raise ValueError
         dtype = np.dtype(descr)
     except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError):
@@ -63,7 +62,7 @@ def _parse(text: str) -> tuple[tuple[int, ...], str, bool, bool]:
     if dtype.hasobject:
         what = "holds pickled Python objects, which are never loaded"
         raise ValuesError(what, found="object dtype", wanted="a float dtype")
-    return shape, _name(dtype), dtype.byteorder == ">", fortran
+    return shape, _name(dtype), dtype.byteorder == ">", fortran, math.prod(shape) * dtype.itemsize
 
 
 def _name(dtype: np.dtype[Any]) -> str:
@@ -71,20 +70,15 @@ def _name(dtype: np.dtype[Any]) -> str:
     return "longdouble" if plain == np.longdouble and plain != np.float64 else plain.name
 
 
-def _check_length(stored: Stored) -> None:
-    try:
-        nbytes = stored.nbytes
-    except TypeError:  # a dtype without a name of its own, such as a record
-        return
-    end = stored.offset + nbytes
-    source = stored.source
+def _check_length(source: Source, offset: int, shape: tuple[int, ...], dtype: str, nbytes: int) -> None:
+    end = offset + nbytes
     size = source.load(end) if isinstance(source, StreamSource) else source.size()
     if size is not None and size < end:
         raise FileError(
             "cut short",
             where=source.name,
-            found=f"{size - stored.offset} bytes of data",
-            wanted=f"{nbytes} for {list(stored.shape)} {stored.dtype}",
+            found=f"{size - offset} bytes of data",
+            wanted=f"{nbytes} for {list(shape)} {dtype}",
         )
 
 

@@ -29,14 +29,24 @@ class Sink(Protocol):
 
 
 class FileSink:
-    """A temporary file, written by position."""
+    """A file, written by position; ``head`` are its first bytes, which go out with those that follow them."""
 
-    def __init__(self, name: str, fd: int) -> None:
-        self.name, self._fd = name, fd
+    __slots__ = ("_fd", "_head", "name")
+
+    def __init__(self, name: str, fd: int, head: bytes = b"") -> None:
+        self.name, self._fd, self._head = name, fd, head
 
     def put(self, offset: int, data: bytes | NumpyArray) -> None:
         """See `Sink`."""
         view = _as_bytes(data)
+        if self._head:
+            head, self._head = self._head, b""
+            together = offset == len(head)
+            done = os.pwritev(self._fd, [head, view[:PIECE]] if together else [head], 0) - len(head)
+            if done < 0:
+                self.put(0, head)
+            elif together:
+                view, offset = view[done:], offset + done
         while view:
             done = os.pwrite(self._fd, view[:PIECE], offset)
             view, offset = view[done:], offset + done
@@ -116,25 +126,39 @@ def _whole_file(path: str) -> Iterator[Sink]:
     folder = os.path.dirname(target)
     if not os.path.isdir(folder):
         raise OutputError("no such folder", where=path, found=folder, hint=f"mkdir -p {shlex.quote(folder)}")
-    temporary = os.path.join(folder, f".fusecli-{os.urandom(6).hex()}.tmp")
-    with replacing(target, temporary) as fd:
+    with Replacing(target, os.path.join(folder, f".fusecli-{os.urandom(6).hex()}.tmp")) as fd:
         yield FileSink(path, fd)
 
 
-@contextlib.contextmanager
-def replacing(target: str, temporary: str) -> Iterator[int]:
-    """A descriptor of the new file ``temporary``, which becomes ``target`` at the end, or goes after an error.
+class Replacing:
+    """Gives a descriptor of the new file ``temporary``, which becomes ``target`` at the end, or goes after an error.
 
     Both must lie on one file system.
     """
-    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
+
+    __slots__ = ("_fd", "_target", "_temporary")
+
+    def __init__(self, target: str, temporary: str) -> None:
+        self._target, self._temporary = target, temporary
+
+    def __enter__(self) -> int:
+        return self.create()
+
+    def create(self) -> int:
+        """Begin; returns the descriptor."""
+        self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        return self._fd
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
-            yield fd
+            os.close(self._fd)
+            if kind is None:
+                os.rename(self._temporary, self._target)
+                return
+        except BaseException:
+            kind = BaseException
+            raise
         finally:
-            os.close(fd)
-        os.rename(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+            if kind is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(self._temporary)

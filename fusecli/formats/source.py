@@ -8,6 +8,7 @@ import stat
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
@@ -206,6 +207,8 @@ class Stored:
         Raises:
             ShapeError: other axes, or no rows.
         """
+        if len(self.shape) == 2 and 0 not in self.shape:
+            return self
         shape = self.shape[1:] if len(self.shape) == 3 and self.shape[0] == 1 else self.shape
         shape = (1, *shape) if len(shape) == 1 else shape
         if len(shape) != 2:
@@ -235,9 +238,16 @@ class Stored:
         shape = (rows.stop - rows.start, *self.shape[1:]) if self.shape else ()
         if self.fortran and shape != self.shape:
             return self._read_columns(rows) if len(shape) == 2 else self.read()[rows]
-        block = np.empty(shape[::-1] if self.fortran else shape, self._numpy_dtype())
-        row_bytes = block.nbytes // max(1, len(block)) if block.ndim else block.nbytes
-        self._fill(block, self.offset + (0 if self.fortran else rows.start * row_bytes))
+        dtype = self._numpy_dtype()
+        begin = self.offset
+        if not self.fortran:
+            begin += rows.start * math.prod(shape[1:]) * dtype.itemsize
+        stored = shape[::-1] if self.fortran else shape
+        if isinstance(self.source, BytesSource):
+            block = np.frombuffer(self.source.data, dtype, math.prod(shape), begin).reshape(stored)
+        else:
+            block = np.empty(stored, dtype)
+            self._fill(block, begin)
         return self._native(block.T if self.fortran else block)
 
     def _read_columns(self, rows: slice) -> NumpyArray:
@@ -282,6 +292,7 @@ def as_bytes(x: NumpyArray) -> memoryview:
     return memoryview(cast(Any, x.reshape(-1).view(np.uint8)))
 
 
+@lru_cache(maxsize=64)
 def itemsize(dtype: str) -> int:
     """Bytes of one number of ``dtype``."""
     return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize

@@ -1,0 +1,180 @@
+"""Where pairs come from: matched collections, a manifest, or lines of one that arrive in time."""
+
+from __future__ import annotations
+
+import os
+import select
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+
+from fusecli.batch.job import Item, Outcome, Task, failed
+from fusecli.batch.plan import ITEM_PAIRS, Match, Shard
+from fusecli.collections import Collection, Entry, Manifest, Place
+from fusecli.errors import FileError, InputError
+
+#: Ids without work after which it is told how far we are.
+TELL = 4096
+#: Says what is known of an id without any work, None if it is to be done.
+Keep = Callable[[str], Outcome | None]
+
+
+@dataclass
+class Pairs:
+    """Pairs that are all known before the work begins."""
+
+    ids: list[str]
+    places: Callable[[str], tuple[Place, Place]]  # raises InputError for a pair that cannot be used
+    known: list[Outcome] = field(default_factory=list)  # pairs that cannot be done, and why
+
+
+def from_collections(images: Collection, texts: Collection, found: Match) -> Pairs:
+    """What `fusecli.batch.plan.match` brought together."""
+    known = [Outcome(id, "missing", {"missing": "text"}) for id in found.no_text]
+    known += [Outcome(id, "missing", {"missing": "image"}) for id in found.no_image]
+    return Pairs(found.both, lambda name: (images.place(name), texts.place(name)), known)
+
+
+def from_manifest(path: str, shard: Shard | None = None) -> Pairs:
+    """The pairs that a manifest names, in its order.
+
+    Raises:
+        FileError: it cannot be read, or has no header. A line that makes no sense is an outcome.
+    """
+    entries: dict[str, Entry] = {}
+    known: list[Outcome] = []
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
+            reader = Manifest(path, os.path.dirname(path))
+            for line in lines:
+                _enter(reader, line, shard, entries, known)
+    except OSError as error:
+        raise FileError("cannot be read", where=path, found=error.strerror) from None
+    return Pairs(list(entries), lambda name: entries[name][2:], known)
+
+
+def _enter(
+    reader: Manifest, line: str, shard: Shard | None, entries: dict[str, Entry], known: list[Outcome]
+) -> Entry | None:
+    """Take one line: to ``entries``, or to ``known`` if it fails."""
+    try:
+        entry = reader.read(line)
+    except InputError as error:
+        if reader.headless:
+            raise
+        known.append(failed(f"line {reader.line}", error))
+        return None
+    if entry is None or (shard and not shard.has(entry.id)):
+        return None
+    if entry.id in entries:
+        where = f"{reader.name}, line {entry.line}"
+        found = f"{entry.id}, also in line {entries[entry.id].line}"
+        known.append(failed(f"line {entry.line}", FileError("an id twice", where=where, found=found)))
+        return None
+    entries[entry.id] = entry
+    return entry
+
+
+class ListFeed:
+    """Items of `Pairs`, made as they are taken."""
+
+    def __init__(self, pairs: Pairs, ids: Iterable[str], keep: Keep, size: int, limit: int | None) -> None:
+        self._pairs, self._ids, self._keep, self._size = pairs, iter(ids), keep, size
+        self._left = limit
+        self._known: list[Outcome] = []
+        self._ended = False
+
+    def take(self) -> Item | None:
+        """See `Items`."""
+        item: Item = []
+        size = self._size if self._left is None else min(self._size, self._left)
+        while len(item) < size and len(self._known) < TELL:
+            ids = list(islice(self._ids, size - len(item)))
+            if not ids:
+                break
+            item += [task for id in ids if (task := self._task(id))]
+        if self._left is not None:
+            self._left -= len(item)
+        self._ended = not item and len(self._known) < TELL
+        return item or None
+
+    def _task(self, id: str) -> Task | None:
+        known = self._keep(id)
+        if known is None:
+            try:
+                return Task(id, *self._pairs.places(id))
+            except InputError as error:
+                known = failed(id, error)
+        self._known.append(known)
+        return None
+
+    def ended(self) -> bool:
+        """See `Items`."""
+        return self._ended
+
+    def fileno(self) -> int | None:
+        """See `Items`: they are all there."""
+        return None
+
+    def outcomes(self) -> list[Outcome]:
+        """What has become known since the last call."""
+        known, self._known = self._known, []
+        return known
+
+
+class StreamFeed:
+    """Items of a manifest on standard input: each line is work as soon as it is there."""
+
+    def __init__(self, fd: int, shard: Shard | None, keep: Keep, limit: int | None) -> None:
+        self._fd, self._shard, self._keep, self._left = fd, shard, keep, limit
+        self._reader = Manifest("<stdin>", "")
+        self._entries: dict[str, Entry] = {}
+        self._waiting: deque[Task] = deque()
+        self._rest = b""
+        self._known: list[Outcome] = []
+        self._ended = False
+
+    def take(self) -> Item | None:
+        """See `Items`; never waits."""
+        if not self._waiting and not self._ended and select.select([self._fd], [], [], 0)[0]:
+            self._read()
+        count = min(len(self._waiting), max(1, min(ITEM_PAIRS, len(self._waiting) // 4)))
+        return [self._waiting.popleft() for _ in range(count)] or None
+
+    def _read(self) -> None:
+        data = os.read(self._fd, 2**16)
+        self._ended = not data
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if self._ended and self._rest:
+            lines, self._rest = [self._rest], b""
+        for line in lines:
+            entry = _enter(
+                self._reader, line.decode("utf-8", "surrogateescape"), self._shard, self._entries, self._known
+            )
+            if entry:
+                known = self._keep(entry.id)
+                if known:
+                    self._known.append(known)
+                elif self._left != 0:
+                    self._waiting.append(Task(entry.id, entry.image, entry.text))
+                    self._left = None if self._left is None else self._left - 1
+        self._ended |= self._left == 0
+
+    def ended(self) -> bool:
+        """See `Items`."""
+        return self._ended and not self._waiting
+
+    def fileno(self) -> int | None:
+        """See `Items`."""
+        return None if self._ended or self._waiting else self._fd
+
+    def outcomes(self) -> list[Outcome]:
+        """What has become known since the last call."""
+        known, self._known = self._known, []
+        return known
+
+    @property
+    def ids(self) -> list[str]:
+        """Those that have come, in their order."""
+        return list(self._entries)

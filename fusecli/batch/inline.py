@@ -1,0 +1,28 @@
+"""The runner for a GPU: in this process, which alone has the device.
+
+A thread takes each item through reading, computing and writing; two of them, so that the disk is busy while the
+device is.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from fusecli.batch.job import Outcome, Work
+from fusecli.batch.local import Items, Stop
+
+THREADS = 2
+
+
+def run(work: Work, items: Items, stop: Stop) -> Iterator[list[Outcome]]:
+    """Do all items, or those begun before ``stop``; gives the outcomes of each in order."""
+    under_way: deque[Future[list[Outcome]]] = deque()
+    with ThreadPoolExecutor(THREADS) as threads:
+        while under_way or not (items.ended() or stop.asked):
+            item = None if stop.asked or len(under_way) > THREADS else items.take()
+            if item is not None:
+                under_way.append(threads.submit(work, item))
+            elif under_way:
+                yield under_way.popleft().result()

@@ -1,0 +1,86 @@
+"""The words of a batch: tasks, items, outcomes, and the job that all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+from fusecli.arrays import Array
+from fusecli.batch.store import Store
+from fusecli.collections import Place
+from fusecli.errors import FusecliError, OutputError
+from fusecli.formats import NumpyArray
+from fusecli.fusion import Weights
+
+
+class Task(NamedTuple):
+    """One pair to fuse."""
+
+    id: str
+    image: Place
+    text: Place
+
+
+#: Tasks that are done together: read, fused and written by one worker, lost together if it dies.
+Item: TypeAlias = "list[Task]"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What decides the bytes of the results, beside the weights; kept in the ledger and compared on resume."""
+
+    dtype: str | None = None
+    attention_mean: bool = False
+    allow_nonfinite: bool = False
+
+    def facts(self) -> dict[str, Any]:
+        """As the ledger has them."""
+        return asdict(self)
+
+
+class Outcome(NamedTuple):
+    """What happened to one pair.
+
+    ``status`` is ``fused``, ``failed``, ``missing`` (one side is not there) or ``skipped`` (done before).
+    ``stop`` says that no other pair will fare better: the disk is full, say.
+    """
+
+    id: str
+    status: str
+    facts: dict[str, Any]
+    stop: bool = False
+    read: float = 0.0  # seconds
+    fuse: float = 0.0
+    write: float = 0.0
+    nbytes: int = 0  # read and written
+
+    def record(self) -> dict[str, Any]:
+        """As the ledger and ``--json`` have it."""
+        return {"id": self.id, "status": self.status, **self.facts}
+
+
+def failed(id: str, error: Exception, stop: bool = False) -> Outcome:
+    """The outcome of a pair that ended in ``error``."""
+    if isinstance(error, MemoryError):
+        error = FusecliError("out of memory", hint="use fewer workers")
+    elif isinstance(error, OSError):
+        error = OutputError("cannot be written", where=error.filename, found=error.strerror)
+    elif not isinstance(error, FusecliError):
+        error = FusecliError("internal error", found=f"{type(error).__name__}: {error}")
+    return Outcome(id, "failed", {"error": error.what, "message": str(error)}, stop)
+
+
+@dataclass
+class Job:
+    """What a worker has to know once; it reaches workers by `fork`."""
+
+    weights: Weights
+    options: Options
+    fused: Store
+    attention: Store | None
+    to_device: Callable[[NumpyArray], Array] = lambda x: x
+
+
+#: Does one item; never raises for a bad pair.
+Work: TypeAlias = Callable[[Item], "list[Outcome]"]

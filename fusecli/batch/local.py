@@ -1,0 +1,196 @@
+"""The runner for one machine: a pool of processes that may die."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+from fusecli.batch.job import Item, Outcome, Work, failed
+from fusecli.errors import FusecliError
+
+#: Items that a worker has before it at a time: the next one is there when one is done.
+AHEAD = 2
+#: Seconds that items under way are given to finish after an interruption.
+PATIENCE = 10.0
+
+
+class Items(Protocol):
+    """Items as they come."""
+
+    def take(self) -> Item | None:
+        """The next item, or None if there is none now."""
+
+    def ended(self) -> bool:
+        """Whether there will be none any more."""
+
+    def fileno(self) -> int | None:
+        """What becomes readable when there may be more."""
+
+
+class Stop:
+    """A wish to stop, from Ctrl-C or from the run itself, that a sleeping runner notices."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._ear, self._mouth = os.pipe2(os.O_CLOEXEC)
+
+    def ask(self) -> None:
+        """Begin nothing new."""
+        self.asked = True
+        os.write(self._mouth, b"x")
+
+    def fileno(self) -> int:
+        """What becomes readable with the wish."""
+        return self._ear
+
+    @contextlib.contextmanager
+    def on_interrupt(self) -> Iterator[None]:
+        """Take the first Ctrl-C as the wish; the second ends the process as ever."""
+
+        def hear(number: int, frame: object) -> None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self.ask()
+
+        before = signal.signal(signal.SIGINT, hear)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+@dataclass(eq=False)
+class _Worker:
+    """One process and what it has to do."""
+
+    pid: int
+    pipe: Connection
+    queue: deque[Item] = field(default_factory=deque)
+
+
+class Pool:
+    """Processes that do items; made by `fork`, so that they have the weights without reading them again.
+
+    Args:
+        work: does one item; must not raise.
+        count: of processes.
+        in_child: is called in each process before it works.
+    """
+
+    def __init__(self, work: Work, count: int, in_child: Callable[[], None] = lambda: None) -> None:
+        self._work, self._count, self._in_child = work, count, in_child
+        self._workers: list[_Worker] = []  # started when there is work for them
+        self._again: deque[Item] = deque()  # lost items, a pair each
+        self._blamed: set[str] = set()  # pairs that were under way when their worker died
+
+    def _start(self) -> _Worker:
+        mine, theirs = Pipe()
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid == 0:
+            mine.close()
+            for other in self._workers:
+                other.pipe.close()  # or it would never see that the main process is gone
+            _serve(theirs, self._work, self._in_child)
+        theirs.close()
+        self._workers.append(_Worker(pid, mine))
+        return self._workers[-1]
+
+    def run(self, items: Items, stop: Stop) -> Iterator[list[Outcome]]:
+        """Do all items, or those begun before ``stop``; gives the outcomes of each as it is done."""
+        while not stop.asked:
+            hungry = self._feed(items)
+            if items.ended() and not self._again and not any(worker.queue for worker in self._workers):
+                return
+            heard: list[Any] = [*(worker.pipe for worker in self._workers), stop.fileno()]
+            more = hungry and not items.ended()
+            if more and items.fileno() is not None:
+                heard.append(items.fileno())
+            elif more:  # there was nothing to do in what was taken, so there is something to tell
+                yield []
+            yield from self._hear(wait(heard, 0 if more and items.fileno() is None else None))
+
+    def drain(self) -> Iterator[list[Outcome]]:
+        """Let the items under way finish, for a while."""
+        end = time.monotonic() + PATIENCE
+        while busy := [worker.pipe for worker in self._workers if worker.queue]:
+            ready = wait(busy, max(0.0, end - time.monotonic()))
+            if not ready:
+                return
+            yield from self._hear(ready)
+
+    def close(self) -> None:
+        """End all processes, at once."""
+        for worker in self._workers:
+            worker.pipe.close()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.pid, signal.SIGKILL)
+            os.waitpid(worker.pid, 0)
+        self._workers.clear()
+
+    def _feed(self, items: Items) -> bool:
+        """Give work to whoever has room; returns whether there would have been room for more than there was."""
+        for depth in range(AHEAD):
+            for number in range(self._count):
+                worker = self._workers[number] if number < len(self._workers) else None
+                if len(worker.queue if worker else ()) != depth:
+                    continue
+                if self._again and depth:  # what may kill a worker goes to one that has nothing else
+                    return False
+                item = self._again.popleft() if self._again else items.take()
+                if item is None:
+                    return True
+                worker = worker or self._start()
+                worker.queue.append(item)
+                with contextlib.suppress(OSError):  # it has died, as will be heard
+                    worker.pipe.send(item)
+        return False
+
+    def _hear(self, ready: list[Any]) -> Iterator[list[Outcome]]:
+        for worker in [worker for worker in self._workers if worker.pipe in ready]:
+            try:
+                outcomes: list[Outcome] = worker.pipe.recv()
+            except (EOFError, OSError):
+                worker.pipe.close()
+                os.waitpid(worker.pid, 0)
+                self._workers.remove(worker)
+                yield from self._retry(worker.queue)
+            else:
+                worker.queue.popleft()
+                yield outcomes
+
+    def _retry(self, lost: deque[Item]) -> Iterator[list[Outcome]]:
+        """What a dead worker was at is done again, each pair alone; a pair that kills twice has failed."""
+        if not lost:
+            return
+        item = lost.popleft()
+        if len(item) == 1 and item[0].id in self._blamed:
+            yield [failed(item[0].id, FusecliError("its worker died twice", hint="out of memory?"))]
+        else:
+            self._blamed |= {task.id for task in item}
+            self._again.extend([task] for task in item)
+        self._again.extend(lost)
+
+
+def _serve(pipe: Connection, work: Work, in_child: Callable[[], None]) -> None:
+    """The life of a worker: it ends when the main process does, however that ends."""
+    code = 1
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        in_child()
+        while True:
+            pipe.send(work(pipe.recv()))
+    except (EOFError, OSError):
+        code = 0
+    finally:
+        os._exit(code)

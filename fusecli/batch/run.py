@@ -1,0 +1,291 @@
+"""A batch from beginning to end: what is to be done, doing it, keeping the ledger, gathering the results."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol, cast
+
+from fusecli.arrays import to_device
+from fusecli.batch import inline
+from fusecli.batch.feed import ListFeed, Pairs, StreamFeed
+from fusecli.batch.gather import Result, gather, gathered
+from fusecli.batch.job import Job, Options, Outcome
+from fusecli.batch.ledger import History, Ledger, Lock, require_same_run
+from fusecli.batch.local import Pool, Stop
+from fusecli.batch.plan import Shard, item_size
+from fusecli.batch.store import STATE, FolderStore, PartStore, Piece, Store
+from fusecli.batch.worker import work
+from fusecli.checkpoint import fingerprint
+from fusecli.collections import SUFFIXES
+from fusecli.errors import OutputError
+from fusecli.fusion import Weights
+
+#: Ids that are shown of many.
+FIRST = 5
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for.
+
+    ``facts`` are what else decides the results, for the ledger: where the features come from.
+    """
+
+    weights: Weights
+    output: str
+    attention: str | None = None
+    suffix: str = ".npy"
+    options: Options = field(default_factory=Options)
+    facts: dict[str, Any] = field(default_factory=dict)
+    workers: int = 1
+    device: str = "cpu"
+    shard: Shard | None = None
+    limit: int | None = None
+    retry_failed: bool = False
+    overwrite: bool = False
+    fail_fast: bool = False
+
+    def run_facts(self) -> dict[str, Any]:
+        """All that decides the bytes of the results, as the ledger has it."""
+        config = self.weights.config
+        return {
+            "weights": fingerprint(self.weights),
+            "method": config.method,
+            "num_heads": config.num_heads,
+            "residual": config.residual,
+            "device": self.device.partition(":")[0],
+            "suffix": self.suffix,
+            "attention": self.attention and os.path.relpath(self.attention, self.output),
+            **self.options.facts(),
+            **self.facts,
+        }
+
+
+@dataclass
+class Summary:
+    """What came of a run."""
+
+    fused: int = 0
+    skipped: int = 0
+    one_row: int = 0
+    nbytes: int = 0
+    read: float = 0.0
+    fuse: float = 0.0
+    write: float = 0.0
+    failed: dict[str, tuple[int, list[str]]] = field(default_factory=dict)  # by cause: how many, the first ids
+    missing: dict[str, tuple[int, list[str]]] = field(default_factory=dict)  # by the side that is not there
+    interrupted: bool = False
+    stopped: Outcome | None = None  # what stopped it before its end
+
+    @property
+    def failures(self) -> int:
+        """Pairs that failed."""
+        return sum(count for count, _ in self.failed.values())
+
+    @property
+    def missed(self) -> int:
+        """Pairs without one side."""
+        return sum(count for count, _ in self.missing.values())
+
+    def add(self, outcome: Outcome) -> None:
+        """Count one pair."""
+        if outcome.status == "skipped":
+            self.skipped += 1
+        elif outcome.status == "fused":
+            self.fused += 1
+            self.one_row += outcome.facts["image"][0] == 1
+            self.nbytes += outcome.nbytes
+            self.read += outcome.read
+            self.fuse += outcome.fuse
+            self.write += outcome.write
+        else:
+            failed = outcome.status == "failed"
+            table, cause = (self.failed, "error") if failed else (self.missing, "missing")
+            count, ids = table.get(outcome.facts[cause], (0, []))
+            table[outcome.facts[cause]] = (count + 1, [*ids, outcome.id] if len(ids) < FIRST else ids)
+
+
+class Reporter(Protocol):
+    """Is told what happens, as it happens."""
+
+    def planned(self, pairs: int | None) -> None:
+        """So many pairs are to be done (None: nobody knows)."""
+
+    def told(self, outcomes: list[Outcome], summary: Summary) -> None:
+        """Something came of these; ``summary`` counts them already."""
+
+
+def run(request: Request, pairs: Pairs | None, reporter: Reporter) -> Summary:
+    """Do what is asked, or what is left of it.
+
+    Args:
+        request: what to do.
+        pairs: which pairs there are; None reads them from standard input as they arrive.
+        reporter: is told what happens.
+
+    Raises:
+        UsageError: the output was begun with other weights or options.
+        OutputError: the output cannot be written.
+    """
+    folder = state_folder(request.output)
+    shard = str(request.shard) if request.shard else None
+    facts = request.run_facts()
+    try:
+        os.makedirs(folder, exist_ok=True)
+        lock = Lock(folder, shard)
+        if request.overwrite:
+            _forget(folder)
+        job = _job(request, folder, shard)
+        history = _history(job, folder)
+        require_same_run(history.run, facts, request.output)
+        ledger = Ledger(folder, shard)
+    except OSError as error:
+        raise OutputError("cannot be written", where=error.filename, found=error.strerror) from error
+    try:
+        ledger.begin(facts)
+        teller = _Teller(ledger, history.missing, reporter)
+        feed = _feed(request, pairs, history, job)
+        reporter.planned(len(pairs.ids) if pairs else None)
+        teller.tell(pairs.known if pairs else [])
+        _drive(request, job, feed, teller, lock)
+        history.fused.clear()
+        if not (teller.summary.interrupted or teller.summary.stopped or request.shard):
+            _gather(job, folder, pairs.ids if pairs else cast(StreamFeed, feed).ids)
+    finally:
+        for store in (job.fused, job.attention):
+            if isinstance(store, FolderStore):
+                shutil.rmtree(store.temporary, ignore_errors=True)
+        ledger.close()
+        lock.release()
+    return teller.summary
+
+
+def look(request: Request, pairs: Pairs) -> tuple[int, int, int]:
+    """How many pairs are done, have failed and are to be done, by the ledgers alone; nothing is written."""
+    history = History.read(state_folder(request.output)) if not request.overwrite else History()
+    require_same_run(history.run, request.run_facts(), request.output)
+    done = sum(id in history.fused for id in pairs.ids)
+    bad = sum(id in history.failed for id in pairs.ids)
+    todo = bad if request.retry_failed else len(pairs.ids) - done
+    return done, bad, todo if request.limit is None else min(todo, request.limit)
+
+
+def state_folder(output: str) -> str:
+    """Where the ledger of an output lies: in a folder, or beside a file."""
+    return f"{output}{STATE}" if is_one_file(output) else f"{output}/{STATE}"
+
+
+def is_one_file(output: str) -> bool:
+    """Whether results are to share one file, by its suffix."""
+    return output.endswith(SUFFIXES) and not os.path.isdir(output)
+
+
+def _forget(folder: str) -> None:
+    for name in os.listdir(folder):
+        if name.endswith((".jsonl", ".part", ".index")):
+            os.unlink(f"{folder}/{name}")
+
+
+def _job(request: Request, folder: str, shard: str | None) -> Job:
+    def store(path: str, kind: str) -> Store:
+        if is_one_file(path):
+            return PartStore(path, folder, kind)
+        temporary = f"{path}/{STATE}/{f'tmp-{shard}' if shard else 'tmp'}"
+        shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
+        os.makedirs(temporary, exist_ok=True)
+        return FolderStore(path, request.suffix, temporary)
+
+    mover = (lambda x: x) if request.device == "cpu" else to_device(request.device)
+    attention = store(request.attention, "attention") if request.attention else None
+    return Job(request.weights, request.options, store(request.output, "fused"), attention, mover)
+
+
+def _history(job: Job, folder: str) -> History:
+    """What the ledgers say, and where gathered results are now."""
+    history = History.read(folder)
+    for store in (job.fused, job.attention):
+        for id, piece in gathered(store) if isinstance(store, PartStore) else ():
+            if piece and id in history.fused:
+                fused, attention = history.fused[id]
+                history.fused[id] = (piece, attention) if store is job.fused else (fused, piece)
+    return history
+
+
+def _feed(request: Request, pairs: Pairs | None, history: History, job: Job) -> ListFeed | StreamFeed:
+    def keep(id: str) -> Outcome | None:
+        done = id in history.fused and _is_there(job, id, *history.fused[id])
+        if done or (request.retry_failed and id not in history.failed):
+            return Outcome(id, "skipped", {})
+        return None
+
+    if pairs is None:
+        return StreamFeed(0, request.shard, keep, request.limit)
+    size = item_size(len(pairs.ids), request.workers)
+    return ListFeed(pairs, pairs.ids, keep, size, request.limit)
+
+
+def _is_there(job: Job, id: str, fused: Piece, attention: Piece | None) -> bool:
+    if not job.fused.holds(id, "fused", fused):
+        return False
+    return job.attention is None or (attention is not None and job.attention.holds(id, "attention", attention))
+
+
+@dataclass
+class _Teller:
+    """Passes on what happened: to the ledger, to the summary, to the reporter."""
+
+    ledger: Ledger
+    missing: set[str]  # as the ledgers have them already
+    reporter: Reporter
+    summary: Summary = field(default_factory=Summary)
+
+    def tell(self, outcomes: list[Outcome]) -> None:
+        """Something came of these pairs."""
+        new = [x for x in outcomes if x.status != "skipped" and not (x.status == "missing" and x.id in self.missing)]
+        self.ledger.add(new)
+        for outcome in outcomes:
+            self.summary.add(outcome)
+        self.reporter.told(outcomes, self.summary)
+
+
+def _drive(request: Request, job: Job, feed: ListFeed | StreamFeed, teller: _Teller, lock: Lock) -> None:
+    stop, summary = Stop(), teller.summary
+    pool = Pool(partial(work, job), request.workers, lock.release)
+    runner = pool.run if request.device == "cpu" else partial(inline.run, partial(work, job))
+    try:
+        with stop.on_interrupt():
+            for outcomes in runner(feed, stop):
+                outcomes = [*feed.outcomes(), *outcomes]
+                teller.tell(outcomes)
+                if not stop.asked and (reason := _reason_to_stop(outcomes, request.fail_fast)):
+                    summary.stopped = reason
+                    stop.ask()
+            for outcomes in pool.drain():
+                teller.tell(outcomes)
+            teller.tell(feed.outcomes())
+    finally:
+        pool.close()
+    summary.interrupted = stop.asked and summary.stopped is None
+
+
+def _reason_to_stop(outcomes: list[Outcome], fail_fast: bool) -> Outcome | None:
+    return next((x for x in outcomes if x.stop or (fail_fast and x.status == "failed")), None)
+
+
+def _gather(job: Job, folder: str, ids: list[str]) -> None:
+    if not any(isinstance(store, PartStore) for store in (job.fused, job.attention)):
+        return
+    history = _history(job, folder)
+    for at, store in enumerate((job.fused, job.attention)):
+        if not isinstance(store, PartStore):
+            continue
+        results: list[Result] = []
+        for id in ids:
+            pieces = history.fused.get(id)
+            if pieces or id in history.failed:
+                results.append((id, pieces[at] if pieces else None))
+        if any(piece for _, piece in results) and results != list(gathered(store)):
+            gather(store, results)

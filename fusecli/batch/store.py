@@ -1,0 +1,189 @@
+"""Where the results of many pairs go: a tree of files, or parts that become one file at the end."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, NamedTuple, Protocol
+
+from fusecli.errors import OutputError
+from fusecli.formats import FORMATS, FileSink, Replacing, Sink, itemsize
+
+#: The folder in the output (or beside it, where that is a file) with the ledger and what is not finished.
+STATE = ".fusecli"
+#: Stands for the gathered file where the name of a part is wanted.
+WHOLE = "whole"
+
+
+class Piece(NamedTuple):
+    """A result that has been written: what the ledger keeps of it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    part: str | None = None  # the file that holds it, where results share files
+    at: int = 0  # where in that file
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the numbers."""
+        return math.prod(self.shape) * itemsize(self.dtype)
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON has it."""
+        where = {} if self.part is None else {"part": self.part, "at": self.at}
+        return {"shape": self.shape, "dtype": self.dtype, **where}
+
+
+class Store(Protocol):
+    """Takes results by id."""
+
+    path: str
+
+    def open(
+        self, id: str, name: str, shape: tuple[int, ...], dtype: str, told: list[Piece]
+    ) -> AbstractContextManager[tuple[Sink, int]]:
+        """A context that gives a sink and the offset where the numbers begin.
+
+        What has been written is added to ``told`` when all went well.
+        """
+
+    def holds(self, id: str, name: str, piece: Piece) -> bool:
+        """Whether a result is still there, whole."""
+
+
+def require_safe(id: str, root: str) -> None:
+    """Raise `OutputError` for an id that would be written outside ``root``, or among our own files."""
+    parts = id.split("/")
+    if not all(parts) or {".", ".."} & set(parts) or parts[0] == STATE or "\0" in id:
+        raise OutputError(
+            "the id is no path below the output", where=root, found=repr(id), wanted="names with / between them"
+        )
+
+
+@dataclass
+class FolderStore:
+    """The same tree as the ids: ``<root>/<id><suffix>``."""
+
+    path: str
+    suffix: str
+    temporary: str  # folder on the same file system
+    _links: dict[str, set[str]] = field(default_factory=dict)  # by folder that has been made: those in it
+    _count: Iterator[int] = field(default_factory=count)
+
+    def open(
+        self, id: str, name: str, shape: tuple[int, ...], dtype: str, told: list[Piece]
+    ) -> AbstractContextManager[tuple[Sink, int]]:
+        """See `Store`. The file appears when it is whole."""
+        require_safe(id, self.path)
+        target = f"{self.path}/{id}{self.suffix}"
+        # Not beside its place: processes that make files in one folder wait for each other, and what a killed
+        # process leaves behind is not in the user's way.
+        temporary = f"{self.temporary}/{os.getpid()}-{next(self._count)}"
+        self._make_room(target)
+        return _NewFile(target, temporary, self._header(name, shape, dtype), Piece(shape, dtype), told)
+
+    def _header(self, name: str, shape: tuple[int, ...], dtype: str) -> bytes:
+        header: bytes = format_by_suffix(self.suffix).header(name, shape, dtype, {})
+        return header
+
+    def _make_room(self, target: str) -> None:
+        folder = target.rpartition("/")[0]
+        if folder not in self._links:
+            inside = os.path.realpath(folder) + "/"
+            if not inside.startswith(os.path.realpath(self.path).rstrip("/") + "/"):
+                raise OutputError("a link leads out of the output", where=folder, found=inside.rstrip("/"))
+            os.makedirs(folder, exist_ok=True)
+            with os.scandir(folder) as entries:
+                self._links[folder] = {f"{folder}/{entry.name}" for entry in entries if entry.is_symlink()}
+        if target in self._links[folder]:
+            raise OutputError("is a link, which is not followed", where=target, found=os.readlink(target))
+
+    def holds(self, id: str, name: str, piece: Piece) -> bool:
+        """See `Store`: size and header are looked at."""
+        header = self._header(name, piece.shape, piece.dtype)
+        try:
+            fd = os.open(f"{self.path}/{id}{self.suffix}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            return os.fstat(fd).st_size == len(header) + piece.nbytes and os.pread(fd, len(header), 0) == header
+        finally:
+            os.close(fd)
+
+
+class _NewFile(Replacing):
+    """A file of one array on its way, told of when it has arrived."""
+
+    __slots__ = ("_header", "_name", "_piece", "_told")
+
+    def __init__(self, target: str, temporary: str, header: bytes, piece: Piece, told: list[Piece]) -> None:
+        super().__init__(target, temporary)
+        self._name, self._header, self._piece, self._told = target, header, piece, told
+
+    def __enter__(self) -> tuple[Sink, int]:  # type: ignore[override]
+        return FileSink(self._name, self.create(), self._header), len(self._header)
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        super().__exit__(kind, *error)
+        self._told.append(self._piece)
+
+
+def format_by_suffix(suffix: str) -> Any:
+    """The format that writes files of ``suffix``."""
+    return next(module for module in FORMATS.values() if suffix in module.SUFFIXES)
+
+
+@dataclass
+class PartStore:
+    """Numbers one after the other in part files, a file a process; `gather` makes one file of them."""
+
+    path: str  # of the file that they become
+    folder: str  # of the parts
+    kind: str  # "fused" or "attention"
+    _lock: Any = field(default_factory=threading.Lock)
+    _fd: int = -1
+    _owner: int = 0
+    _part: str = ""
+    _at: int = 0
+    _sizes: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def open(
+        self, id: str, name: str, shape: tuple[int, ...], dtype: str, told: list[Piece]
+    ) -> Iterator[tuple[Sink, int]]:
+        """See `Store`."""
+        format_by_suffix(os.path.splitext(self.path)[1]).header(name, shape, dtype, {})  # it can name the dtype
+        with self._lock:
+            if self._owner != os.getpid():
+                self._begin_part()
+            piece = Piece(shape, dtype, self._part, self._at)
+            self._at += piece.nbytes
+        yield FileSink(f"{self.path}[{id}]", self._fd), piece.at
+        told.append(piece)
+
+    def _begin_part(self) -> None:
+        self._owner, self._at = os.getpid(), 0
+        self._part = f"{self.kind}-{self._owner}-{os.urandom(4).hex()}.part"
+        self._fd = os.open(f"{self.folder}/{self._part}", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def holds(self, id: str, name: str, piece: Piece) -> bool:
+        """See `Store`: the part is long enough."""
+        return piece.part is not None and self.size(piece.part) >= piece.at + piece.nbytes
+
+    def size(self, part: str) -> int:
+        """Bytes in a part, 0 where it is gone; the gathered file counts as a part of the name `WHOLE`."""
+        if part not in self._sizes:
+            try:
+                self._sizes[part] = os.stat(self.file_of(part)).st_size
+            except OSError:
+                self._sizes[part] = 0
+        return self._sizes[part]
+
+    def file_of(self, part: str) -> str:
+        """The path of a part."""
+        return self.path if part == WHOLE else f"{self.folder}/{part}"

@@ -1,0 +1,120 @@
+"""One item: read its pairs, fuse them, write them, and say what happened to each."""
+
+from __future__ import annotations
+
+import errno
+from functools import lru_cache, partial
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from fusecli.arrays import cast
+from fusecli.batch.job import Item, Job, Outcome, Task, failed
+from fusecli.batch.store import Piece
+from fusecli.collections import Place, stored_at
+from fusecli.errors import FusecliError
+from fusecli.formats import NumpyArray, Source, Stored, open_source
+from fusecli.fusion import single_rows
+from fusecli.pairs import Output, Seconds, compute_dtype_of, find_features, fuse_pair, read_finite, require_width
+
+#: Files of up to so many bytes are read at once.
+WHOLE = 2**18
+#: What the whole run runs into, not this pair: no space, over quota, read-only, broken disk, file too large.
+EVERYONES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE}
+
+
+def work(job: Job, item: Item) -> list[Outcome]:
+    """Do ``item``; one outcome a task, in order. A bad pair never raises, nor stops the others.
+
+    Images of one row are computed together: the weights are then read from memory once for all of them.
+    """
+    began = perf_counter()
+    with np.errstate(all="ignore"):  # what overflows is found by looking
+        images: list[Stored | Outcome] = [_open(job, task.id, task.image, "image") for task in item]
+        rows = _rows_of_single_images(job, item, images)
+        shared = (perf_counter() - began) / len(item)
+        outcomes = []
+        for task, image, row in zip(item, images, rows, strict=True):
+            outcomes.append(image if isinstance(image, Outcome) else _fuse(job, task, image, row, shared))
+            if outcomes[-1].stop:
+                break
+    return outcomes
+
+
+def _open(job: Job, id: str, place: Place, side: str) -> Stored | Outcome:
+    try:
+        if place.span is None:
+            stored = find_features(place.path, side, place.key, WHOLE)
+        else:
+            stored = stored_at(place.span, _kept_open(place.path))
+        require_width(stored, job.weights.image_dim if side == "image" else job.weights.text_dim, side)
+    except Exception as error:
+        return _failed(id, error)
+    return stored
+
+
+@lru_cache(maxsize=8)  # packed and stacked files: a few, read by many tasks
+def _kept_open(path: str) -> Source:
+    return open_source(path)
+
+
+def _rows_of_single_images(job: Job, item: Item, images: list[Stored | Outcome]) -> list[Any]:
+    """What `single_rows` gives for each image of one row, None for the others; bad ones become outcomes."""
+    rows: list[Any] = [None] * len(images)
+    groups: dict[str, list[tuple[int, NumpyArray]]] = {}
+    for at, image in enumerate(images):
+        if not isinstance(image, Outcome) and image.shape[0] == 1:
+            try:
+                block = read_finite(image, not job.options.allow_nonfinite)
+            except Exception as error:
+                images[at] = _failed(item[at].id, error)
+            else:
+                dtype = compute_dtype_of(image)
+                groups.setdefault(dtype, []).append((at, cast(block, dtype)))
+    for group in groups.values():
+        answers = single_rows(job.weights, job.to_device(np.concatenate([block for _, block in group])))
+        for (at, _), answer in zip(group, answers, strict=True):
+            rows[at] = answer
+    return rows
+
+
+def _fuse(job: Job, task: Task, image: Stored, row: Any, shared: float) -> Outcome:
+    began = perf_counter()
+    text = _open(job, task.id, task.text, "text")
+    if isinstance(text, Outcome):
+        return text
+    if row is not None and compute_dtype_of(image) != compute_dtype_of(image, text):
+        row = None  # the text is wider than the image: once more, in its precision
+    shared += perf_counter() - began
+    pieces: list[Piece] = []
+    dumps: list[Piece] = []
+    attention = partial(job.attention.open, task.id, told=dumps) if job.attention else None
+    output = Output(
+        partial(job.fused.open, task.id, told=pieces),
+        attention,
+        attention_mean=job.options.attention_mean,
+        dtype=job.options.dtype,
+        finite=not job.options.allow_nonfinite,
+    )
+    seconds = Seconds()
+    try:
+        fuse_pair(job.weights, image, text, output, job.to_device, row, seconds)
+    except Exception as error:
+        return _failed(task.id, error)
+    facts = {
+        "image": image.shape,
+        "text": text.shape,
+        **pieces[0].facts(),
+        "seconds": round(shared + seconds.read + seconds.fuse + seconds.write, 6),
+    }
+    if dumps:
+        facts["attention"] = dumps[0].facts()
+    nbytes = image.nbytes + text.nbytes + pieces[0].nbytes
+    return Outcome(task.id, "fused", facts, False, seconds.read + shared, seconds.fuse, seconds.write, nbytes)
+
+
+def _failed(id: str, error: Exception) -> Outcome:
+    cause = error.__cause__ if isinstance(error, FusecliError) else error
+    stop = isinstance(cause, OSError) and cause.errno in EVERYONES
+    return failed(id, error, stop)

@@ -1,0 +1,245 @@
+"""``fusecli batch``: many pairs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import typer
+
+from fusecli.cli.console import Debug, Quiet, note
+from fusecli.cli.fuse import ONE_ROW, Dtype, Weights, load_weights
+
+
+def batch(
+    images: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="IMAGES", help="Folder, packed .safetensors or stacked .npy of image features; or of both sides."
+        ),
+    ] = None,
+    texts: Annotated[str | None, typer.Argument(metavar="TEXTS", help="Text features, likewise.")] = None,
+    output: Annotated[
+        str,
+        typer.Option("--output", "-o", metavar="OUT", help="A folder, or one .safetensors or .npy for all results."),
+    ] = "",
+    weights: Weights = None,
+    attention: Annotated[
+        str | None, typer.Option("--attention", "-a", metavar="OUT", help="Also write the attention, likewise.")
+    ] = None,
+    attention_mean: Annotated[
+        bool, typer.Option("--attention-mean", help="Write its mean over heads, [N, M].")
+    ] = False,
+    residual: Annotated[bool, typer.Option("--residual", help="Add the text to the result (Dt = D).")] = False,
+    manifest: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|-", help="CSV, TSV or JSON lines with id,image,text; - takes lines as they come."),
+    ] = None,
+    image_pattern: Annotated[
+        str | None, typer.Option(metavar="PATTERN", help="What an id is in an image's name: '{id}.image.npy'.")
+    ] = None,
+    text_pattern: Annotated[
+        str | None, typer.Option(metavar="PATTERN", help="What it is in a text's name: '{id}.text.npy'.")
+    ] = None,
+    image_key: Annotated[str | None, typer.Option(metavar="NAME", help="Tensor in each image file.")] = None,
+    text_key: Annotated[str | None, typer.Option(metavar="NAME", help="Tensor in each text file.")] = None,
+    suffix: Annotated[str, typer.Option(metavar=".npy|.safetensors", help="Of the files in a folder OUT.")] = ".npy",
+    dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the results.  [default: the text's]")] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", "-j", min=1, max=1024, help="Processes.  [default: all cores]")
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Do the I-th of N parts, from 1: for job arrays.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=0, metavar="N", help="Do at most N pairs.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Do only what has failed before.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start afresh, whatever is done.")] = False,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Ids that only one side has are no failure.")
+    ] = False,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first pair that fails.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    num_heads: Annotated[
+        int | None, typer.Option(min=1, help="Number of heads, for weights that do not say it.  [default: 8]")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the untrained weights that are used without --weights.")
+    ] = 0,
+    device: Annotated[str, typer.Option(metavar="cpu|cuda|cuda:N", help="Where to compute.")] = "cpu",
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf in the features through, into the results.")
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a pair on stdout, as it is done.")
+    ] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Fuse many pairs; start it again to go on where it was.
+
+    fusecli batch images/ texts/ -o fused/
+    """
+    from fusecli.batch import run as batches
+    from fusecli.batch.job import Options
+    from fusecli.cli.progress import Progress, explain
+    from fusecli.errors import UsageError
+
+    sources = Sources(images, texts, manifest, image_key, text_key, image_pattern, text_pattern)
+    _check_sources(sources)
+    _check_outputs(output, attention, attention_mean, suffix, sources)
+    if shard and overwrite:
+        hint = f"rm -r {output}, then start the parts"
+        raise UsageError("a part cannot start all parts afresh", where="--overwrite", hint=hint)
+    loaded = load_weights(weights, num_heads, seed, residual, lambda line: note(line, quiet))
+    part = _shard(shard)
+    request = batches.Request(
+        weights=loaded,
+        output=output,
+        attention=attention,
+        suffix=suffix,
+        options=Options(dtype, attention_mean, allow_nonfinite),
+        facts=sources.seen_from(output),
+        workers=workers or os.cpu_count() or 1,
+        device=device,
+        shard=part,
+        limit=limit,
+        retry_failed=retry_failed,
+        overwrite=overwrite,
+        fail_fast=fail_fast,
+    )
+    pairs = _pairs(sources, output, part)
+    if dry_run:
+        _tell_plan(request, pairs, allow_missing, quiet)
+        return
+    if weights is None:
+        note(f"untrained weights (seed {seed}): the numbers mean nothing yet; pass --weights FILE", quiet)
+    with Progress(quiet, json, output, suffix) as progress:
+        summary = batches.run(request, pairs, progress)
+    if summary.one_row and not loaded.config.residual:
+        note(f"{summary.one_row:,} of them: {ONE_ROW}", quiet)
+    code = explain(summary, request, allow_missing, quiet)
+    if code:
+        raise typer.Exit(code)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the pairs come from, as it was typed."""
+
+    images: str | None
+    texts: str | None
+    manifest: str | None
+    image_key: str | None
+    text_key: str | None
+    image_pattern: str | None
+    text_pattern: str | None
+
+    def paths(self) -> list[str]:
+        """The places that are read."""
+        return [path for path in (self.images, self.texts, self.manifest) if path and path != "-"]
+
+    def seen_from(self, output: str) -> dict[str, str | None]:
+        """For the ledger, paths as seen from the output: moved together, they are still the same."""
+        facts = asdict(self) | {"texts": self.texts or self.images}
+        start = os.path.realpath(output)
+        for name in ("images", "texts", "manifest"):
+            if facts[name] not in (None, "-"):
+                facts[name] = os.path.relpath(os.path.realpath(facts[name]), start)
+        return facts
+
+
+def _check_sources(sources: Sources) -> None:
+    from fusecli.collections import matcher
+    from fusecli.errors import UsageError
+
+    if sources.manifest is None and sources.images is None:
+        raise UsageError("no features", hint="fusecli batch IMAGES TEXTS -o FOLDER, or --manifest FILE")
+    if sources.manifest is not None and sources.images is not None:
+        raise UsageError("a manifest names both sides itself", where="--manifest", hint="leave out IMAGES and TEXTS")
+    patterns = {"image": sources.image_pattern, "text": sources.text_pattern}
+    told_apart = None not in patterns.values() or (sources.image_key and sources.text_key)
+    if sources.manifest is None and sources.texts is None and not told_apart:
+        hint = "give TEXTS too, or --image-pattern '{id}.image.npy' --text-pattern '{id}.text.npy'"
+        raise UsageError("one place for both sides, and nothing tells them apart", where=sources.images, hint=hint)
+    for side, pattern in patterns.items():
+        try:
+            matcher(pattern or "{id}")
+        except ValueError:
+            raise UsageError("no pattern", where=f"--{side}-pattern", found=pattern, wanted="{id} in it once") from None
+
+
+def _check_outputs(output: str, attention: str | None, attention_mean: bool, suffix: str, sources: Sources) -> None:
+    from fusecli.collections import SUFFIXES
+    from fusecli.errors import UsageError
+
+    if not output:
+        raise UsageError("no output", hint="add -o FOLDER")
+    if attention_mean and attention is None:
+        raise UsageError("needs a place to write to", where="--attention-mean", hint="add --attention FOLDER")
+    if suffix not in SUFFIXES:
+        raise UsageError("unknown format", where="--suffix", found=suffix, wanted=" or ".join(SUFFIXES))
+    taken = {os.path.realpath(path) for path in sources.paths()}
+    for path in filter(None, (output, attention)):
+        if path == "-":
+            hint = "name a folder; --json says what is done"
+            raise UsageError("many results cannot go to stdout", where="-o -", hint=hint)
+        if not path.endswith(SUFFIXES) and os.path.exists(path) and not os.path.isdir(path):
+            raise UsageError("is a file", where=path, wanted="a folder, .safetensors or .npy")
+        if os.path.realpath(path) in taken:
+            raise UsageError("output is also an input or another output", where=path, hint="write to another place")
+        taken.add(os.path.realpath(path))
+
+
+def _shard(text: str | None) -> Any:
+    from fusecli.batch.plan import Shard
+    from fusecli.errors import UsageError
+
+    if text is None:
+        return None
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        hint = "--shard $SLURM_ARRAY_TASK_ID/8 with --array=1-8"
+        raise UsageError("no such part", where="--shard", found=text, wanted="I/N, I from 1 to N", hint=hint)
+    return Shard(int(number), int(count))
+
+
+def _pairs(sources: Sources, output: str, shard: Any) -> Any:
+    """The pairs, None where they come on standard input."""
+    from fusecli.batch.feed import from_collections, from_manifest
+    from fusecli.batch.plan import match
+    from fusecli.collections import open_collection
+    from fusecli.errors import InputError
+
+    if sources.manifest is not None:
+        return None if sources.manifest == "-" else from_manifest(sources.manifest, shard)
+    image_place = sources.images or ""
+    text_place = sources.texts or image_place
+    own = os.path.realpath(output)
+    images = open_collection(image_place, sources.image_key, sources.image_pattern, own)
+    texts = open_collection(text_place, sources.text_key, sources.text_pattern, own)
+    found = match(images, texts, shard)
+    if not found.both and not shard:
+        shown = [", ".join(ids[:3]) or "nothing" for ids in (found.no_text, found.no_image)]
+        raise InputError(
+            "no id has both an image and a text",
+            found=f"{shown[0]} in {image_place}; {shown[1]} in {text_place}",
+            wanted="the same names on both sides",
+            hint="ids are paths without suffix, names of tensors or numbers of rows; see --image-pattern",
+        )
+    return from_collections(images, texts, found)
+
+
+def _tell_plan(request: Any, pairs: Any, allow_missing: bool, quiet: bool) -> None:
+    from fusecli.batch.run import look
+    from fusecli.errors import UsageError
+
+    if pairs is None:
+        raise UsageError("lines that have not come yet cannot be planned", where="--dry-run")
+    done, bad, todo = look(request, pairs)
+    note(f"{len(pairs.ids):,} pairs: {done:,} done, {bad:,} failed before, {todo:,} to do", quiet)
+    for outcome in pairs.known[:5]:
+        what = outcome.facts.get("message") or f"no {outcome.facts['missing']} for {outcome.id}"
+        note(what, quiet)
+    if len(pairs.known) > 5:
+        note(f"and {len(pairs.known) - 5:,} more that cannot be fused", quiet)

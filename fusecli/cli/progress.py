@@ -1,0 +1,125 @@
+"""What the user sees of a batch: a bar on a terminal, a line now and then elsewhere, a table at the end."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+from fusecli.cli.console import note, printable
+
+#: Seconds between lines where there is no terminal, and between two looks of the bar.
+EVERY = 10.0
+REDRAW = 0.1
+
+
+class Progress:
+    """Told of outcomes, shows how far the run is; a `fusecli.batch.run.Reporter`."""
+
+    def __init__(self, quiet: bool, as_json: bool, output: str, suffix: str) -> None:
+        self._quiet, self._json = quiet, as_json
+        self._where = (output, suffix)
+        self._pairs: int | None = None
+        self._start = self._last = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def planned(self, pairs: int | None) -> None:
+        """So many pairs are to be done (None: nobody knows)."""
+        self._pairs = pairs
+        if self._quiet or sys.stderr is None or not sys.stderr.isatty():
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+        # No thread of its own: workers are made by fork.
+        self._bar = Bar(*columns, console=Console(stderr=True), auto_refresh=False, transient=True)
+        self._task = self._bar.add_task("", total=pairs, rate="")
+        self._bar.start()
+
+    def told(self, outcomes: list[Any], summary: Any) -> None:
+        """Something came of these; ``summary`` counts them already."""
+        if self._json and outcomes:
+            sys.stdout.write("".join(json.dumps(self._line(outcome)) + "\n" for outcome in outcomes))
+            sys.stdout.flush()
+        now = time.monotonic()
+        if now - self._last < (EVERY if self._bar is None else REDRAW):
+            return
+        self._last = now
+        done = summary.fused + summary.skipped + summary.failures
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, rate=self._rate(summary), refresh=True)
+        else:
+            of = "" if self._pairs is None else f" of {self._pairs:,}"
+            note(f"{done:,}{of} pairs, {self._rate(summary)}{self._left(done)}", self._quiet)
+
+    def _line(self, outcome: Any) -> dict[str, Any]:
+        record: dict[str, Any] = outcome.record()
+        output, suffix = self._where
+        if outcome.status == "fused":
+            record["output"] = output if "part" in record else f"{output}/{outcome.id}{suffix}"
+        for facts in (record, record.get("attention", {})):
+            facts.pop("part", None)
+            facts.pop("at", None)
+        return record
+
+    def _rate(self, summary: Any) -> str:
+        seconds = max(time.monotonic() - self._start, 1e-3)
+        rate = f"{summary.fused / seconds:,.0f} pairs/s, {summary.nbytes / seconds / 1e6:,.0f} MB/s"
+        return f"{rate}, {summary.failures:,} failed" if summary.failures else rate
+
+    def _left(self, done: int) -> str:
+        if self._pairs is None or not done:
+            return ""
+        seconds = (time.monotonic() - self._start) * (self._pairs - done) / done
+        return f", {seconds:,.0f} s left"
+
+
+def explain(summary: Any, request: Any, allow_missing: bool, quiet: bool) -> int:
+    """Print the table of what came of a run; returns the exit code."""
+    from fusecli.batch.run import state_folder
+
+    rows = [("fused", summary.fused, ""), ("skipped", summary.skipped, "done before")]
+    rows += [("failed", count, f"{cause}: {_shown(ids, count)}") for cause, (count, ids) in summary.failed.items()]
+    rows += [("no " + side, count, _shown(ids, count)) for side, (count, ids) in summary.missing.items()]
+    for name, count, told in rows:
+        if count or name == "fused":
+            note(f"{name:9} {count:>9,}  {printable(told)}".rstrip(), quiet)
+    seconds = summary.read + summary.fuse + summary.write
+    if seconds:
+        parts = (f"{name} {getattr(summary, name):.1f} s" for name in ("read", "fuse", "write"))
+        note(f"time of all workers: {', '.join(parts)}", quiet)
+    if summary.failed:
+        note(f"every pair is told of in {state_folder(request.output)}/", quiet)
+    return _code(summary, request, allow_missing, quiet)
+
+
+def _shown(ids: list[str], count: int) -> str:
+    return ", ".join(ids) + (", …" if count > len(ids) else "")
+
+
+def _code(summary: Any, request: Any, allow_missing: bool, quiet: bool) -> int:
+    from fusecli.errors import OutputError
+
+    if summary.interrupted:
+        note("interrupted; start the same command again to go on", quiet)
+        return 130
+    if summary.stopped and summary.stopped.stop:
+        raise OutputError(
+            f"stopped: {summary.stopped.facts['message']}", hint="mend it, then start the same command again to go on"
+        )
+    if summary.stopped:
+        note(f"stopped at the first failure: {summary.stopped.facts['message']}", quiet)
+    if request.shard and not summary.failures:
+        note("this part is done; a run without --shard sees what all parts have done", quiet)
+    return 4 if summary.failures or (summary.missed and not allow_missing) else 0

@@ -1,0 +1,375 @@
+"""Named arrays and where they lie: folders, packed and stacked files, and tables that name pairs.
+
+An id is never matched by its position, only by its name:
+
+- a folder: the path below it without the suffix (``animals/fish/seahorse``), sorted;
+- a packed ``.safetensors``: the name of the tensor, sorted;
+- a stacked ``.npy`` ``[B, D]`` or ``[B, M, D]``: the number of the row, counted from 0.
+
+A pattern such as ``{id}.image.npy`` says what an id is in a path (or in a tensor's name), so that both sides may
+share a folder. A manifest names both sides of each pair itself.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from fusecli.errors import FileError, ShapeError
+from fusecli.formats import FORMATS, Source, Stored, open_source, open_tensors, safetensors, sniff
+
+SUFFIXES = tuple(suffix for module in FORMATS.values() for suffix in module.SUFFIXES)
+
+
+class Span(NamedTuple):
+    """An array inside a large file, known without reading its header again."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+    big_endian: bool = False
+
+
+class Place(NamedTuple):
+    """Where one array lies; small, so that it crosses processes in place of the array."""
+
+    path: str
+    key: str | None = None
+    span: Span | None = None
+
+
+class Collection(Protocol):
+    """One side of many pairs. Iterates over its ids in a stable order."""
+
+    def __iter__(self) -> Iterator[str]:
+        """The ids."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __contains__(self, id: object) -> bool:
+        """Whether there is such an id."""
+
+    def place(self, id: str) -> Place:
+        """Where the array of ``id`` lies.
+
+        Raises:
+            InputError: it is there, but not to be used.
+        """
+
+
+@dataclass
+class Folder:
+    """A tree of files. Hidden ones are passed over; links to files are followed, links to folders are not."""
+
+    root: str
+    key: str | None = None
+    _suffixes: dict[str, str] = field(default_factory=dict)  # id: what follows it; "" where it is in doubt
+
+    @classmethod
+    def open(cls, root: str, key: str | None = None, pattern: str | None = None, without: str | None = None) -> Folder:
+        """List the tree at ``root``, but for the tree at ``without``.
+
+        Raises:
+            FileError: it cannot be listed.
+        """
+        found: dict[str, str] = {}
+        if pattern is None:
+            for path in _walk(root, without):
+                stem, suffix = os.path.splitext(path)
+                if suffix.lower() in SUFFIXES:
+                    found[stem] = "" if stem in found else suffix
+            return cls(root, key, {id: found[id] for id in sorted(found)})
+        match = matcher(pattern)
+        for path in _walk(root, without):
+            id = match(path)
+            if id is not None:
+                found[id] = path
+        return _Patterned(root, key, {id: found[id] for id in sorted(found)})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._suffixes)
+
+    def __len__(self) -> int:
+        return len(self._suffixes)
+
+    def __contains__(self, id: object) -> bool:
+        return id in self._suffixes
+
+    def place(self, id: str) -> Place:
+        """See `Collection`."""
+        suffix = self._suffixes[id]
+        if not suffix:
+            found = " and ".join(f"{id}{suffix}" for suffix in SUFFIXES)
+            raise FileError("two files for one id", where=self.root, found=found, wanted="one of them")
+        return Place(f"{self.root}/{id}{suffix}", self.key)
+
+
+class _Patterned(Folder):
+    """A tree where a pattern tells the ids: their paths are kept whole."""
+
+    def place(self, id: str) -> Place:
+        return Place(f"{self.root}/{self._suffixes[id]}", self.key)
+
+
+def _walk(root: str, without: str | None) -> Iterator[str]:
+    """Paths of the files below ``root``, relative to it."""
+    stack = [""]
+    while stack:
+        below = stack.pop()
+        try:
+            entries = list(os.scandir(f"{root}/{below}"))
+        except OSError as error:
+            raise FileError("cannot be listed", where=f"{root}/{below}".rstrip("/"), found=error.strerror) from None
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if not entry.is_dir(follow_symlinks=False):
+                if not entry.is_dir():
+                    yield below + entry.name
+            elif without is None or os.path.realpath(entry.path) != without:
+                stack.append(f"{below}{entry.name}/")
+
+
+def matcher(pattern: str) -> _Match:
+    """What finds the id in a path under a pattern such as ``{id}.image.npy``.
+
+    Raises:
+        ValueError: ``{id}`` is not in it just once.
+    """
+    before, mark, after = pattern.partition("{id}")
+    if not mark or "{id}" in after:
+        raise ValueError(pattern)
+    return _Match(before, after)
+
+
+@dataclass(frozen=True)
+class _Match:
+    before: str
+    after: str
+
+    def __call__(self, path: str) -> str | None:
+        """The id in ``path``, or None."""
+        enough = len(path) > len(self.before) + len(self.after)
+        if enough and path.startswith(self.before) and path.endswith(self.after):
+            return path[len(self.before) : len(path) - len(self.after)]
+        return None
+
+
+@dataclass
+class Packed:
+    """A ``.safetensors`` file with a tensor an id; its header is kept in a few bytes a tensor."""
+
+    path: str
+    _index: dict[str, int]
+    _names: list[str] | None  # of the tensors, where ids differ from them
+    _offsets: array[int]
+    _kinds: list[tuple[tuple[int, ...], str]]  # shape, dtype: shared by tensors that have them in common
+
+    @classmethod
+    def open(cls, path: str, pattern: str | None = None) -> Packed:
+        """Read the header.
+
+        Raises:
+            FileError: it makes no sense.
+        """
+        source = open_source(path)
+        entries: list[tuple[str, int, tuple[tuple[int, ...], str], str]] = []
+        shared: dict[tuple[tuple[int, ...], str], tuple[tuple[int, ...], str]] = {}
+        match = matcher(pattern) if pattern else None
+        for stored in safetensors.scan(source):
+            id = match(stored.name) if match else stored.name
+            if id is not None:
+                kind = (stored.shape, stored.dtype)
+                entries.append((id, stored.offset, shared.setdefault(kind, kind), stored.name))
+        entries.sort(key=lambda entry: entry[0])
+        return cls(
+            path,
+            {entry[0]: at for at, entry in enumerate(entries)},
+            [entry[3] for entry in entries] if match else None,
+            array("q", (entry[1] for entry in entries)),
+            [entry[2] for entry in entries],
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __contains__(self, id: object) -> bool:
+        return id in self._index
+
+    def place(self, id: str) -> Place:
+        """See `Collection`."""
+        at = self._index[id]
+        name = self._names[at] if self._names else id
+        return Place(self.path, None, Span(name, *self._kinds[at], self._offsets[at]))
+
+
+@dataclass
+class Stacked:
+    """A ``.npy`` of ``[B, D]`` or ``[B, M, D]``: an id a row."""
+
+    stored: Stored
+
+    @classmethod
+    def open(cls, path: str) -> Stacked:
+        """Read the header.
+
+        Raises:
+            FileError, ShapeError, ValuesError: it holds no rows of floats.
+        """
+        stored = next(iter(open_tensors(path).values()))
+        stored.require_float()
+        found = str(list(stored.shape))
+        if len(stored.shape) not in (2, 3) or 0 in stored.shape:
+            raise ShapeError("not a stack of features", where=path, found=found, wanted="[B, D] or [B, M, D]")
+        if stored.fortran:
+            hint = "numpy.save(path, numpy.ascontiguousarray(x))"
+            raise FileError("a stack in Fortran order has no rows to read", where=path, wanted="C order", hint=hint)
+        return cls(stored)
+
+    def __iter__(self) -> Iterator[str]:
+        return map(str, range(len(self)))
+
+    def __len__(self) -> int:
+        return self.stored.shape[0]
+
+    def __contains__(self, id: object) -> bool:
+        return isinstance(id, str) and id.isascii() and id.isdecimal() and str(int(id)) == id and int(id) < len(self)
+
+    def place(self, id: str) -> Place:
+        """See `Collection`."""
+        stored, row = self.stored, int(id)
+        offset = stored.offset + row * (stored.nbytes // len(self))
+        return Place(stored.source.name, None, Span(id, stored.shape[1:], stored.dtype, offset, stored.big_endian))
+
+
+def open_collection(
+    path: str, key: str | None = None, pattern: str | None = None, without: str | None = None
+) -> Collection:
+    """The collection at ``path``: a folder, a packed ``.safetensors`` or a stacked ``.npy``.
+
+    Args:
+        path: a folder or a file.
+        key: the tensor to take from each ``.safetensors`` file of a folder.
+        pattern: what an id is in a path or name, e.g. ``{id}.image.npy``.
+        without: a folder that does not belong to it, by its real path: where results go.
+
+    Raises:
+        InputError: it cannot be read, or is none of these.
+    """
+    if os.path.isdir(path):
+        return Folder.open(path.rstrip("/") or "/", key, pattern, without)
+    if sniff(open_source(path)) == "safetensors":
+        return Packed.open(path, pattern)
+    return Stacked.open(path)
+
+
+class Entry(NamedTuple):
+    """One line of a manifest."""
+
+    line: int
+    id: str
+    image: Place
+    text: Place
+
+
+COLUMNS = ("id", "image", "text")
+KEYS = ("image_key", "text_key")
+
+
+class Manifest:
+    """Reads lines of CSV, TSV or JSON with ``id,image,text`` and, if need be, ``image_key,text_key``.
+
+    Args:
+        name: of the manifest, for messages.
+        folder: what paths in it are relative to.
+    """
+
+    def __init__(self, name: str, folder: str) -> None:
+        self.name, self._folder, self._line = name, folder, 0
+        self._columns: list[str] | None = None
+        self._delimiter: str | None = None  # None: JSON
+
+    def read(self, text: str) -> Entry | None:
+        """What one line says; None for a header or an empty line.
+
+        Raises:
+            FileError: nothing that names a pair.
+        """
+        self._line += 1
+        text = text.strip("\r\n").removeprefix("\ufeff" if self._line == 1 else "")
+        if not text.strip():
+            return None
+        if self._columns is None:
+            if not text.lstrip().startswith("{"):
+                self._read_header(text)
+                return None
+            self._columns = []
+        record = self._record(text)
+        found = [record.get(name) for name in (*COLUMNS, *KEYS)]
+        id, image, text_path, image_key, text_key = (str(x) if isinstance(x, str | int) else None for x in found)
+        if not id or not image or not text_path:
+            missing = [name for name, value in zip(COLUMNS, (id, image, text_path), strict=True) if not value]
+            raise self._bad(text, f"a value for {', '.join(missing)}")
+        return Entry(self._line, id, self._place(image, image_key), self._place(text_path, text_key))
+
+    @property
+    def headless(self) -> bool:
+        """Whether no line has said yet what the columns are."""
+        return self._columns is None
+
+    @property
+    def line(self) -> int:
+        """The number of the line read last, from 1."""
+        return self._line
+
+    def _read_header(self, text: str) -> None:
+        delimiter = "\t" if "\t" in text else ","
+        columns = [name.strip() for name in next(csv.reader([text], delimiter=delimiter))]
+        if not set(COLUMNS) <= set(columns):
+            raise self._bad(text, f"a header with {','.join(COLUMNS)}, or JSON lines")
+        self._columns, self._delimiter = columns, delimiter
+
+    def _record(self, text: str) -> dict[str, object]:
+        if self._delimiter is None:
+            try:
+                record = json.loads(text)
+            except (ValueError, RecursionError):
+                raise self._bad(text, "a JSON object") from None
+            if not isinstance(record, dict):
+                raise self._bad(text, "a JSON object")
+            return record
+        assert self._columns is not None
+        try:
+            values = next(csv.reader([text], delimiter=self._delimiter, strict=True))
+        except csv.Error:
+            raise self._bad(text, "a line of CSV") from None
+        if len(values) != len(self._columns):
+            raise self._bad(text, f"{len(self._columns)} values")
+        return dict(zip(self._columns, values, strict=True))
+
+    def _place(self, path: str, key: str | None) -> Place:
+        return Place(os.path.join(self._folder, path), key or None)
+
+    def _bad(self, text: str, wanted: str) -> FileError:
+        return FileError("bad line", where=f"{self.name}, line {self._line}", found=repr(text[:80]), wanted=wanted)
+
+
+def stored_at(span: Span, source: Source) -> Stored:
+    """The array of a span, in an opened file.
+
+    Raises:
+        ValuesError, ShapeError: it holds no rows of floats.
+    """
+    stored = Stored(source, span.name, span.shape, span.dtype, span.offset, span.big_endian)
+    stored.require_float()
+    return stored.as_rows()
