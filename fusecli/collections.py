@@ -16,8 +16,10 @@ import csv
 import json
 import os
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 from fusecli.errors import FileError, ShapeError
@@ -164,13 +166,12 @@ class _Match:
 
 @dataclass
 class Packed:
-    """A ``.safetensors`` file with a tensor an id; its header is kept in a few bytes a tensor."""
+    """A ``.safetensors`` file with a tensor an id."""
 
     path: str
-    _index: dict[str, int]
-    _names: list[str] | None  # of the tensors, where ids differ from them
-    _offsets: array[int]
-    _kinds: list[tuple[tuple[int, ...], str]]  # shape, dtype: shared by tensors that have them in common
+    _index: safetensors.Index
+    _ids: list[str]  # sorted
+    _order: array[int] | None  # which tensor each id is, None if their order is that of the file
 
     @classmethod
     def open(cls, path: str, pattern: str | None = None) -> Packed:
@@ -179,38 +180,31 @@ class Packed:
         Raises:
             FileError: it makes no sense.
         """
-        source = open_source(path)
-        entries: list[tuple[str, int, tuple[tuple[int, ...], str], str]] = []
-        shared: dict[tuple[tuple[int, ...], str], tuple[tuple[int, ...], str]] = {}
-        match = matcher(pattern) if pattern else None
-        for stored in safetensors.scan(source):
-            id = match(stored.name) if match else stored.name
-            if id is not None:
-                kind = (stored.shape, stored.dtype)
-                entries.append((id, stored.offset, shared.setdefault(kind, kind), stored.name))
-        entries.sort(key=lambda entry: entry[0])
-        return cls(
-            path,
-            {entry[0]: at for at, entry in enumerate(entries)},
-            [entry[3] for entry in entries] if match else None,
-            array("q", (entry[1] for entry in entries)),
-            [entry[2] for entry in entries],
-        )
+        index = safetensors.read_index(open_source(path))
+        ids: list[str] = index.names
+        if pattern is None and all(a < b for a, b in pairwise(ids)):
+            return cls(path, index, ids, None)
+        match = matcher(pattern or "{id}")
+        found = sorted((id, at) for at, name in enumerate(ids) if (id := match(name)) is not None)
+        return cls(path, index, [id for id, _ in found], array("q", (at for _, at in found)))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._index)
+        return iter(self._ids)
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self._ids)
 
     def __contains__(self, id: object) -> bool:
-        return id in self._index
+        at = bisect_left(self._ids, str(id))
+        return at < len(self._ids) and self._ids[at] == id
 
     def place(self, id: str) -> Place:
         """See `Collection`."""
-        at = self._index[id]
-        name = self._names[at] if self._names else id
-        return Place(self.path, None, Span(name, *self._kinds[at], self._offsets[at]))
+        at = bisect_left(self._ids, id)
+        at = at if self._order is None else self._order[at]
+        dtype, shape = self._index.kinds[at]
+        offset = self._index.begin + self._index.firsts[at]
+        return Place(self.path, None, Span(self._index.names[at], shape, dtype, offset))
 
 
 @dataclass

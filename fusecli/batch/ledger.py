@@ -10,67 +10,115 @@ import contextlib
 import fcntl
 import json
 import os
+from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from fusecli.batch.job import Outcome
 from fusecli.batch.store import Piece
 from fusecli.errors import OutputError, UsageError
 
+Pieces: TypeAlias = "tuple[Piece, Piece | None]"
+_Kind: TypeAlias = "tuple[tuple[Any, ...], tuple[Any, ...] | None]"
 
-@dataclass
+
 class History:
-    """What the ledgers of an output say."""
+    """What the ledgers of an output say.
 
-    run: dict[str, Any] | None = None
-    fused: dict[str, tuple[Piece, Piece | None]] = field(default_factory=dict)
-    failed: set[str] = field(default_factory=set)
-    missing: set[str] = field(default_factory=set)
+    It is held in columns, a hundred bytes a pair: there may be millions.
+    """
+
+    def __init__(self) -> None:
+        self.run: dict[str, Any] | None = None
+        self.failed: set[str] = set()
+        self.missing: set[str] = set()
+        self._ids: list[str] = []
+        self._kinds: list[_Kind | None] = []  # all of a pair's pieces but their offsets; None: it failed later
+        self._at = array("q")
+        self._attention_at = array("q")
+        self._order: array[int] | None = None  # of the columns, by id
+        self._shared: dict[_Kind, _Kind] = {}
 
     @classmethod
     def read(cls, folder: str) -> History:
         """Read every ledger in ``folder``; lines that a crash cut short are passed over."""
         history = cls()
-        shapes: dict[Any, Any] = {}
         for path in sorted(Path(folder).glob("ledger*.jsonl")):
             for record in _lines(path):
-                history._take(record, shapes)
+                with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError):  # no line of ours
+                    history._take(record)
+        history._sort()
         return history
 
-    def _take(self, record: dict[str, Any], shared: dict[Any, Any]) -> None:
-        try:
-            if "run" in record:
-                self.run = record["run"]
-                return
-            id, status = record["id"], record["status"]
-            if status == "fused":
-                dump = record.get("attention")
-                self.fused[id] = (_piece(record, shared), _piece(dump, shared) if dump else None)
-                self.failed.discard(id)
-            elif status == "failed":
-                self.failed.add(id)
-                self.fused.pop(id, None)
-            elif status == "missing":
-                self.missing.add(id)
-        except (KeyError, TypeError, AttributeError):
-            pass  # not a line of ours
+    def pieces(self, id: str) -> Pieces | None:
+        """What was written for a pair last, None if nothing was, or if it failed after that."""
+        assert self._order is not None
+        found = bisect_right(self._order, id, key=self._ids.__getitem__) - 1
+        if found < 0 or self._ids[self._order[found]] != id:
+            return None
+        at = self._order[found]
+        kind = self._kinds[at]
+        if kind is None:
+            return None
+        fused, attention = kind
+        dump = Piece._make((*attention, self._attention_at[at])) if attention else None
+        return Piece._make((*fused, self._at[at])), dump
+
+    def move(self, moved: Iterator[tuple[str, Piece | None]], attention: bool) -> None:
+        """Pieces now lie elsewhere."""
+        for id, piece in moved:
+            before = self.pieces(id)
+            if before and piece:
+                self._add(id, before[0] if attention else piece, piece if attention else before[1])
+        self._sort()
+
+    def _take(self, record: dict[str, Any]) -> None:
+        if "run" in record:
+            self.run = record["run"]
+            return
+        id, status = record["id"], record["status"]
+        if type(id) is not str:
+            return
+        if status == "fused":
+            dump = record.get("attention")
+            self._add(id, _piece(record), _piece(dump) if dump else None)
+            self.failed.discard(id)
+        elif status == "failed":
+            self.failed.add(id)
+            self._append(id, None, 0, 0)
+        elif status == "missing":
+            self.missing.add(id)
+
+    def _add(self, id: str, fused: Piece, attention: Piece | None) -> None:
+        kind: _Kind = fused[:3], attention[:3] if attention else None
+        self._append(id, self._shared.setdefault(kind, kind), fused.at, attention.at if attention else 0)
+
+    def _append(self, id: str, kind: _Kind | None, at: int, attention_at: int) -> None:
+        self._ids.append(id)
+        self._kinds.append(kind)
+        self._at.append(at)
+        self._attention_at.append(attention_at)
+
+    def _sort(self) -> None:
+        self._order = array("q", sorted(range(len(self._ids)), key=self._ids.__getitem__))  # stable: the last is last
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, "rb") as file:
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
         for line in file:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line)
                 if isinstance(record, dict):
                     yield record
 
 
-def _piece(facts: dict[str, Any], shared: dict[Any, Any]) -> Piece:
-    kind = tuple(facts["shape"]), facts["dtype"], facts.get("part")
-    shape, dtype, part = shared.setdefault(kind, kind)  # one copy of what many have in common
-    return Piece(shape, dtype, part, facts.get("at", 0))
+def _piece(facts: dict[str, Any]) -> Piece:
+    shape, dtype, part, at = tuple(facts["shape"]), facts["dtype"], facts.get("part"), facts.get("at", 0)
+    if not all(type(n) is int for n in (*shape, at)) or type(dtype) is not str or type(part) not in (str, type(None)):
+        raise ValueError(facts)
+    return Piece(shape, dtype, part, at)
 
 
 class Ledger:
@@ -132,8 +180,15 @@ class Lock:
     Parts of a divided run share the output and exclude each their own kind; a whole run excludes all.
     """
 
-    def __init__(self, folder: str, shard: str | None) -> None:
+    def __init__(self) -> None:
         self._held: list[int] = []
+
+    def take(self, folder: str, shard: str | None) -> None:
+        """Be the writer of the output whose state lies in ``folder``.
+
+        Raises:
+            OutputError: another run is.
+        """
         if shard:
             self._take(f"{folder}/lock-{shard}", fcntl.LOCK_EX)
         self._take(f"{folder}/lock", fcntl.LOCK_SH if shard else fcntl.LOCK_EX)

@@ -87,9 +87,11 @@ class Pool:
 
     def __init__(self, work: Work, count: int, in_child: Callable[[], None] = lambda: None) -> None:
         self._work, self._count, self._in_child = work, count, in_child
-        self._workers: list[_Worker] = []  # started when there is work for them
+        self._workers: list[_Worker] = []
         self._again: deque[Item] = deque()  # lost items, a pair each
         self._blamed: set[str] = set()  # pairs that were under way when their worker died
+        for _ in range(count):
+            self._start()
 
     def _start(self) -> _Worker:
         mine, theirs = Pipe()

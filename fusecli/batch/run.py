@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from typing import Any, Protocol, cast
 
 from fusecli.arrays import to_device
@@ -16,7 +17,7 @@ from fusecli.batch.job import Job, Options, Outcome
 from fusecli.batch.ledger import History, Ledger, Lock, require_same_run
 from fusecli.batch.local import Pool, Stop
 from fusecli.batch.plan import Shard, item_size
-from fusecli.batch.store import STATE, FolderStore, PartStore, Piece, Store
+from fusecli.batch.store import STATE, WHOLE, FolderStore, PartStore, Piece, Store
 from fusecli.batch.worker import work
 from fusecli.checkpoint import fingerprint
 from fusecli.collections import SUFFIXES
@@ -118,12 +119,13 @@ class Reporter(Protocol):
         """Something came of these; ``summary`` counts them already."""
 
 
-def run(request: Request, pairs: Pairs | None, reporter: Reporter) -> Summary:
+def run(request: Request, plan: Callable[[], Pairs | None], reporter: Reporter) -> Summary:
     """Do what is asked, or what is left of it.
 
     Args:
         request: what to do.
-        pairs: which pairs there are; None reads them from standard input as they arrive.
+        plan: gives the pairs, None where they are to be read from standard input as they arrive. It is called when
+            the workers are there already: they need not carry what is known of millions of pairs.
         reporter: is told what happens.
 
     Raises:
@@ -131,43 +133,59 @@ def run(request: Request, pairs: Pairs | None, reporter: Reporter) -> Summary:
         OutputError: the output cannot be written.
     """
     folder = state_folder(request.output)
-    shard = str(request.shard) if request.shard else None
+    job, lock, stop = _job(request, folder), Lock(), Stop()
+    pool = Pool(partial(work, job), request.workers if request.device == "cpu" else 0, lock.release)
+    try:
+        pairs = plan()
+        try:
+            os.makedirs(folder, exist_ok=True)
+            lock.take(folder, _name(request.shard))
+            return _run(request, pairs, reporter, job, pool, stop, folder)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputError("cannot be written", where=error.filename, found=error.strerror) from error
+    finally:
+        pool.close()
+        lock.release()
+
+
+def _run(
+    request: Request, pairs: Pairs | None, reporter: Reporter, job: Job, pool: Pool, stop: Stop, folder: str
+) -> Summary:
     facts = request.run_facts()
+    if request.overwrite:
+        _forget(folder)
+    history = _history(job, folder)
+    require_same_run(history.run, facts, request.output)
+    folders = [store for store in (job.fused, job.attention) if isinstance(store, FolderStore)]
+    ledger = Ledger(folder, _name(request.shard))
     try:
-        os.makedirs(folder, exist_ok=True)
-        lock = Lock(folder, shard)
-        if request.overwrite:
-            _forget(folder)
-        job = _job(request, folder, shard)
-        history = _history(job, folder)
-        require_same_run(history.run, facts, request.output)
-        ledger = Ledger(folder, shard)
-    except OSError as error:
-        raise OutputError("cannot be written", where=error.filename, found=error.strerror) from error
-    try:
+        for store in folders:
+            store.begin()
         ledger.begin(facts)
         teller = _Teller(ledger, history.missing, reporter)
         feed = _feed(request, pairs, history, job)
         reporter.planned(len(pairs.ids) if pairs else None)
         teller.tell(pairs.known if pairs else [])
-        _drive(request, job, feed, teller, lock)
-        history.fused.clear()
-        if not (teller.summary.interrupted or teller.summary.stopped or request.shard):
-            _gather(job, folder, pairs.ids if pairs else cast(StreamFeed, feed).ids)
+        _drive(request, job, feed, teller, pool, stop)
     finally:
-        for store in (job.fused, job.attention):
-            if isinstance(store, FolderStore):
-                shutil.rmtree(store.temporary, ignore_errors=True)
+        for store in folders:
+            store.end()
         ledger.close()
-        lock.release()
-    return teller.summary
+    summary = teller.summary
+    if not (summary.interrupted or summary.stopped or request.shard):
+        pool.close()
+        del history  # a gathering reads it anew
+        _gather(job, folder, pairs.ids if pairs else cast(StreamFeed, feed).ids, summary)
+    return summary
 
 
 def look(request: Request, pairs: Pairs) -> tuple[int, int, int]:
     """How many pairs are done, have failed and are to be done, by the ledgers alone; nothing is written."""
     history = History.read(state_folder(request.output)) if not request.overwrite else History()
     require_same_run(history.run, request.run_facts(), request.output)
-    done = sum(id in history.fused for id in pairs.ids)
+    done = sum(history.pieces(id) is not None for id in pairs.ids)
     bad = sum(id in history.failed for id in pairs.ids)
     todo = bad if request.retry_failed else len(pairs.ids) - done
     return done, bad, todo if request.limit is None else min(todo, request.limit)
@@ -183,19 +201,21 @@ def is_one_file(output: str) -> bool:
     return output.endswith(SUFFIXES) and not os.path.isdir(output)
 
 
+def _name(shard: Shard | None) -> str | None:
+    return str(shard) if shard else None
+
+
 def _forget(folder: str) -> None:
     for name in os.listdir(folder):
         if name.endswith((".jsonl", ".part", ".index")):
             os.unlink(f"{folder}/{name}")
 
 
-def _job(request: Request, folder: str, shard: str | None) -> Job:
+def _job(request: Request, folder: str) -> Job:
     def store(path: str, kind: str) -> Store:
         if is_one_file(path):
             return PartStore(path, folder, kind)
-        temporary = f"{path}/{STATE}/{f'tmp-{shard}' if shard else 'tmp'}"
-        shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
-        os.makedirs(temporary, exist_ok=True)
+        temporary = f"{path}/{STATE}/{f'tmp-{request.shard}' if request.shard else 'tmp'}"
         return FolderStore(path, request.suffix, temporary)
 
     mover = (lambda x: x) if request.device == "cpu" else to_device(request.device)
@@ -207,16 +227,15 @@ def _history(job: Job, folder: str) -> History:
     """What the ledgers say, and where gathered results are now."""
     history = History.read(folder)
     for store in (job.fused, job.attention):
-        for id, piece in gathered(store) if isinstance(store, PartStore) else ():
-            if piece and id in history.fused:
-                fused, attention = history.fused[id]
-                history.fused[id] = (piece, attention) if store is job.fused else (fused, piece)
+        if isinstance(store, PartStore):
+            history.move(gathered(store), attention=store is job.attention)
     return history
 
 
 def _feed(request: Request, pairs: Pairs | None, history: History, job: Job) -> ListFeed | StreamFeed:
     def keep(id: str) -> Outcome | None:
-        done = id in history.fused and _is_there(job, id, *history.fused[id])
+        pieces = history.pieces(id)
+        done = pieces is not None and _is_there(job, id, *pieces)
         if done or (request.retry_failed and id not in history.failed):
             return Outcome(id, "skipped", {})
         return None
@@ -251,23 +270,19 @@ class _Teller:
         self.reporter.told(outcomes, self.summary)
 
 
-def _drive(request: Request, job: Job, feed: ListFeed | StreamFeed, teller: _Teller, lock: Lock) -> None:
-    stop, summary = Stop(), teller.summary
-    pool = Pool(partial(work, job), request.workers, lock.release)
+def _drive(request: Request, job: Job, feed: ListFeed | StreamFeed, teller: _Teller, pool: Pool, stop: Stop) -> None:
+    summary = teller.summary
     runner = pool.run if request.device == "cpu" else partial(inline.run, partial(work, job))
-    try:
-        with stop.on_interrupt():
-            for outcomes in runner(feed, stop):
-                outcomes = [*feed.outcomes(), *outcomes]
-                teller.tell(outcomes)
-                if not stop.asked and (reason := _reason_to_stop(outcomes, request.fail_fast)):
-                    summary.stopped = reason
-                    stop.ask()
-            for outcomes in pool.drain():
-                teller.tell(outcomes)
-            teller.tell(feed.outcomes())
-    finally:
-        pool.close()
+    with stop.on_interrupt():
+        for outcomes in runner(feed, stop):
+            outcomes = [*feed.outcomes(), *outcomes]
+            teller.tell(outcomes)
+            if not stop.asked and (reason := _reason_to_stop(outcomes, request.fail_fast)):
+                summary.stopped = reason
+                stop.ask()
+        for outcomes in pool.drain():
+            teller.tell(outcomes)
+        teller.tell(feed.outcomes())
     summary.interrupted = stop.asked and summary.stopped is None
 
 
@@ -275,17 +290,18 @@ def _reason_to_stop(outcomes: list[Outcome], fail_fast: bool) -> Outcome | None:
     return next((x for x in outcomes if x.stop or (fail_fast and x.status == "failed")), None)
 
 
-def _gather(job: Job, folder: str, ids: list[str]) -> None:
-    if not any(isinstance(store, PartStore) for store in (job.fused, job.attention)):
+def _gather(job: Job, folder: str, ids: list[str], summary: Summary) -> None:
+    """Make one file of the parts, where there is something new."""
+    stores = [store for store in (job.fused, job.attention) if isinstance(store, PartStore)]
+    if not stores or (not summary.fused and not summary.failures and all(store.size(WHOLE) for store in stores)):
         return
     history = _history(job, folder)
-    for at, store in enumerate((job.fused, job.attention)):
-        if not isinstance(store, PartStore):
-            continue
+    for store in stores:
         results: list[Result] = []
         for id in ids:
-            pieces = history.fused.get(id)
+            pieces = history.pieces(id)
             if pieces or id in history.failed:
-                results.append((id, pieces[at] if pieces else None))
-        if any(piece for _, piece in results) and results != list(gathered(store)):
+                results.append((id, pieces[store is job.attention] if pieces else None))
+        now = zip_longest(results, gathered(store))
+        if any(piece for _, piece in results) and any(wanted != there for wanted, there in now):
             gather(store, results)

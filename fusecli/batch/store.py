@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -86,6 +87,15 @@ class FolderStore:
         temporary = f"{self.temporary}/{os.getpid()}-{next(self._count)}"
         self._make_room(target)
         return _NewFile(target, temporary, self._header(name, shape, dtype), Piece(shape, dtype), told)
+
+    def begin(self) -> None:
+        """Make room for temporary files, and remove those that a killed run left."""
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        os.makedirs(self.temporary, exist_ok=True)
+
+    def end(self) -> None:
+        """No more results will come."""
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
     def _header(self, name: str, shape: tuple[int, ...], dtype: str) -> bytes:
         header: bytes = format_by_suffix(self.suffix).header(name, shape, dtype, {})

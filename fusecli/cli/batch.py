@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -108,14 +109,13 @@ def batch(
         overwrite=overwrite,
         fail_fast=fail_fast,
     )
-    pairs = _pairs(sources, output, part)
     if dry_run:
-        _tell_plan(request, pairs, allow_missing, quiet)
+        _tell_plan(request, _pairs(sources, output, part), quiet)
         return
     if weights is None:
         note(f"untrained weights (seed {seed}): the numbers mean nothing yet; pass --weights FILE", quiet)
     with Progress(quiet, json, output, suffix) as progress:
-        summary = batches.run(request, pairs, progress)
+        summary = batches.run(request, partial(_pairs, sources, output, part), progress)
     if summary.one_row and not loaded.config.residual:
         note(f"{summary.one_row:,} of them: {ONE_ROW}", quiet)
     code = explain(summary, request, allow_missing, quiet)
@@ -230,7 +230,7 @@ def _pairs(sources: Sources, output: str, shard: Any) -> Any:
     return from_collections(images, texts, found)
 
 
-def _tell_plan(request: Any, pairs: Any, allow_missing: bool, quiet: bool) -> None:
+def _tell_plan(request: Any, pairs: Any, quiet: bool) -> None:
     from fusecli.batch.run import look
     from fusecli.errors import UsageError
 

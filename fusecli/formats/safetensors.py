@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
+from array import array
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, TypeAlias, cast
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, TypeAlias
 
 from fusecli.errors import FileError, UsageError
 from fusecli.formats.source import Source, Stored, StreamSource, itemsize, read_bytes, require_sane
@@ -27,103 +31,117 @@ CODES = {name: code for code, name in NAMES.items()}
 OTHER_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64, "C64": 64}
 
 
-def read_header(source: Source) -> tuple[dict[str, Any], int]:
-    """The JSON header, and the offset where the data begin.
+Kind: TypeAlias = "tuple[str, tuple[int, ...]]"
+_decode = json.JSONDecoder().raw_decode
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+@dataclass(slots=True)
+class Index:
+    """The header, in a few bytes a tensor: files may hold hundreds of thousands."""
+
+    begin: int  # where the data begin
+    names: list[str] = field(default_factory=list)
+    kinds: list[Kind] = field(default_factory=list)  # dtype and shape, shared by tensors that have them in common
+    firsts: array[int] = field(default_factory=lambda: array("q"))  # offsets from ``begin``
+    lasts: array[int] = field(default_factory=lambda: array("q"))
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def stored(self, source: Source, at: int) -> Stored:
+        """The ``at``-th tensor."""
+        dtype, shape = self.kinds[at]
+        return Stored(source, self.names[at], shape, dtype, self.begin + self.firsts[at])
+
+
+def read_index(source: Source) -> Index:
+    """The header, checked against itself and the size of the file.
 
     Raises:
-        FileError: it is cut short, absurdly long or no JSON object.
+        FileError: the header or the data end early, or the header contradicts itself.
     """
+    text, begin = _header_text(source)
+    index = Index(begin)
+    kinds: dict[Kind, Kind] = {}
+    try:
+        for name, value in _members(text):
+            if name == METADATA:
+                if not all(isinstance(string, str) for string in value.values()):
+                    raise ValueError
+                index.metadata = value
+            else:
+                kind, first, last = _entry(source, name, value)
+                index.names.append(name)
+                index.kinds.append(kinds.setdefault(kind, kind))
+                index.firsts.append(first)
+                index.lasts.append(last)
+    except (ValueError, RecursionError, AttributeError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(
+            "the header is no JSON object of tensors and strings", where=source.name, found=repr(text[:60])
+        ) from None
+    _check_layout(source, index)
+    return index
+
+
+def _header_text(source: Source) -> tuple[str, int]:
     start = read_bytes(source, 0, 8)
     if len(start) < 8:
         raise FileError("cut short in its header", where=source.name, found=f"{len(start)} bytes", wanted="at least 8")
     length: int = struct.unpack("<Q", start)[0]
     if length > MAX_HEADER:
         raise FileError("absurd header", where=source.name, found=f"{length} bytes", wanted=f"at most {MAX_HEADER}")
-    text: bytes | str = read_bytes(source, 8, length)
-    if len(text) < length:
-        raise FileError("cut short in its header", where=source.name, found=f"{len(text)} bytes", wanted=f"{length}")
-    kinds: dict[_Kind, _Kind] = {}
+    data = read_bytes(source, 8, length)
+    if len(data) < length:
+        raise FileError("cut short in its header", where=source.name, found=f"{len(data)} bytes", wanted=f"{length}")
     try:
-        text = cast(bytes, text).decode()  # in its own place: the header of many tensors takes megabytes
-        header = json.loads(text, object_pairs_hook=lambda pairs: _compact(pairs, kinds))
-        strings = header.get(METADATA, {}).values()
-        if not all(isinstance(value, str) for value in strings):
-            raise ValueError
-    except (ValueError, RecursionError, AttributeError):
-        raise FileError(
-            "the header is no JSON object of tensors and strings", where=source.name, found=repr(text[:60])
-        ) from None
-    return header, 8 + length
+        return data.decode(), 8 + length
+    except ValueError:
+        raise FileError("the header is no UTF-8", where=source.name, found=repr(data[:60])) from None
 
 
-_Kind: TypeAlias = "tuple[str, tuple[int, ...]]"
-
-
-class _Entry(NamedTuple):
-    """What the header says of one tensor; millions of them may be held."""
-
-    kind: _Kind  # code of the dtype and shape: shared by tensors that have them in common
-    first: int
-    last: int
-
-
-def _compact(pairs: list[tuple[str, Any]], kinds: dict[_Kind, _Kind]) -> Any:
-    """A JSON object: a tensor's as `_Entry`, any other as the dictionary that it is."""
-    found = dict(pairs)
-    if len(found) == 3 and found.keys() == {"dtype", "shape", "data_offsets"}:
-        try:
-            code, shape, (first, last) = found["dtype"], found["shape"], found["data_offsets"]
-            if type(code) is str and all(type(n) is int and n >= 0 for n in (*shape, first, last)):
-                kind = (code, tuple(shape))
-                return _Entry(kinds.setdefault(kind, kind), first, last)
-        except (ValueError, TypeError):
-            pass  # it is left as it is, and complained of where its name is known
-    return found
-
-
-def open_tensors(source: Source) -> dict[str, Stored]:
-    """Every tensor of the file by name.
+def _members(text: str) -> Iterator[tuple[str, Any]]:
+    """The members of a JSON object one by one, so that only one of them is held.
 
     Raises:
-        FileError: the header or the data end early, or the header contradicts itself.
+        ValueError: it is none.
     """
-    return {stored.name: stored for stored in scan(source)}
+
+    def skip(at: int) -> int:
+        return _SPACE.match(text, at).end()  # type: ignore[union-attr]
+
+    at = skip(0)
+    if text[at : at + 1] != "{":
+        raise ValueError(text[:60])
+    at = skip(at + 1)
+    while text[at : at + 1] != "}":
+        name, at = _decode(text, at)
+        at = skip(at)
+        if type(name) is not str or text[at : at + 1] != ":":
+            raise ValueError(name)
+        value, at = _decode(text, skip(at + 1))
+        yield name, value
+        at = skip(at)
+        if text[at : at + 1] == ",":
+            at = skip(at + 1)
+            if text[at : at + 1] == "}":
+                raise ValueError(name)
+        elif text[at : at + 1] != "}":
+            raise ValueError(name)
+    if skip(at + 1) != len(text):
+        raise ValueError(text[at:])
 
 
-def scan(source: Source) -> Iterator[Stored]:
-    """Every tensor of the file in the order of its data, one at a time: for files of very many.
-
-    Raises:
-        FileError: as `open_tensors`, before the first tensor is given.
-    """
-    header, begin = read_header(source)
-    header.pop(METADATA, None)
-    for name, entry in header.items():
-        _check(source, name, entry)
-    names = sorted(header, key=lambda name: (header[name].first, header[name].last))
-    end = 0
-    for name in names:
-        entry = header[name]
-        if entry.first != end:
-            raise FileError(
-                "data overlap or leave a hole",
-                where=f"{source.name}[{name}]",
-                found=f"offset {entry.first}",
-                wanted=f"{end}",
-            )
-        end = entry.last
-    size = source.load(begin + end) if isinstance(source, StreamSource) else source.size()
-    if size is not None and size != begin + end:
-        what = "cut short" if size < begin + end else "longer than its header says"
-        raise FileError(what, where=source.name, found=f"{size - begin} bytes of data", wanted=f"{end}")
-    return (_stored(source, name, header[name], begin) for name in names)
-
-
-def _check(source: Source, name: str, entry: Any) -> None:
+def _entry(source: Source, name: str, value: Any) -> tuple[Kind, int, int]:
     where = f"{source.name}[{name}]"
-    if not isinstance(entry, _Entry):
-        raise FileError("the header makes no sense", where=where, found=repr(entry)[:80])
-    (code, shape), first, last = entry
+    try:
+        code, shape, (first, last) = value["dtype"], value["shape"], value["data_offsets"]
+        if len(value) != 3 or type(code) is not str:
+            raise ValueError
+        if not all(type(n) is int and 0 <= n < 2**62 for n in (*shape, first, last)):
+            raise ValueError
+    except (ValueError, TypeError, KeyError):
+        raise FileError("the header makes no sense", where=where, found=repr(value)[:80]) from None
     require_sane(shape, where)
     bits = OTHER_BITS.get(code)
     wanted = last - first
@@ -133,23 +151,47 @@ def _check(source: Source, name: str, entry: Any) -> None:
         wanted = math.prod(shape) * bits // 8
     if last - first != wanted:
         raise FileError(
-            "shape and size disagree",
-            where=where,
-            found=f"{last - first} bytes",
-            wanted=f"{wanted} for {list(shape)} {code}",
+            "shape and size disagree", where=where, found=f"{last - first} bytes", wanted=f"{wanted} for {shape} {code}"
         )
-
-
-def _stored(source: Source, name: str, entry: _Entry, begin: int) -> Stored:
-    code, shape = entry.kind
     # Codes are upper case, our names lower: an unknown code cannot pass for a dtype that is read.
-    return Stored(source, name, shape, NAMES.get(code, code.upper()), begin + entry.first)
+    return (NAMES.get(code, code.upper()), tuple(shape)), first, last
+
+
+def _check_layout(source: Source, index: Index) -> None:
+    if len(set(index.names)) < len(index.names):
+        raise FileError("the header names a tensor twice", where=source.name)
+    end = 0
+    order: Iterable[int] = range(len(index.names))
+    if any(first > later for first, later in pairwise(index.firsts)):
+        order = sorted(order, key=lambda at: (index.firsts[at], index.lasts[at]))
+    for at in order:
+        if index.firsts[at] != end:
+            raise FileError(
+                "data overlap or leave a hole",
+                where=f"{source.name}[{index.names[at]}]",
+                found=f"offset {index.firsts[at]}",
+                wanted=f"{end}",
+            )
+        end = index.lasts[at]
+    size = source.load(index.begin + end) if isinstance(source, StreamSource) else source.size()
+    if size is not None and size != index.begin + end:
+        what = "cut short" if size < index.begin + end else "longer than its header says"
+        raise FileError(what, where=source.name, found=f"{size - index.begin} bytes of data", wanted=f"{end}")
+
+
+def open_tensors(source: Source) -> dict[str, Stored]:
+    """Every tensor of the file by name.
+
+    Raises:
+        FileError: the header or the data end early, or the header contradicts itself.
+    """
+    index = read_index(source)
+    return {name: index.stored(source, at) for at, name in enumerate(index.names)}
 
 
 def metadata(source: Source) -> dict[str, str]:
     """The file's own strings, ``{}`` if it has none."""
-    found: dict[str, str] = read_header(source)[0].get(METADATA, {})
-    return found
+    return read_index(source).metadata
 
 
 def header(name: str, shape: tuple[int, ...], dtype: str, metadata: dict[str, str]) -> bytes:

@@ -168,6 +168,10 @@ def read_bytes(source: Source, offset: int, count: int) -> bytes:
         count = max(0, min(count, size - offset))
     held = bytearray()
     try:
+        if isinstance(source, FileSource):
+            start = os.pread(source.fd, count, offset)
+            if len(start) == count:  # as ever; without a second copy of a header of megabytes
+                return start
         while len(held) < count:
             piece = bytearray(min(CHUNK, count - len(held)))
             got = source.read_into(offset + len(held), memoryview(piece))
