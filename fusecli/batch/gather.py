@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -23,34 +23,37 @@ BLOCK = 2**22
 Result = tuple[str, Piece | None]
 
 
-def gather(store: PartStore, results: list[Result]) -> None:
-    """Write ``results`` (None: a pair that failed) to ``store.path`` in order, and remove the parts.
+def gather(store: PartStore, results: Callable[[], Iterator[Result]]) -> None:
+    """Write results (None: a pair that failed) to ``store.path`` in order, and remove the parts.
 
     A packed file lists what was fused. In a stack, where a row's number says which pair it is, a pair that failed
-    is a row of NaN.
+    is a row of NaN. ``results`` is called several times: there may be too many to hold.
 
     Raises:
         OutputError: they do not stack, or the file cannot be written.
     """
-    packed = store.path.endswith(safetensors.SUFFIXES)
-    if packed:
-        results = [(id, piece) for id, piece in results if piece]
-        header = safetensors.header_of_many((id, p.shape, p.dtype) for id, p in results if p)
+    if store.path.endswith(safetensors.SUFFIXES):
+        every = results
+
+        def results() -> Iterator[Result]:
+            return ((id, piece) for id, piece in every() if piece)
+
+        header = safetensors.header_of_many((id, p.shape, p.dtype) for id, p in results() if p)
         hole = b""
     else:
-        shape, dtype = _common(store, results)
-        header = npy.header("", (len(results), *shape), dtype, {})
+        shape, dtype = _common(store, results())
+        header = npy.header("", (sum(1 for _ in results()), *shape), dtype, {})
         hole = np.full(shape, np.nan, dtype).tobytes()
     with open_sink(store.path) as sink:
         sink.put(0, header)
-        _copy(store, results, sink, len(header), hole)
-    _write_index(store, results, len(header), len(hole))
+        _copy(store, results(), sink, len(header), hole)
+    _write_index(store, results(), len(header), len(hole))
     for name in os.listdir(store.folder):
         if name.startswith(f"{store.kind}-") and name.endswith(".part"):
             os.unlink(f"{store.folder}/{name}")
 
 
-def _common(store: PartStore, results: list[Result]) -> tuple[tuple[int, ...], str]:
+def _common(store: PartStore, results: Iterator[Result]) -> tuple[tuple[int, ...], str]:
     """Shape and dtype that all results share."""
     first: tuple[str, Piece] | None = None
     for id, piece in results:
@@ -71,7 +74,7 @@ def _common(store: PartStore, results: list[Result]) -> tuple[tuple[int, ...], s
     return first[1].shape, first[1].dtype
 
 
-def _copy(store: PartStore, results: list[Result], sink: Sink, begin: int, hole: bytes) -> None:
+def _copy(store: PartStore, results: Iterator[Result], sink: Sink, begin: int, hole: bytes) -> None:
     at = begin
     for part, start, nbytes in _runs(results, len(hole)):
         if part is None:
@@ -87,7 +90,7 @@ def _copy(store: PartStore, results: list[Result], sink: Sink, begin: int, hole:
         at += nbytes
 
 
-def _runs(results: list[Result], hole: int) -> Iterator[tuple[str | None, int, int]]:
+def _runs(results: Iterator[Result], hole: int) -> Iterator[tuple[str | None, int, int]]:
     """(part, offset, bytes) of results that follow one another in one part."""
     part: str | None = None
     start = nbytes = 0
@@ -107,13 +110,17 @@ def _index_path(store: PartStore) -> str:
     return f"{store.folder}/{store.kind}.index"
 
 
-def _write_index(store: PartStore, results: list[Result], at: int, hole: int) -> None:
+def _write_index(store: PartStore, results: Iterator[Result], at: int, hole: int) -> None:
     with open_sink(_index_path(store)) as sink:
-        lines = [json.dumps(os.stat(store.path).st_size)]
+        block = f"{os.stat(store.path).st_size}\n".encode()
+        offset = 0
         for id, piece in results:
-            lines.append(json.dumps([id, *(piece[:2] if piece else (None, None)), at]))
+            block += json.dumps([id, *(piece[:2] if piece else (None, None)), at]).encode() + b"\n"
             at += piece.nbytes if piece else hole
-        sink.put(0, "\n".join(lines).encode() + b"\n")
+            if len(block) > 2**16:
+                sink.put(offset, block)
+                offset, block = offset + len(block), b""
+        sink.put(offset, block)
 
 
 def gathered(store: PartStore) -> Iterator[Result]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
@@ -296,12 +296,15 @@ def _gather(job: Job, folder: str, ids: list[str], summary: Summary) -> None:
     if not stores or (not summary.fused and not summary.failures and all(store.size(WHOLE) for store in stores)):
         return
     history = _history(job, folder)
-    for store in stores:
-        results: list[Result] = []
+
+    def results(attention: bool) -> Iterator[Result]:
         for id in ids:
             pieces = history.pieces(id)
             if pieces or id in history.failed:
-                results.append((id, pieces[store is job.attention] if pieces else None))
-        now = zip_longest(results, gathered(store))
-        if any(piece for _, piece in results) and any(wanted != there for wanted, there in now):
-            gather(store, results)
+                yield id, pieces[attention] if pieces else None
+
+    for store in stores:
+        mine = partial(results, store is job.attention)
+        changed = any(wanted != there for wanted, there in zip_longest(mine(), gathered(store)))
+        if changed and any(piece for _, piece in mine()):
+            gather(store, mine)

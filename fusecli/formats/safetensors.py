@@ -200,7 +200,8 @@ def header(name: str, shape: tuple[int, ...], dtype: str, metadata: dict[str, st
     Raises:
         UsageError: the format has no name for ``dtype``.
     """
-    return _framed([*_strings(metadata), _described(name, shape, dtype, 0)[0]])
+    strings = f'"{METADATA}":{json.dumps(metadata, separators=(",", ":"))},' if metadata else ""
+    return _framed(bytearray((strings + _described(name, shape, dtype, 0)[0]).encode()))
 
 
 def header_of_many(tensors: Iterable[tuple[str, tuple[int, ...], str]]) -> bytes:
@@ -209,12 +210,13 @@ def header_of_many(tensors: Iterable[tuple[str, tuple[int, ...], str]]) -> bytes
     Raises:
         UsageError: the format has no name for a dtype, or the header would be longer than the format allows.
     """
-    parts = []
+    text = bytearray()
     at = 0
     for name, shape, dtype in tensors:
-        part, at = _described(name, shape, dtype, at)
-        parts.append(part)
-    return _framed(parts)
+        entry, at = _described(name, shape, dtype, at)
+        text += b"," if text else b""
+        text += entry.encode()
+    return _framed(text)
 
 
 def _described(name: str, shape: tuple[int, ...], dtype: str, at: int) -> tuple[str, int]:
@@ -228,14 +230,10 @@ def _described(name: str, shape: tuple[int, ...], dtype: str, at: int) -> tuple[
     return f'{json.dumps(name)}:{{"dtype":"{CODES[dtype]}","shape":[{numbers}],"data_offsets":[{at},{end}]}}', end
 
 
-def _strings(metadata: dict[str, str]) -> list[str]:
-    return [f'"{METADATA}":{json.dumps(metadata, separators=(",", ":"))}'] if metadata else []
-
-
-def _framed(entries: list[str]) -> bytes:
-    text = ("{" + ",".join(entries) + "}").encode()
-    text += b" " * (-len(text) % 8)  # data aligned to 8 bytes, as the library has it
-    if len(text) > MAX_HEADER:
-        found, wanted = f"a header of {len(text)} bytes", f"at most {MAX_HEADER}"
+def _framed(members: bytearray) -> bytes:
+    length = len(members) + 2
+    padding = -length % 8  # data aligned to 8 bytes, as the library has it
+    if length > MAX_HEADER:
+        found, wanted = f"a header of {length} bytes", f"at most {MAX_HEADER}"
         raise UsageError("too many tensors for one .safetensors", found=found, wanted=wanted, hint="write to a folder")
-    return struct.pack("<Q", len(text)) + text
+    return b"".join((struct.pack("<Q", length + padding), b"{", members, b"}", b" " * padding))
