@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -190,6 +191,7 @@ def _serve(pipe: Connection, work: Work, in_child: Callable[[], None]) -> None:
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         in_child()
+        gc.freeze()  # what is there stays: do not look through it again and again
         while True:
             pipe.send(work(pipe.recv()))
     except (EOFError, OSError):
