@@ -28,6 +28,7 @@ from fusecli.arrays import (
     cast,
     contiguous,
     detach,
+    dot,
     dtype_name,
     empty,
     exp_and_sums,
@@ -181,7 +182,7 @@ class Keys:
 
     def queries(self, text: Array) -> Array:
         """``text [N, Dt]`` projected: ``[H, N, d]``."""
-        query = _dot(text, self.maps.query.mT)  # [N, D]
+        query = dot(text, self.maps.query.mT)  # [N, D]
         query += self.maps.query_bias
         return _split_heads(query, self.num_heads)  # [H, N, d]
 
@@ -189,14 +190,14 @@ class Keys:
         """Scores ``[H, N, M]`` of ``text [N, Dt]``."""
         n, heads = len(text), self.num_heads
         if self.order is Order.IMAGE:
-            flat = _dot(text, self.rows)  # [N, H*M]
+            flat = dot(text, self.rows)  # [N, H*M]
             flat += self.shift
             return _split_heads(flat, heads)
         query = self.queries(text)  # [H, N, d]
         if self.order is Order.TEXT:
             wide = products_beside(_by_head(self.maps.key, heads).mT, query.mT)  # [Di, H*N]
-            return _dot(wide.mT, self.image.mT).reshape(heads, n, -1)
-        return _dot(query, self.rows.mT)
+            return dot(wide.mT, self.image.mT).reshape(heads, n, -1)
+        return dot(query, self.rows.mT)
 
     @cached_property
     def exact(self) -> Keys:
@@ -210,7 +211,7 @@ def see_keys(order: Order, num_heads: int, maps: Maps, image: Array, keys: Array
     rows: Array = None
     shift: Array = None
     if order is not Order.TEXT:
-        rows = keys if keys is not None else _split_heads(_dot(image, maps.key.mT), num_heads)  # [H, M, d]
+        rows = keys if keys is not None else _split_heads(dot(image, maps.key.mT), num_heads)  # [H, M, d]
     if order is Order.IMAGE:
         shift = (rows @ maps.query_bias.reshape(num_heads, -1, 1)).reshape(-1)  # [H*M]
         rows = products_beside(_by_head(maps.query, num_heads).mT, rows.mT)  # [Dt, H*M]
@@ -234,10 +235,10 @@ def see(image: Array, maps: Maps, num_heads: int, plan: Plan) -> ImageSide:
     keys: Array = None
     values: Array = None
     if plan.scores is not Order.TEXT and plan.values is not Order.TEXT:
-        both = _split_heads(_dot(image, maps.key_value.mT), 2 * num_heads)  # [2H, M, d]
+        both = _split_heads(dot(image, maps.key_value.mT), 2 * num_heads)  # [2H, M, d]
         keys, values = both[:num_heads], both[num_heads:]
     elif plan.values is not Order.TEXT:
-        values = _split_heads(_dot(image, maps.value.mT), num_heads)  # [H, M, d]
+        values = _split_heads(dot(image, maps.value.mT), num_heads)  # [H, M, d]
     if plan.values is Order.IMAGE:
         values = products_beside(_by_head(maps.out.mT, num_heads).mT, values.mT)  # [D, H*M]
     seen = see_keys(plan.scores, num_heads, maps, image, keys)
@@ -279,14 +280,14 @@ def _meet_by_heads(text: Array, side: ImageSide, keys: Keys, need_weights: bool)
     dump = empty((heads, n, m), text) if need_weights else None
     for start in range(0, heads, step):
         some = slice(start, start + step)
-        scores = _dot(query[some], keys.rows[some].mT)  # [h, N, M]
+        scores = dot(query[some], keys.rows[some].mT)  # [h, N, M]
         weighed = _softmax(scores, keys.order, text)
         if weighed is None:
             return _meet_by_heads(text, side, keys.exact, need_weights)
         weights, total = weighed  # [h, N, M], [h, N, 1]
         if dump is not None:
             dump[some] = weights / total
-        mixed[:, some] = (_dot(weights, side.values[some]) / total).swapaxes(0, 1)
+        mixed[:, some] = (dot(weights, side.values[some]) / total).swapaxes(0, 1)
     return _finish(mixed.reshape(n, -1), side.maps.out.mT, side), dump
 
 
@@ -297,14 +298,14 @@ def _mix(weights: Array, total: Array | None, side: ImageSide) -> Array:
         flat = weights.swapaxes(0, 1).reshape(n, heads * m)
         return _finish(flat, side.values.mT, side)
     if side.plan.values is Order.TEXT:
-        seen = _dot(weights.reshape(heads * n, m), side.image).reshape(heads, n, -1)  # [H, N, Di]
+        seen = dot(weights.reshape(heads * n, m), side.image).reshape(heads, n, -1)  # [H, N, Di]
         # The reference averages the rounding of M projected rows; here one row carries it all, so the long sum
         # over Di is taken in parts.
         value = _by_head(side.maps.value, heads).mT  # [H, Di, d]
         parts = (slice(at, at + 192) for at in range(0, len(value[0]), 192))
-        mixed = sum(_dot(seen[..., part], value[:, part]) for part in parts)  # [H, N, d]
+        mixed = sum(dot(seen[..., part], value[:, part]) for part in parts)  # [H, N, d]
     else:
-        mixed = _dot(weights, side.values)  # [H, N, d]
+        mixed = dot(weights, side.values)  # [H, N, d]
     if total is not None:
         mixed /= total
     joined = mixed.swapaxes(0, 1).reshape(mixed.shape[1], -1)  # [H, N, d] -> [N, D]
@@ -312,8 +313,8 @@ def _mix(weights: Array, total: Array | None, side: ImageSide) -> Array:
 
 
 def _finish(mixed: Array, out: Array, side: ImageSide) -> Array:
-    # The result has to lie in rows: from here on turning it round costs more than `_dot` saves.
-    fused = mixed @ out if len(mixed) >= 128 else _dot(mixed, out)  # [N, D]
+    # The result has to lie in rows: from here on turning it round costs more than `dot` saves.
+    fused = mixed @ out if len(mixed) >= 128 else dot(mixed, out)  # [N, D]
     fused += side.maps.bias
     return contiguous(fused)
 
@@ -343,18 +344,6 @@ def _softmax(scores: Array, order: Order, text: Array) -> tuple[Array, Array] | 
 def _shifted_softmax(scores: Array, text: Array) -> tuple[Array, Array]:
     scores -= namespace(scores).amax(detach(scores), axis=-1, keepdims=True)
     return exp_and_sums(cast(scores, dtype_name(text)))
-
-
-def _dot(a: Array, b: Array) -> Array:
-    """``a @ b``, computed as ``(bᵀ aᵀ)ᵀ`` where the result is wider than high.
-
-    OpenBLAS is up to three times as fast with the long side of the result first (the fewer the
-    tokens, the more it matters), and the transposed result costs nothing: it is a view. torch's libraries
-    round more that way round.
-    """
-    if is_torch(a) or a.shape[-2] >= b.shape[-1]:
-        return a @ b
-    return (b.mT @ a.mT).mT
 
 
 def _split_heads(x: Array, num_heads: int) -> Array:
