@@ -299,11 +299,7 @@ def _mix(weights: Array, total: Array | None, side: ImageSide) -> Array:
         return _finish(flat, side.values.mT, side)
     if side.plan.values is Order.TEXT:
         seen = dot(weights.reshape(heads * n, m), side.image).reshape(heads, n, -1)  # [H, N, Di]
-        # The reference averages the rounding of M projected rows; here one row carries it all, so the long sum
-        # over Di is taken in parts.
-        value = _by_head(side.maps.value, heads).mT  # [H, Di, d]
-        parts = (slice(at, at + 192) for at in range(0, len(value[0]), 192))
-        mixed = sum(dot(seen[..., part], value[:, part]) for part in parts)  # [H, N, d]
+        mixed = dot(seen, _by_head(side.maps.value, heads).mT)  # [H, N, d]
     else:
         mixed = dot(weights, side.values)  # [H, N, d]
     if total is not None:

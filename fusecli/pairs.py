@@ -7,12 +7,15 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from time import perf_counter
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from fusecli.arrays import Array, cast, first_nonfinite, to_numpy
 from fusecli.errors import FileError, OutputError, ShapeError, UsageError, ValuesError
-from fusecli.formats import NumpyArray, Sink, Stored, format_of, itemsize, open_sink, open_tensors
+from fusecli.formats import FileSource, NumpyArray, Sink, Stored, format_of, itemsize, open_sink, open_tensors
 from fusecli.fusion import Seen, Weights
 
 #: Names that encoders and dataset tools give their tensors, the most telling first.
@@ -89,6 +92,8 @@ def read_finite(stored: Stored, finite: bool = True, rows: slice | None = None) 
 
 #: Text rows of a block that is only checked and answered, with M = 1: it stays in the cache.
 COPIED_ROWS = 128
+#: Text rows of a block otherwise: some threads with such blocks, of D = 768 and 8 heads, stay under 300 MiB.
+FUSED_ROWS = 2048
 
 #: Opens the place of one result: ``(name, shape, dtype)`` to a sink and the offset where the numbers begin.
 Opener: TypeAlias = Callable[[str, tuple[int, ...], str], AbstractContextManager[tuple[Sink, int]]]
@@ -104,6 +109,7 @@ class Output:
     dtype: str | None = None  # None: the text's
     finite: bool = True  # refuse NaN and Inf
     stream: bool = False  # what has gone out cannot be taken back
+    threads: int = 1  # for texts of many blocks
 
 
 def to_file(path: str, format: str | None = None) -> Opener:
@@ -202,7 +208,7 @@ def fuse_pair(
     read = perf_counter()
     seen = Seen(weights, rows, rows, n, compute, row=row)
     looked = perf_counter()
-    blocks = list(seen.blocks(COPIED_ROWS) if seen.m == 1 else seen.blocks())
+    blocks = list(seen.blocks(COPIED_ROWS if seen.m == 1 else FUSED_ROWS))
     first = read_finite(text, finite, blocks[0])
     if output.stream:  # look before writing
         for block in blocks[1:]:
@@ -211,40 +217,75 @@ def fuse_pair(
     seconds.fuse = looked - read
     dtype = output.dtype or text.dtype
     with _Opened(output.fused, "fused", (n, weights.dim), dtype, finite) as fused:
+        into = _Blocks(seen, text, output, to_device, seconds, fused)
         if output.attention:
             shape = (n, seen.m) if output.attention_mean else (weights.config.num_heads, n, seen.m)
-            with _Opened(output.attention, "attention", shape, compute, finite) as attention:
-                _fuse_blocks(seen, text, blocks, first, fused, attention, output, to_device, seconds)
+            with _Opened(output.attention, "attention", shape, compute, finite) as into.attention:
+                into.do_all(blocks, first)
         else:
-            _fuse_blocks(seen, text, blocks, first, fused, None, output, to_device, seconds)
+            into.do_all(blocks, first)
     seconds.write = perf_counter() - began - seconds.read - seconds.fuse
     return Fused(n, seen.m, weights.dim, dtype)
 
 
-def _fuse_blocks(
-    seen: Seen,
-    text: Stored,
-    blocks: list[slice],
-    part: NumpyArray,
-    fused: _ArrayFile,
-    attention: _ArrayFile | None,
-    output: Output,
-    to_device: Callable[[NumpyArray], Array],
-    seconds: Seconds,
-) -> None:
-    for block in blocks:
+@dataclass(slots=True)
+class _Blocks:
+    """Takes text blocks of one pair through reading, fusing and writing."""
+
+    seen: Seen
+    text: Stored
+    output: Output
+    to_device: Callable[[NumpyArray], Array]
+    seconds: Seconds
+    fused: _ArrayFile
+    attention: _ArrayFile | None = None
+
+    def do_all(self, blocks: list[slice], first: NumpyArray) -> None:
+        """All blocks, on several threads if there are many; ``first`` has been read."""
+        self.do(blocks[0], first)
+        threads = min(self.output.threads, len(blocks) - 1)
+        if threads < 2 or self.output.stream or not isinstance(self.text.source, FileSource):
+            for block in blocks[1:]:
+                self.do(block)
+            return
+        from concurrent.futures import ThreadPoolExecutor  # 10 ms that small texts do not need
+
+        bad: list[tuple[int, BaseException]] = []  # what is told of is the first that one thread would have met
+
+        def every(start: int) -> None:
+            with np.errstate(all="ignore"):
+                for block in blocks[start::threads]:
+                    if bad and block.start > min(start for start, _ in bad):
+                        break
+                    try:
+                        self.do(block)
+                    except Exception as error:
+                        bad.append((block.start, error))
+
+        with ThreadPoolExecutor(threads) as pool:
+            try:
+                list(pool.map(every, range(1, 1 + threads)))
+            except BaseException as error:  # Ctrl-C: the threads are to stop as well
+                bad.append((-1, error))
+                raise
+        if bad:
+            raise min(bad, key=itemgetter(0))[1]
+
+    def do(self, block: slice, part: NumpyArray | None = None) -> None:
+        """One block, read already or not."""
         start = perf_counter()
-        if block.start:
-            part = read_finite(text, output.finite, block)
+        if part is None:
+            part = read_finite(self.text, self.output.finite, block)
         read = perf_counter()
-        result, attended = seen.meet(to_device(cast(part, seen.dtype)), need_weights=attention is not None)
+        needed = self.attention is not None
+        result, attended = self.seen.meet(self.to_device(cast(part, self.seen.dtype)), need_weights=needed)
         result = to_numpy(result)
-        seconds.read += read - start
-        seconds.fuse += perf_counter() - read
-        fused.put_rows(block.start, result, alike=seen.rows_alike)
-        if attention:
+        self.seconds.read += read - start
+        self.seconds.fuse += perf_counter() - read
+        self.fused.put_rows(block.start, result, alike=self.seen.rows_alike)
+        if self.attention:
             attended = to_numpy(attended)
-            attention.put_rows(block.start, attended.mean(0) if output.attention_mean else attended)
+            self.attention.put_rows(block.start, attended.mean(0) if self.output.attention_mean else attended)
 
 
 class _Opened:

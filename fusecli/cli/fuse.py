@@ -103,6 +103,7 @@ def fuse(
         dtype=dtype,
         finite=not allow_nonfinite,
         stream=is_stream(output),
+        threads=(os.cpu_count() or 1) if device == "cpu" else 1,
     )
     try:
         with np.errstate(all="ignore"):  # what overflows is found by looking

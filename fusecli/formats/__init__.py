@@ -13,12 +13,23 @@ from types import ModuleType
 from fusecli.errors import FileError, UsageError
 from fusecli.formats import npy, safetensors
 from fusecli.formats.sink import FileSink, Replacing, Sink, is_stream, open_sink
-from fusecli.formats.source import FLOATS, NumpyArray, Source, Stored, as_bytes, itemsize, open_source, read_bytes
+from fusecli.formats.source import (
+    FLOATS,
+    FileSource,
+    NumpyArray,
+    Source,
+    Stored,
+    as_bytes,
+    itemsize,
+    open_source,
+    read_bytes,
+)
 
 __all__ = [
     "FLOATS",
     "FORMATS",
     "FileSink",
+    "FileSource",
     "NumpyArray",
     "Replacing",
     "Sink",
