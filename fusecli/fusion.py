@@ -197,14 +197,18 @@ BLOCK_ROWS = 2**13
 def single_rows(weights: Weights, images: Array) -> Array:
     """What every token gets from an image of one row, for ``images [B, Di]`` of one row each: ``[B, D]``.
 
-    Softmax over one key is 1: the text drops out, and ``W_o (W_v (W_i x + b_i) + b_v) + b_o`` is left. Three
-    products with a vector: folding them would cost more than a thousand pairs save. The numbers of an image do
-    not depend on the others beside it.
+    The numbers of an image do not depend on the others beside it, nor on how many there are.
     """
-    layers = weights.layers(images, dtype_name(images))
+    return _single(weights, images, rows_apart)
+
+
+def _single(weights: Weights, image: Array, times: Callable[[Array, Array], Array]) -> Array:
+    # Softmax over one key is 1: the text drops out, and W_o (W_v (W_i x + b_i) + b_v) + b_o is left. Three
+    # products with vectors: folding them would cost more than a thousand pairs save.
+    layers = weights.layers(image, dtype_name(image))
     for weight, bias in (layers.image, layers.thirds()[2], layers.out_proj):
-        images = rows_apart(images, weight) + bias  # [B, D]
-    return images
+        image = times(image, weight) + bias
+    return image
 
 
 class Seen:
@@ -244,7 +248,7 @@ class Seen:
         self.m = len(image)
         image = cast(like(image, template), dtype)
         if self.m == 1 and not training:
-            self._row = single_rows(weights, image)[0]  # [D]
+            self._row = _single(weights, image[0], lambda x, weight: weight @ x)  # [D]
             return
         if training:
             layers = weights.layers(template, dtype)

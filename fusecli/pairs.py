@@ -16,7 +16,7 @@ import numpy as np
 from fusecli.arrays import Array, cast, first_nonfinite, to_numpy
 from fusecli.errors import FileError, OutputError, ShapeError, UsageError, ValuesError
 from fusecli.formats import FileSource, NumpyArray, Sink, Stored, format_of, itemsize, open_sink, open_tensors
-from fusecli.fusion import Seen, Weights
+from fusecli.fusion import Seen, Weights, single_rows
 
 #: Names that encoders and dataset tools give their tensors, the most telling first.
 KNOWN_NAMES = {
@@ -206,6 +206,8 @@ def fuse_pair(
     began = perf_counter()
     rows = to_device(cast(read_finite(image, finite), compute)) if row is None else row
     read = perf_counter()
+    if row is None and len(rows) == 1:
+        row = single_rows(weights, rows)[0]
     seen = Seen(weights, rows, rows, n, compute, row=row)
     looked = perf_counter()
     blocks = list(seen.blocks(COPIED_ROWS if seen.m == 1 else FUSED_ROWS))
