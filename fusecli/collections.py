@@ -262,7 +262,7 @@ def open_collection(
     """
     if os.path.isdir(path):
         return Folder.open(path.rstrip("/") or "/", key, pattern, without)
-    if sniff(open_source(path)) == "safetensors":
+    if sniff(open_source(path, whole=1)) == "safetensors":
         return Packed.open(path, pattern)
     return Stacked.open(path)
 

@@ -65,7 +65,7 @@ def failed(id: str, error: Exception, stop: bool = False) -> Outcome:
     if isinstance(error, MemoryError):
         error = FusecliError("out of memory", hint="use fewer workers")
     elif isinstance(error, OSError):
-        error = OutputError("cannot be written", where=error.filename, found=error.strerror)
+        error = OutputError("cannot be written", where=error.filename2 or error.filename, found=error.strerror)
     elif not isinstance(error, FusecliError):
         error = FusecliError("internal error", found=f"{type(error).__name__}: {error}")
     return Outcome(id, "failed", {"error": error.what, "message": str(error)}, stop)

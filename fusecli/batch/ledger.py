@@ -75,7 +75,7 @@ class History:
         self._sort()
 
     def _take(self, record: dict[str, Any]) -> None:
-        if "run" in record:
+        if isinstance(record.get("run"), dict):
             self.run = record["run"]
             return
         id, status = record["id"], record["status"]

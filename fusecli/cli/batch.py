@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -209,10 +210,14 @@ def _pairs(sources: Sources, output: str, shard: Any) -> Any:
     from fusecli.batch.feed import from_collections, from_manifest
     from fusecli.batch.plan import match
     from fusecli.collections import open_collection
-    from fusecli.errors import InputError
+    from fusecli.errors import FileError, InputError
 
+    if sources.manifest == "-":
+        if sys.stdin is None:
+            raise FileError("standard input is closed", where="-")
+        return None
     if sources.manifest is not None:
-        return None if sources.manifest == "-" else from_manifest(sources.manifest, shard)
+        return from_manifest(sources.manifest, shard)
     image_place = sources.images or ""
     text_place = sources.texts or image_place
     own = os.path.realpath(output)

@@ -116,7 +116,8 @@ def open_source(path: str, whole: int = 0) -> Source:
 
     Args:
         path: the file.
-        whole: regular files of up to so many bytes are read at once and closed.
+        whole: files of up to so many bytes are read at once and closed; then pipes and devices, which might keep
+            us waiting, are refused.
 
     Raises:
         FileError: it is missing, unreadable or a directory.
@@ -126,7 +127,7 @@ def open_source(path: str, whole: int = 0) -> Source:
             raise FileError("standard input is closed", where="-")
         return StreamSource("<stdin>", os.dup(0))  # a file on stdin too: a second array may follow the first
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_NONBLOCK if whole else 0))
     except FileNotFoundError:
         raise FileError("no such file", where=path) from None
     except (OSError, ValueError) as error:
@@ -139,6 +140,9 @@ def _on_descriptor(name: str, fd: int, whole: int) -> Source:
     if stat.S_ISDIR(info.st_mode):
         os.close(fd)
         raise FileError("is a directory", where=name, wanted="a feature file", hint="name a file in it")
+    if whole and not stat.S_ISREG(info.st_mode):
+        os.close(fd)
+        raise FileError("is a pipe or a device", where=name, wanted="a file")
     if not stat.S_ISREG(info.st_mode) or os.lseek(fd, 0, os.SEEK_CUR):
         return StreamSource(name, fd)
     if info.st_size > whole:
