@@ -87,6 +87,7 @@ def batch(
     from fusecli.cli.progress import Progress, explain
     from fusecli.errors import UsageError
 
+    output, attention = _without_slash(output), attention and _without_slash(attention)
     sources = Sources(images, texts, manifest, image_key, text_key, image_pattern, text_pattern)
     _check_sources(sources)
     _check_outputs(output, attention, attention_mean, suffix, sources)
@@ -190,6 +191,10 @@ def _check_outputs(output: str, attention: str | None, attention_mean: bool, suf
         if os.path.realpath(path) in taken:
             raise UsageError("output is also an input or another output", where=path, hint="write to another place")
         taken.add(os.path.realpath(path))
+
+
+def _without_slash(path: str) -> str:
+    return path.rstrip("/") or path[:1]
 
 
 def _shard(text: str | None) -> Any:
