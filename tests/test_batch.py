@@ -476,6 +476,40 @@ def test_a_pair_that_kills_its_worker_fails_alone(tmp_path: Path) -> None:
     assert len(told) == 6
 
 
+@pytest.mark.parametrize("output", ["out", "out.safetensors"])
+def test_the_runner_for_a_gpu_gives_the_same_on_a_cpu(run: Run, many: Any, tmp_path: Path, output: str) -> None:
+    from functools import partial
+
+    from fusecli import load
+    from fusecli.batch import inline, worker
+    from fusecli.batch.feed import ListFeed, from_collections
+    from fusecli.batch.job import Job, Options
+    from fusecli.batch.local import Stop
+    from fusecli.batch.plan import match
+    from fusecli.batch.store import FolderStore, PartStore
+    from fusecli.collections import open_collection
+
+    images, texts = open_collection(str(tmp_path / "img")), open_collection(str(tmp_path / "txt"))
+    found = match(images, texts)
+    feed = ListFeed(from_collections(images, texts, found), found.both, lambda _: None, 2, None)
+    (tmp_path / "tmp").mkdir()
+    folder = FolderStore(str(tmp_path / output), ".npy", str(tmp_path / "tmp"))
+    parts = PartStore(str(tmp_path / output), str(tmp_path), "fused")
+    store = folder if output == "out" else parts
+    job = Job(load(tmp_path / "w.safetensors"), Options(), store, None)
+    told = [outcome for outcomes in inline.run(partial(worker.work, job), feed, Stop()) for outcome in outcomes]
+    assert [outcome.id for outcome in told] == sorted(IDS)
+    wanted = expected(run, tmp_path)
+    for outcome in told:
+        shape, facts = outcome.facts["shape"], outcome.facts
+        nbytes = 4 * shape[0] * shape[1]
+        if output == "out":
+            got = (tmp_path / output / f"{outcome.id}.npy").read_bytes()
+        else:
+            got = (tmp_path / facts["part"]).read_bytes()[facts["at"] :][:nbytes]
+        assert got[-nbytes:] == wanted[outcome.id][-nbytes:]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_says_how_to_go_on(run: Run, tmp_path: Path, number: int) -> None:
     run("init", "-o", "w.safetensors", "--feature-dim", D, "--num-heads", 4, "-q")

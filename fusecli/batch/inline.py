@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import wait
 
 from fusecli.batch.job import Outcome, Work
 from fusecli.batch.local import Items, Stop
@@ -26,3 +27,7 @@ def run(work: Work, items: Items, stop: Stop) -> Iterator[list[Outcome]]:
                 under_way.append(threads.submit(work, item))
             elif under_way:
                 yield under_way.popleft().result()
+            elif not items.ended():  # tell what is known of pairs without work, and wait for lines to come
+                yield []
+                if items.fileno() is not None:
+                    wait([items.fileno(), stop.fileno()])  # type: ignore[list-item]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from fusecli.batch.job import Item, Task
 from fusecli.collections import Collection
 
-#: Pairs of one item at most: enough that handing it out costs nothing beside the work, few enough to lose.
-ITEM_PAIRS = 64
+#: Pairs of one item at most: enough that weights are read from memory once for many, few enough to lose.
+ITEM_PAIRS = 256
 #: Items for each worker at least, so that all of them finish at about the same time.
 ITEMS_PER_WORKER = 8
 

@@ -10,7 +10,6 @@ from itertools import zip_longest
 from typing import Any, Protocol, cast
 
 from fusecli.arrays import to_device
-from fusecli.batch import inline
 from fusecli.batch.feed import ListFeed, Pairs, StreamFeed
 from fusecli.batch.gather import Result, gather, gathered
 from fusecli.batch.job import Job, Options, Outcome
@@ -271,8 +270,11 @@ class _Teller:
 
 
 def _drive(request: Request, job: Job, feed: ListFeed | StreamFeed, teller: _Teller, pool: Pool, stop: Stop) -> None:
-    summary = teller.summary
-    runner = pool.run if request.device == "cpu" else partial(inline.run, partial(work, job))
+    summary, runner = teller.summary, pool.run
+    if request.device != "cpu":
+        from fusecli.batch import inline  # 10 ms that only a GPU needs
+
+        runner = partial(inline.run, partial(work, job))
     with stop.on_interrupt():
         for outcomes in runner(feed, stop):
             outcomes = [*feed.outcomes(), *outcomes]

@@ -18,8 +18,8 @@ from fusecli.formats import NumpyArray, Source, Stored, open_source
 from fusecli.fusion import single_rows
 from fusecli.pairs import Output, Seconds, compute_dtype_of, find_features, fuse_pair, read_finite, require_width
 
-#: Files of up to so many bytes are read at once.
-WHOLE = 2**18
+#: Files of up to so many bytes are read at once; images of one row, all of an item's before its texts.
+WHOLE = {"image": 2**14, "text": 2**18}
 #: What the whole run runs into, not this pair: no space, over quota, read-only, broken disk, file too large.
 EVERYONES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE}
 
@@ -45,7 +45,7 @@ def work(job: Job, item: Item) -> list[Outcome]:
 def _open(job: Job, id: str, place: Place, side: str) -> Stored | Outcome:
     try:
         if place.span is None:
-            stored = find_features(place.path, side, place.key, WHOLE)
+            stored = find_features(place.path, side, place.key, WHOLE[side])
         else:
             stored = stored_at(place.span, _kept_open(place.path))
         require_width(stored, job.weights.image_dim if side == "image" else job.weights.text_dim, side)
