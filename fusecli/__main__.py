@@ -1,5 +1,11 @@
-"""``python -m fusecli``."""
+"""``python -m fusecli``, and what the installed command runs."""
 
-from fusecli.cli import main
+import signal
 
-main()
+# Until the command is there, Ctrl-C just ends the process: no traceback of imports.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from fusecli.cli import main  # noqa: E402
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,7 @@ import json
 import os
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple, Protocol
@@ -36,6 +36,12 @@ class Span(NamedTuple):
     dtype: str
     offset: int
     big_endian: bool = False
+    stamp: tuple[int, ...] = ()  # of the file that the rest is true of
+
+
+def stamp_of(info: os.stat_result) -> tuple[int, ...]:
+    """What tells a file from the one that replaces it."""
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
 
 
 class Place(NamedTuple):
@@ -75,8 +81,10 @@ class Folder:
     _suffixes: dict[str, str] = field(default_factory=dict)  # id: what follows it; "" where it is in doubt
 
     @classmethod
-    def open(cls, root: str, key: str | None = None, pattern: str | None = None, without: str | None = None) -> Folder:
-        """List the tree at ``root``, but for the tree at ``without``.
+    def open(
+        cls, root: str, key: str | None = None, pattern: str | None = None, without: Container[str] = ()
+    ) -> Folder:
+        """List the tree at ``root``, but for the trees ``without``.
 
         Raises:
             FileError: it cannot be listed.
@@ -120,7 +128,7 @@ class _Patterned(Folder):
         return Place(f"{self.root}/{self._suffixes[id]}", self.key)
 
 
-def _walk(root: str, without: str | None) -> Iterator[str]:
+def _walk(root: str, without: Container[str]) -> Iterator[str]:
     """Paths of the files below ``root``, relative to it."""
     stack = [""]
     while stack:
@@ -133,10 +141,17 @@ def _walk(root: str, without: str | None) -> Iterator[str]:
             if entry.name.startswith("."):
                 continue
             if not entry.is_dir(follow_symlinks=False):
-                if not entry.is_dir():
+                if not _is_folder(entry):
                     yield below + entry.name
-            elif without is None or os.path.realpath(entry.path) != without:
+            elif os.path.realpath(entry.path) not in without:
                 stack.append(f"{below}{entry.name}/")
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, which will fail as a file
+        return False
 
 
 def matcher(pattern: str) -> _Match:
@@ -172,6 +187,7 @@ class Packed:
     _index: safetensors.Index
     _ids: list[str]  # sorted
     _order: array[int] | None  # which tensor each id is, None if their order is that of the file
+    _stamp: tuple[int, ...]
 
     @classmethod
     def open(cls, path: str, pattern: str | None = None) -> Packed:
@@ -180,13 +196,14 @@ class Packed:
         Raises:
             FileError: it makes no sense.
         """
+        stamp = stamp_of(os.stat(path))
         index = safetensors.read_index(open_source(path))
         ids: list[str] = index.names
         if pattern is None and all(a < b for a, b in pairwise(ids)):
-            return cls(path, index, ids, None)
+            return cls(path, index, ids, None, stamp)
         match = matcher(pattern or "{id}")
         found = sorted((id, at) for at, name in enumerate(ids) if (id := match(name)) is not None)
-        return cls(path, index, [id for id, _ in found], array("q", (at for _, at in found)))
+        return cls(path, index, [id for id, _ in found], array("q", (at for _, at in found)), stamp)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._ids)
@@ -204,7 +221,7 @@ class Packed:
         at = at if self._order is None else self._order[at]
         dtype, shape = self._index.kinds[at]
         offset = self._index.begin + self._index.firsts[at]
-        return Place(self.path, None, Span(self._index.names[at], shape, dtype, offset))
+        return Place(self.path, None, Span(self._index.names[at], shape, dtype, offset, stamp=self._stamp))
 
 
 @dataclass
@@ -212,6 +229,7 @@ class Stacked:
     """A ``.npy`` of ``[B, D]`` or ``[B, M, D]``: an id a row."""
 
     stored: Stored
+    _stamp: tuple[int, ...]
 
     @classmethod
     def open(cls, path: str) -> Stacked:
@@ -220,6 +238,7 @@ class Stacked:
         Raises:
             FileError, ShapeError, ValuesError: it holds no rows of floats.
         """
+        stamp = stamp_of(os.stat(path))
         stored = next(iter(open_tensors(path).values()))
         stored.require_float()
         found = str(list(stored.shape))
@@ -228,7 +247,7 @@ class Stacked:
         if stored.fortran:
             hint = "numpy.save(path, numpy.ascontiguousarray(x))"
             raise FileError("a stack in Fortran order has no rows to read", where=path, wanted="C order", hint=hint)
-        return cls(stored)
+        return cls(stored, stamp)
 
     def __iter__(self) -> Iterator[str]:
         return map(str, range(len(self)))
@@ -243,11 +262,12 @@ class Stacked:
         """See `Collection`."""
         stored, row = self.stored, int(id)
         offset = stored.offset + row * (stored.nbytes // len(self))
-        return Place(stored.source.name, None, Span(id, stored.shape[1:], stored.dtype, offset, stored.big_endian))
+        span = Span(id, stored.shape[1:], stored.dtype, offset, stored.big_endian, self._stamp)
+        return Place(stored.source.name, None, span)
 
 
 def open_collection(
-    path: str, key: str | None = None, pattern: str | None = None, without: str | None = None
+    path: str, key: str | None = None, pattern: str | None = None, without: Container[str] = ()
 ) -> Collection:
     """The collection at ``path``: a folder, a packed ``.safetensors`` or a stacked ``.npy``.
 
@@ -255,7 +275,7 @@ def open_collection(
         path: a folder or a file.
         key: the tensor to take from each ``.safetensors`` file of a folder.
         pattern: what an id is in a path or name, e.g. ``{id}.image.npy``.
-        without: a folder that does not belong to it, by its real path: where results go.
+        without: folders that do not belong to it, by their real paths: where results go.
 
     Raises:
         InputError: it cannot be read, or is none of these.
@@ -314,6 +334,10 @@ class Manifest:
         if not id or not image or not text_path:
             missing = [name for name, value in zip(COLUMNS, (id, image, text_path), strict=True) if not value]
             raise self._bad(text, f"a value for {', '.join(missing)}")
+        try:
+            os.fsencode(id + image + text_path)
+        except UnicodeEncodeError:
+            raise self._bad(text, "names that a file can have") from None
         return Entry(self._line, id, self._place(image, image_key), self._place(text_path, text_key))
 
     @property
@@ -328,7 +352,10 @@ class Manifest:
 
     def _read_header(self, text: str) -> None:
         delimiter = "\t" if "\t" in text else ","
-        columns = [name.strip() for name in next(csv.reader([text], delimiter=delimiter))]
+        try:
+            columns = [name.strip() for name in next(csv.reader([text], delimiter=delimiter))]
+        except csv.Error:
+            columns = []
         if not set(COLUMNS) <= set(columns):
             raise self._bad(text, f"a header with {','.join(COLUMNS)}, or JSON lines")
         self._columns, self._delimiter = columns, delimiter
@@ -352,7 +379,7 @@ class Manifest:
         return dict(zip(self._columns, values, strict=True))
 
     def _place(self, path: str, key: str | None) -> Place:
-        return Place(os.path.join(self._folder, path), key or None)
+        return Place(os.path.join(self._folder or ".", path) if path == "-" else os.path.join(self._folder, path), key)
 
     def _bad(self, text: str, wanted: str) -> FileError:
         return FileError("bad line", where=f"{self.name}, line {self._line}", found=repr(text[:80]), wanted=wanted)

@@ -41,6 +41,11 @@ def find_features(path: str, side: str, key: str | None = None, whole: int = 0) 
         ShapeError, ValuesError: the tensor holds no rows of floats.
     """
     tensors = open_tensors(path, whole)
+    return choose(tensors, path, side, key)
+
+
+def choose(tensors: dict[str, Stored], path: str, side: str, key: str | None) -> Stored:
+    """The one of a file's tensors that holds the features of a side; see `find_features`."""
     stored = _choose(tensors, path, side, key)
     stored.require_float()
     return stored.as_rows()

@@ -51,6 +51,8 @@ def from_manifest(path: str, shard: Shard | None = None) -> Pairs:
                 _enter(reader, line, shard, entries, known)
     except OSError as error:
         raise FileError("cannot be read", where=path, found=error.strerror) from None
+    if not entries and not known and shard is None:
+        raise FileError("names no pairs", where=path, wanted="lines with id,image,text")
     return Pairs(list(entries), lambda name: entries[name][2:], known)
 
 
@@ -63,17 +65,22 @@ def _enter(
     except InputError as error:
         if reader.headless:
             raise
-        known.append(failed(f"line {reader.line}", error))
+        known.append(_bad_line(reader.line, error))
         return None
     if entry is None or (shard and not shard.has(entry.id)):
         return None
     if entry.id in entries:
         where = f"{reader.name}, line {entry.line}"
         found = f"{entry.id}, also in line {entries[entry.id].line}"
-        known.append(failed(f"line {entry.line}", FileError("an id twice", where=where, found=found)))
+        known.append(_bad_line(entry.line, FileError("an id twice", where=where, found=found)))
         return None
     entries[entry.id] = entry
     return entry
+
+
+def _bad_line(line: int, error: InputError) -> Outcome:
+    outcome = failed(f"line {line}", error)
+    return outcome._replace(facts={"line": line, **outcome.facts})  # what has a line is no pair's id
 
 
 class ListFeed:
@@ -133,7 +140,7 @@ class StreamFeed:
         self._waiting: deque[Task] = deque()
         self._rest = b""
         self._known: list[Outcome] = []
-        self._ended = False
+        self._ended = limit == 0
 
     def take(self) -> Item | None:
         """See `Items`; never waits."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from fusecli.batch.store import WHOLE, PartStore, Piece
-from fusecli.errors import InputError, OutputError
-from fusecli.formats import NumpyArray, Sink, as_bytes, npy, open_sink, open_source, safetensors
+from fusecli.batch.store import STATE, WHOLE, PartStore, Piece, believed, look_into
+from fusecli.errors import OutputError
+from fusecli.formats import FileSink, NumpyArray, Replacing, Sink, as_bytes, npy, open_sink, open_source, safetensors
 
 #: Bytes copied at once.
 BLOCK = 2**22
@@ -44,10 +45,14 @@ def gather(store: PartStore, results: Callable[[], Iterator[Result]]) -> None:
         shape, dtype = _common(store, results())
         header = npy.header("", (sum(1 for _ in results()), *shape), dtype, {})
         hole = np.full(shape, np.nan, dtype).tobytes()
-    with open_sink(store.path) as sink:
+    temporary = f"{store.path}{STATE}-tmp"  # always the same: what a killed run leaves, the next one takes away
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    with Replacing(os.path.realpath(store.path), temporary) as fd:
+        sink = FileSink(store.path, fd)
         sink.put(0, header)
         _copy(store, results(), sink, len(header), hole)
-    _write_index(store, results(), len(header), len(hole))
+    _write_index(store, results(), header, len(hole))
     for name in os.listdir(store.folder):
         if name.startswith(f"{store.kind}-") and name.endswith(".part"):
             os.unlink(f"{store.folder}/{name}")
@@ -110,10 +115,10 @@ def _index_path(store: PartStore) -> str:
     return f"{store.folder}/{store.kind}.index"
 
 
-def _write_index(store: PartStore, results: Iterator[Result], at: int, hole: int) -> None:
+def _write_index(store: PartStore, results: Iterator[Result], header: bytes, hole: int) -> None:
     with open_sink(_index_path(store)) as sink:
-        block = f"{os.stat(store.path).st_size}\n".encode()
-        offset = 0
+        block = json.dumps([os.stat(store.path).st_size, len(header), zlib.crc32(header)]).encode() + b"\n"
+        offset, at = 0, len(header)
         for id, piece in results:
             block += json.dumps([id, *(piece[:2] if piece else (None, None)), at]).encode() + b"\n"
             at += piece.nbytes if piece else hole
@@ -123,11 +128,36 @@ def _write_index(store: PartStore, results: Iterator[Result], at: int, hole: int
         sink.put(offset, block)
 
 
+def is_whole(store: PartStore) -> bool:
+    """Whether the gathered file is as `gather` left it, and there is nothing that is not in it."""
+    if any(name.startswith(f"{store.kind}-") and name.endswith(".part") for name in os.listdir(store.folder)):
+        return False
+    with contextlib.suppress(OSError, ValueError), open(_index_path(store), "rb") as file:
+        return _fits(store, file.readline())
+    return False
+
+
+def _fits(store: PartStore, line: bytes) -> bool:
+    wanted = json.loads(line)
+    if not isinstance(wanted, list) or len(wanted) != 3 or not all(type(n) is int for n in wanted):
+        return False
+    size, start = look_into(os.path.realpath(store.path), min(max(0, wanted[1]), safetensors.MAX_HEADER + 8))
+    return [size, len(start), zlib.crc32(start)] == wanted
+
+
 def gathered(store: PartStore) -> Iterator[Result]:
     """What `gather` wrote last, if the file is still as it was; pieces are of the part `WHOLE`."""
-    with contextlib.suppress(OSError, ValueError, InputError), open(_index_path(store), "rb") as file:
-        if json.loads(file.readline()) != store.size(WHOLE):
+    path = _index_path(store)
+    if look_into(path, 0)[0] < 0:
+        return
+    with contextlib.suppress(OSError, ValueError, TypeError), open(path, "rb") as file:
+        if not _fits(store, file.readline()):
             return
+        end = 0
         for line in file:
             id, shape, dtype, at = json.loads(line)
-            yield id, Piece(tuple(shape), dtype, WHOLE, at) if shape is not None else None
+            piece = believed(shape, dtype, WHOLE, at) if shape is not None else None
+            if type(id) is not str or at < end:
+                return
+            end = at + (piece.nbytes if piece else 0)
+            yield id, piece

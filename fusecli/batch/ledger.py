@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from fusecli.batch.job import Outcome
-from fusecli.batch.store import Piece
+from fusecli.batch.store import WHOLE, Piece, believed
 from fusecli.errors import OutputError, UsageError
 
 Pieces: TypeAlias = "tuple[Piece, Piece | None]"
@@ -45,7 +45,7 @@ class History:
     def read(cls, folder: str) -> History:
         """Read every ledger in ``folder``; lines that a crash cut short are passed over."""
         history = cls()
-        for path in sorted(Path(folder).glob("ledger*.jsonl")):
+        for path in sorted(Path(folder).glob("ledger*.jsonl"), key=lambda path: path.stat().st_mtime_ns):
             for record in _lines(path):
                 with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError):  # no line of ours
                     history._take(record)
@@ -66,6 +66,14 @@ class History:
         dump = Piece._make((*attention, self._attention_at[at])) if attention else None
         return Piece._make((*fused, self._at[at])), dump
 
+    def ids(self) -> Iterator[str]:
+        """The ids of which something was written, in the order in which they first came."""
+        seen: set[str] = set()
+        for id in self._ids:
+            if id not in seen and self.pieces(id):
+                seen.add(id)
+                yield id
+
     def move(self, moved: Iterator[tuple[str, Piece | None]], attention: bool) -> None:
         """Pieces now lie elsewhere."""
         for id, piece in moved:
@@ -79,7 +87,7 @@ class History:
             self.run = record["run"]
             return
         id, status = record["id"], record["status"]
-        if type(id) is not str:
+        if type(id) is not str or "line" in record:
             return
         if status == "fused":
             dump = record.get("attention")
@@ -115,10 +123,10 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _piece(facts: dict[str, Any]) -> Piece:
-    shape, dtype, part, at = tuple(facts["shape"]), facts["dtype"], facts.get("part"), facts.get("at", 0)
-    if not all(type(n) is int for n in (*shape, at)) or type(dtype) is not str or type(part) not in (str, type(None)):
-        raise ValueError(facts)
-    return Piece(shape, dtype, part, at)
+    piece = believed(facts["shape"], facts["dtype"], facts.get("part"), facts.get("at", 0))
+    if piece.part == WHOLE:
+        raise ValueError(piece)
+    return piece
 
 
 class Ledger:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import pickle
 import signal
 import sys
 import time
@@ -20,6 +21,8 @@ from fusecli.errors import FusecliError
 
 #: Items that a worker has before it at a time: the next one is there when one is done.
 AHEAD = 2
+#: Bytes that fit in a pipe while nobody reads. A worker that sends to us while we send to it would wait for ever.
+SMALL = 2**16
 #: Seconds that items under way are given to finish after an interruption.
 PATIENCE = 10.0
 
@@ -89,7 +92,7 @@ class Pool:
     def __init__(self, work: Work, count: int, in_child: Callable[[], None] = lambda: None) -> None:
         self._work, self._count, self._in_child = work, count, in_child
         self._workers: list[_Worker] = []
-        self._again: deque[Item] = deque()  # lost items, a pair each
+        self._again: deque[Item] = deque()  # for a worker that has nothing else: pairs that were lost, large items
         self._blamed: set[str] = set()  # pairs that were under way when their worker died
         for _ in range(count):
             self._start()
@@ -97,12 +100,17 @@ class Pool:
     def _start(self) -> _Worker:
         mine, theirs = Pipe()
         sys.stdout.flush()
+        main = os.getpid()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Python would swallow it while it forks
         pid = os.fork()
         if pid == 0:
             mine.close()
             for other in self._workers:
                 other.pipe.close()  # or it would never see that the main process is gone
-            _serve(theirs, self._work, self._in_child)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches the whole group; the main process decides
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            _serve(theirs, self._work, self._in_child, main)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self._workers.append(_Worker(pid, mine))
         return self._workers[-1]
@@ -132,12 +140,12 @@ class Pool:
 
     def close(self) -> None:
         """End all processes, at once."""
-        for worker in self._workers:
+        while self._workers:
+            worker = self._workers.pop()
             worker.pipe.close()
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 os.kill(worker.pid, signal.SIGKILL)
-            os.waitpid(worker.pid, 0)
-        self._workers.clear()
+                os.waitpid(worker.pid, 0)
 
     def _feed(self, items: Items) -> bool:
         """Give work to whoever has room; returns whether there would have been room for more than there was."""
@@ -146,15 +154,19 @@ class Pool:
                 worker = self._workers[number] if number < len(self._workers) else None
                 if len(worker.queue if worker else ()) != depth:
                     continue
-                if self._again and depth:  # what may kill a worker goes to one that has nothing else
+                if self._again and depth:
                     return False
                 item = self._again.popleft() if self._again else items.take()
                 if item is None:
                     return True
+                message = pickle.dumps(item)
+                if depth and len(message) > SMALL:
+                    self._again.append(item)
+                    return False
                 worker = worker or self._start()
                 worker.queue.append(item)
                 with contextlib.suppress(OSError):  # it has died, as will be heard
-                    worker.pipe.send(item)
+                    worker.pipe.send_bytes(message)
         return False
 
     def _hear(self, ready: list[Any]) -> Iterator[list[Outcome]]:
@@ -183,16 +195,24 @@ class Pool:
         self._again.extend(lost)
 
 
-def _serve(pipe: Connection, work: Work, in_child: Callable[[], None]) -> None:
-    """The life of a worker: it ends when the main process does, however that ends."""
+def _die_with_parent() -> None:
+    """Where the system can do it: nobody writes on when the main process is gone, and with it the lock."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _serve(pipe: Connection, work: Work, in_child: Callable[[], None], main: int) -> None:
+    """The life of a worker: it ends when the process ``main`` does, however that ends."""
     code = 1
     try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
+        _die_with_parent()
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         in_child()
         gc.freeze()  # what is there stays: do not look through it again and again
-        while True:
+        while os.getppid() == main:
             pipe.send(work(pipe.recv()))
     except (EOFError, OSError):
         code = 0

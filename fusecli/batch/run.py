@@ -11,16 +11,17 @@ from typing import Any, Protocol, cast
 
 from fusecli.arrays import to_device
 from fusecli.batch.feed import ListFeed, Pairs, StreamFeed
-from fusecli.batch.gather import Result, gather, gathered
+from fusecli.batch.gather import Result, gather, gathered, is_whole
 from fusecli.batch.job import Job, Options, Outcome
 from fusecli.batch.ledger import History, Ledger, Lock, require_same_run
 from fusecli.batch.local import Pool, Stop
 from fusecli.batch.plan import Shard, item_size
-from fusecli.batch.store import STATE, WHOLE, FolderStore, PartStore, Piece, Store
+from fusecli.batch.store import STATE, FolderStore, PartStore, Piece, Store
 from fusecli.batch.worker import work
 from fusecli.checkpoint import fingerprint
 from fusecli.collections import SUFFIXES
-from fusecli.errors import OutputError
+from fusecli.errors import OutputError, UsageError
+from fusecli.formats import safetensors
 from fusecli.fusion import Weights
 
 #: Ids that are shown of many.
@@ -137,8 +138,9 @@ def run(request: Request, plan: Callable[[], Pairs | None], reporter: Reporter) 
     try:
         pairs = plan()
         try:
-            os.makedirs(folder, exist_ok=True)
-            lock.take(folder, _name(request.shard))
+            for held in [folder, *(f"{store.path}/{STATE}" for store in _folders(job) if store is job.attention)]:
+                os.makedirs(held, exist_ok=True)
+                lock.take(held, _name(request.shard))
             return _run(request, pairs, reporter, job, pool, stop, folder)
         except BrokenPipeError:
             raise
@@ -157,7 +159,10 @@ def _run(
         _forget(folder)
     history = _history(job, folder)
     require_same_run(history.run, facts, request.output)
-    folders = [store for store in (job.fused, job.attention) if isinstance(store, FolderStore)]
+    if history.run is None and next(history.ids(), None) is not None:
+        hint = "write to another output, or start afresh with --overwrite"
+        raise UsageError("the ledger does not say what its results were made with", where=folder, hint=hint)
+    folders = _folders(job)
     ledger = Ledger(folder, _name(request.shard))
     try:
         for store in folders:
@@ -176,8 +181,12 @@ def _run(
     if not (summary.interrupted or summary.stopped or request.shard):
         pool.close()
         del history  # a gathering reads it anew
-        _gather(job, folder, pairs.ids if pairs else cast(StreamFeed, feed).ids, summary)
+        _gather(job, folder, pairs.ids if pairs else cast(StreamFeed, feed).ids, summary, pairs is None)
     return summary
+
+
+def _folders(job: Job) -> list[FolderStore]:
+    return [store for store in (job.fused, job.attention) if isinstance(store, FolderStore)]
 
 
 def look(request: Request, pairs: Pairs) -> tuple[int, int, int]:
@@ -241,8 +250,8 @@ def _feed(request: Request, pairs: Pairs | None, history: History, job: Job) -> 
 
     if pairs is None:
         return StreamFeed(0, request.shard, keep, request.limit)
-    size = item_size(len(pairs.ids), request.workers)
-    return ListFeed(pairs, pairs.ids, keep, size, request.limit)
+    ids = [id for id in pairs.ids if id in history.failed] if request.retry_failed else pairs.ids
+    return ListFeed(pairs, ids, keep, item_size(len(ids), request.workers), request.limit)
 
 
 def _is_there(job: Job, id: str, fused: Piece, attention: Piece | None) -> bool:
@@ -259,6 +268,7 @@ class _Teller:
     missing: set[str]  # as the ledgers have them already
     reporter: Reporter
     summary: Summary = field(default_factory=Summary)
+    first_failure: Outcome | None = None
 
     def tell(self, outcomes: list[Outcome]) -> None:
         """Something came of these pairs."""
@@ -266,11 +276,15 @@ class _Teller:
         self.ledger.add(new)
         for outcome in outcomes:
             self.summary.add(outcome)
+        self.first_failure = self.first_failure or _reason_to_stop(outcomes, fail_fast=True)
         self.reporter.told(outcomes, self.summary)
 
 
 def _drive(request: Request, job: Job, feed: ListFeed | StreamFeed, teller: _Teller, pool: Pool, stop: Stop) -> None:
     summary, runner = teller.summary, pool.run
+    if request.fail_fast and summary.failures:
+        summary.stopped = teller.first_failure
+        return
     if request.device != "cpu":
         from fusecli.batch import inline  # 10 ms that only a GPU needs
 
@@ -292,21 +306,38 @@ def _reason_to_stop(outcomes: list[Outcome], fail_fast: bool) -> Outcome | None:
     return next((x for x in outcomes if x.stop or (fail_fast and x.status == "failed")), None)
 
 
-def _gather(job: Job, folder: str, ids: list[str], summary: Summary) -> None:
+def _gather(job: Job, folder: str, ids: list[str], summary: Summary, stream: bool) -> None:
     """Make one file of the parts, where there is something new."""
     stores = [store for store in (job.fused, job.attention) if isinstance(store, PartStore)]
-    if not stores or (not summary.fused and not summary.failures and all(store.size(WHOLE) for store in stores)):
+    if not stores or (not summary.fused and not summary.failures and all(map(is_whole, stores))):
         return
     history = _history(job, folder)
-
-    def results(attention: bool) -> Iterator[Result]:
-        for id in ids:
-            pieces = history.pieces(id)
-            if pieces or id in history.failed:
-                yield id, pieces[attention] if pieces else None
-
     for store in stores:
-        mine = partial(results, store is job.attention)
-        changed = any(wanted != there for wanted, there in zip_longest(mine(), gathered(store)))
+        stacked = not store.path.endswith(safetensors.SUFFIXES)
+        order = _order(history, ids, stream, stacked)
+        mine = partial(_results, history, order, store is job.attention)
+        changed = not is_whole(store) or any(wanted != there for wanted, there in zip_longest(mine(), gathered(store)))
         if changed and any(piece for _, piece in mine()):
             gather(store, mine)
+
+
+def _order(history: History, ids: list[str], stream: bool, stacked: bool) -> list[str]:
+    """The ids that a gathered file tells of: those of this run, and those of runs before it.
+
+    A stack ends with the last pair that was done or failed; what was not done before that has a row too, or
+    the numbers of rows would say nothing.
+    """
+    if stacked and not stream:
+        last = max((at for at, id in enumerate(ids) if id in history.failed or history.pieces(id)), default=-1)
+        return ids[: last + 1]
+    known = set(ids)
+    earlier = [id for id in history.ids() if id not in known]
+    if not earlier:
+        return ids
+    return earlier + ids if stream else ids + earlier
+
+
+def _results(history: History, order: list[str], attention: bool) -> Iterator[Result]:
+    for id in order:
+        pieces = history.pieces(id)
+        yield id, pieces[attention] if pieces else None

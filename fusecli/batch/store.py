@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -12,11 +14,13 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, NamedTuple, Protocol
 
-from fusecli.errors import OutputError
-from fusecli.formats import FORMATS, FileSink, Replacing, Sink, itemsize
+from fusecli.errors import FusecliError, OutputError
+from fusecli.formats import FLOATS, FORMATS, FileSink, Replacing, Sink, itemsize, safetensors
 
 #: The folder in the output (or beside it, where that is a file) with the ledger and what is not finished.
 STATE = ".fusecli"
+#: Characters of an id that is to be a path: what systems take.
+MAX_ID = 4096
 #: Stands for the gathered file where the name of a part is wanted.
 WHOLE = "whole"
 
@@ -40,6 +44,19 @@ class Piece(NamedTuple):
         return {"shape": self.shape, "dtype": self.dtype, **where}
 
 
+def believed(shape: Any, dtype: Any, part: Any, at: Any) -> Piece:
+    """A `Piece` from what a file says of it.
+
+    Raises:
+        ValueError: no result of ours is like that; the file has been damaged.
+    """
+    numbers = [*shape, at] if isinstance(shape, list) else []
+    sane = bool(numbers) and all(type(n) is int and 0 <= n < 2**50 for n in numbers)
+    if not sane or dtype not in FLOATS or not (part is None or (type(part) is str and not set("/\0") & set(part))):
+        raise ValueError(shape)
+    return Piece(tuple(shape), dtype, part, at)
+
+
 class Store(Protocol):
     """Takes results by id."""
 
@@ -60,10 +77,20 @@ class Store(Protocol):
 def require_safe(id: str, root: str) -> None:
     """Raise `OutputError` for an id that would be written outside ``root``, or among our own files."""
     parts = id.split("/")
-    if not all(parts) or {".", ".."} & set(parts) or parts[0] == STATE or "\0" in id:
+    if not all(parts) or {".", ".."} & set(parts) or parts[0] == STATE or "\0" in id or len(id) > MAX_ID:
         raise OutputError(
             "the id is no path below the output", where=root, found=repr(id), wanted="names with / between them"
         )
+
+
+def _require_name(id: str, path: str) -> None:
+    """Raise `OutputError` for an id that no tensor can be called."""
+    try:
+        id.encode()
+    except UnicodeEncodeError:
+        raise OutputError("the id is no UTF-8", where=path, found=repr(id), hint="write to a folder") from None
+    if id == safetensors.METADATA and path.endswith(safetensors.SUFFIXES):
+        raise OutputError("the id is a name that the format keeps for itself", where=path, found=id)
 
 
 @dataclass
@@ -73,7 +100,7 @@ class FolderStore:
     path: str
     suffix: str
     temporary: str  # folder on the same file system
-    _links: dict[str, set[str]] = field(default_factory=dict)  # by folder that has been made: those in it
+    _there: dict[str, dict[str, bool]] = field(default_factory=dict)  # what was in a folder at first: is it a link?
     _count: Iterator[int] = field(default_factory=count)
 
     def open(
@@ -87,6 +114,15 @@ class FolderStore:
         temporary = f"{self.temporary}/{os.getpid()}-{next(self._count)}"
         self._make_room(target)
         return _NewFile(target, temporary, self._header(name, shape, dtype), Piece(shape, dtype), told)
+
+    def is_input(self, id: str, path: str) -> bool:
+        """Whether the result would take the place of ``path``, which is read for it."""
+        target = f"{self.path}/{id}{self.suffix}"
+        if target not in self._there.get(target.rpartition("/")[0], (target,)):
+            return False
+        with contextlib.suppress(OSError, ValueError):
+            return os.path.samefile(target, path)
+        return False
 
     def begin(self) -> None:
         """Make room for temporary files, and remove those that a killed run left."""
@@ -103,27 +139,24 @@ class FolderStore:
 
     def _make_room(self, target: str) -> None:
         folder = target.rpartition("/")[0]
-        if folder not in self._links:
+        if folder not in self._there:
             inside = os.path.realpath(folder) + "/"
             if not inside.startswith(os.path.realpath(self.path).rstrip("/") + "/"):
                 raise OutputError("a link leads out of the output", where=folder, found=inside.rstrip("/"))
             os.makedirs(folder, exist_ok=True)
             with os.scandir(folder) as entries:
-                self._links[folder] = {f"{folder}/{entry.name}" for entry in entries if entry.is_symlink()}
-        if target in self._links[folder]:
+                self._there[folder] = {f"{folder}/{entry.name}": entry.is_symlink() for entry in entries}
+        if self._there[folder].get(target):
             raise OutputError("is a link, which is not followed", where=target, found=os.readlink(target))
 
     def holds(self, id: str, name: str, piece: Piece) -> bool:
         """See `Store`: size and header are looked at."""
-        header = self._header(name, piece.shape, piece.dtype)
         try:
-            fd = os.open(f"{self.path}/{id}{self.suffix}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError:
+            header = self._header(name, piece.shape, piece.dtype)
+        except FusecliError:  # never written by us
             return False
-        try:
-            return os.fstat(fd).st_size == len(header) + piece.nbytes and os.pread(fd, len(header), 0) == header
-        finally:
-            os.close(fd)
+        size, start = look_into(f"{self.path}/{id}{self.suffix}", len(header))
+        return size == len(header) + piece.nbytes and start == header
 
 
 class _NewFile(Replacing):
@@ -141,6 +174,21 @@ class _NewFile(Replacing):
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         super().__exit__(kind, *error)
         self._told.append(self._piece)
+
+
+def look_into(path: str, count: int) -> tuple[int, bytes]:
+    """Size and first bytes of a regular file; -1 and nothing where there is none."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except (OSError, ValueError):
+        return -1, b""
+    try:
+        info = os.fstat(fd)
+        return (info.st_size, os.pread(fd, count, 0)) if stat.S_ISREG(info.st_mode) else (-1, b"")
+    except OSError:
+        return -1, b""
+    finally:
+        os.close(fd)
 
 
 def format_by_suffix(suffix: str) -> Any:
@@ -168,6 +216,7 @@ class PartStore:
     ) -> Iterator[tuple[Sink, int]]:
         """See `Store`."""
         format_by_suffix(os.path.splitext(self.path)[1]).header(name, shape, dtype, {})  # it can name the dtype
+        _require_name(id, self.path)
         with self._lock:
             if self._owner != os.getpid():
                 self._begin_part()
@@ -188,10 +237,7 @@ class PartStore:
     def size(self, part: str) -> int:
         """Bytes in a part, 0 where it is gone; the gathered file counts as a part of the name `WHOLE`."""
         if part not in self._sizes:
-            try:
-                self._sizes[part] = os.stat(self.file_of(part)).st_size
-            except OSError:
-                self._sizes[part] = 0
+            self._sizes[part] = max(0, look_into(self.file_of(part), 0)[0])
         return self._sizes[part]
 
     def file_of(self, part: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from functools import lru_cache, partial
 from time import perf_counter
 from typing import Any
@@ -11,12 +12,21 @@ import numpy as np
 
 from fusecli.arrays import cast
 from fusecli.batch.job import Item, Job, Outcome, Task, failed
-from fusecli.batch.store import Piece
-from fusecli.collections import Place, stored_at
-from fusecli.errors import FusecliError
-from fusecli.formats import NumpyArray, Source, Stored, open_source
+from fusecli.batch.store import FolderStore, Piece
+from fusecli.collections import Place, stamp_of, stored_at
+from fusecli.errors import FileError, FusecliError, OutputError
+from fusecli.formats import NumpyArray, Source, Stored, open_source, open_tensors
 from fusecli.fusion import single_rows
-from fusecli.pairs import Output, Seconds, compute_dtype_of, find_features, fuse_pair, read_finite, require_width
+from fusecli.pairs import (
+    Output,
+    Seconds,
+    choose,
+    compute_dtype_of,
+    find_features,
+    fuse_pair,
+    read_finite,
+    require_width,
+)
 
 #: Files of up to so many bytes are read at once; images of one row, all of an item's before its texts.
 WHOLE = {"image": 2**14, "text": 2**18}
@@ -44,19 +54,31 @@ def work(job: Job, item: Item) -> list[Outcome]:
 
 def _open(job: Job, id: str, place: Place, side: str) -> Stored | Outcome:
     try:
-        if place.span is None:
-            stored = find_features(place.path, side, place.key, WHOLE[side])
+        if place.span is not None:
+            stored = stored_at(place.span, _kept_open(place.path, place.span.stamp))
+        elif place.key is not None:
+            stored = choose(_kept_tensors(place.path, stamp_of(os.stat(place.path))), place.path, side, place.key)
         else:
-            stored = stored_at(place.span, _kept_open(place.path))
+            stored = find_features(place.path, side, None, WHOLE[side])
         require_width(stored, job.weights.image_dim if side == "image" else job.weights.text_dim, side)
+    except FileNotFoundError:
+        return _failed(id, FileError("no such file", where=place.path))
     except Exception as error:
         return _failed(id, error)
     return stored
 
 
 @lru_cache(maxsize=8)  # packed and stacked files: a few, read by many tasks
-def _kept_open(path: str) -> Source:
-    return open_source(path)
+def _kept_open(path: str, stamp: tuple[int, ...]) -> Source:
+    source = open_source(path)
+    if stamp_of(os.stat(path)) != stamp:
+        raise FileError("was replaced or changed while the run was under way", where=path, hint="start again")
+    return source
+
+
+@lru_cache(maxsize=8)  # files of many tensors that a manifest names one by one
+def _kept_tensors(path: str, stamp: tuple[int, ...]) -> dict[str, Stored]:
+    return open_tensors(path, whole=1)
 
 
 def _rows_of_single_images(job: Job, item: Item, images: list[Stored | Outcome]) -> list[Any]:
@@ -86,6 +108,8 @@ def _fuse(job: Job, task: Task, image: Stored, row: Any, shared: float) -> Outco
         return text
     if row is not None and compute_dtype_of(image) != compute_dtype_of(image, text):
         row = None  # the text is wider than the image: once more, in its precision
+    if isinstance(job.fused, FolderStore) and any(job.fused.is_input(task.id, side.path) for side in task[1:]):
+        return _failed(task.id, OutputError("the result would replace what it is made from", where=task.id))
     shared += perf_counter() - began
     pieces: list[Piece] = []
     dumps: list[Piece] = []

@@ -54,6 +54,7 @@ def main() -> None:
         os.environ[f"{library}_NUM_THREADS"] = "1"
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # they are for us, not for users
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     if sys.stdout is not None:

@@ -84,13 +84,17 @@ def batch(
     """
     from fusecli.batch import run as batches
     from fusecli.batch.job import Options
-    from fusecli.cli.progress import Progress, explain
-    from fusecli.errors import UsageError
+    from fusecli.cli.progress import INTERRUPTED, Progress, explain
+    from fusecli.errors import InputError, UsageError
 
     output, attention = _without_slash(output), attention and _without_slash(attention)
     sources = Sources(images, texts, manifest, image_key, text_key, image_pattern, text_pattern)
     _check_sources(sources)
-    _check_outputs(output, attention, attention_mean, suffix, sources)
+    _check_outputs(output, attention, attention_mean, suffix, weights, sources)
+    if overwrite and retry_failed:
+        raise UsageError("--overwrite forgets what has failed", where="--retry-failed", hint="leave one of them out")
+    if dtype == "bfloat16" and (output if output.endswith((".npy", ".safetensors")) else suffix).endswith(".npy"):
+        raise UsageError(".npy cannot name bfloat16", where="--dtype", hint="-o OUT.safetensors, or another --suffix")
     if shard and overwrite:
         hint = f"rm -r {output}, then start the parts"
         raise UsageError("a part cannot start all parts afresh", where="--overwrite", hint=hint)
@@ -112,14 +116,20 @@ def batch(
         fail_fast=fail_fast,
     )
     if dry_run:
-        _tell_plan(request, _pairs(sources, output, part), quiet)
+        _tell_plan(request, _pairs(sources, [output, attention], part), quiet)
         return
     if weights is None:
         note(f"untrained weights (seed {seed}): the numbers mean nothing yet; pass --weights FILE", quiet)
-    with Progress(quiet, json, output, suffix) as progress:
-        summary = batches.run(request, partial(_pairs, sources, output, part), progress)
+    try:
+        with Progress(quiet, json, output, suffix) as progress:
+            summary = batches.run(request, partial(_pairs, sources, [output, attention], part), progress)
+    except KeyboardInterrupt:
+        note(INTERRUPTED, quiet)
+        raise typer.Exit(130) from None
     if summary.one_row and not loaded.config.residual:
         note(f"{summary.one_row:,} of them: {ONE_ROW}", quiet)
+    if manifest == "-" and not (summary.fused or summary.skipped or summary.failures or summary.missed):
+        raise InputError("no pairs came", where="<stdin>", wanted="lines with id,image,text")
     code = explain(summary, request, allow_missing, quiet)
     if code:
         raise typer.Exit(code)
@@ -147,7 +157,9 @@ class Sources:
         start = os.path.realpath(output)
         for name in ("images", "texts", "manifest"):
             if facts[name] not in (None, "-"):
-                facts[name] = os.path.relpath(os.path.realpath(facts[name]), start)
+                real = os.path.realpath(facts[name])
+                lasts = os.path.isfile(real) or os.path.isdir(real)  # a pipe is another one each time
+                facts[name] = os.path.relpath(real, start) if lasts else "-"
         return facts
 
 
@@ -171,7 +183,9 @@ def _check_sources(sources: Sources) -> None:
             raise UsageError("no pattern", where=f"--{side}-pattern", found=pattern, wanted="{id} in it once") from None
 
 
-def _check_outputs(output: str, attention: str | None, attention_mean: bool, suffix: str, sources: Sources) -> None:
+def _check_outputs(
+    output: str, attention: str | None, attention_mean: bool, suffix: str, weights: str | None, sources: Sources
+) -> None:
     from fusecli.collections import SUFFIXES
     from fusecli.errors import UsageError
 
@@ -181,16 +195,31 @@ def _check_outputs(output: str, attention: str | None, attention_mean: bool, suf
         raise UsageError("needs a place to write to", where="--attention-mean", hint="add --attention FOLDER")
     if suffix not in SUFFIXES:
         raise UsageError("unknown format", where="--suffix", found=suffix, wanted=" or ".join(SUFFIXES))
-    taken = {os.path.realpath(path) for path in sources.paths()}
+    inputs = {os.path.realpath(path) for path in (*sources.paths(), weights) if path}
     for path in filter(None, (output, attention)):
-        if path == "-":
-            hint = "name a folder; --json says what is done"
-            raise UsageError("many results cannot go to stdout", where="-o -", hint=hint)
-        if not path.endswith(SUFFIXES) and os.path.exists(path) and not os.path.isdir(path):
-            raise UsageError("is a file", where=path, wanted="a folder, .safetensors or .npy")
-        if os.path.realpath(path) in taken:
-            raise UsageError("output is also an input or another output", where=path, hint="write to another place")
-        taken.add(os.path.realpath(path))
+        _check_output(path, inputs, [place + "/" for place in inputs if os.path.isdir(place)])
+    if attention:
+        one, other = os.path.realpath(output) + "/", os.path.realpath(attention) + "/"
+        if one.startswith(other) or other.startswith(one):
+            raise UsageError("attention would lie among the results", where=attention, hint="write to another place")
+
+
+def _check_output(path: str, inputs: set[str], folders: list[str]) -> None:
+    from fusecli.collections import SUFFIXES
+    from fusecli.errors import UsageError
+
+    real, elsewhere = os.path.realpath(path), "write to another place"
+    if path == "-":
+        hint = "name a folder; --json says what is done"
+        raise UsageError("many results cannot go to stdout", where="-o -", hint=hint)
+    if real in inputs:
+        raise UsageError("output is also an input", where=path, hint=elsewhere)
+    if os.path.isdir(path):
+        return
+    if os.path.exists(path) and not (path.endswith(SUFFIXES) and os.path.isfile(path)):
+        raise UsageError("is a file or a pipe", where=path, wanted="a folder, .safetensors or .npy")
+    if path.endswith(SUFFIXES) and real.startswith(tuple(folders)):
+        raise UsageError("output would lie among the inputs", where=path, hint=elsewhere)
 
 
 def _without_slash(path: str) -> str:
@@ -204,13 +233,13 @@ def _shard(text: str | None) -> Any:
     if text is None:
         return None
     number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+    if not (len(text) < 20 and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         hint = "--shard $SLURM_ARRAY_TASK_ID/8 with --array=1-8"
         raise UsageError("no such part", where="--shard", found=text, wanted="I/N, I from 1 to N", hint=hint)
     return Shard(int(number), int(count))
 
 
-def _pairs(sources: Sources, output: str, shard: Any) -> Any:
+def _pairs(sources: Sources, outputs: list[str | None], shard: Any) -> Any:
     """The pairs, None where they come on standard input."""
     from fusecli.batch.feed import from_collections, from_manifest
     from fusecli.batch.plan import match
@@ -225,7 +254,7 @@ def _pairs(sources: Sources, output: str, shard: Any) -> Any:
         return from_manifest(sources.manifest, shard)
     image_place = sources.images or ""
     text_place = sources.texts or image_place
-    own = os.path.realpath(output)
+    own = {os.path.realpath(path) for path in outputs if path}
     images = open_collection(image_place, sources.image_key, sources.image_pattern, own)
     texts = open_collection(text_place, sources.text_key, sources.text_pattern, own)
     found = match(images, texts, shard)

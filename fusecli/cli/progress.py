@@ -11,6 +11,7 @@ from fusecli.cli.console import note, printable
 
 #: Seconds between lines where there is no terminal, and between two looks of the bar.
 EVERY = 10.0
+INTERRUPTED = "interrupted; start the same command again to go on"
 REDRAW = 0.1
 
 
@@ -105,14 +106,14 @@ def explain(summary: Any, request: Any, allow_missing: bool, quiet: bool) -> int
 
 
 def _shown(ids: list[str], count: int) -> str:
-    return ", ".join(ids) + (", …" if count > len(ids) else "")
+    return ", ".join(id if len(id) < 60 else f"{id[:60]}…" for id in ids) + (", …" if count > len(ids) else "")
 
 
 def _code(summary: Any, request: Any, allow_missing: bool, quiet: bool) -> int:
     from fusecli.errors import OutputError
 
     if summary.interrupted:
-        note("interrupted; start the same command again to go on", quiet)
+        note(INTERRUPTED, quiet)
         return 130
     if summary.stopped and summary.stopped.stop:
         raise OutputError(
