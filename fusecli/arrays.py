@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -36,8 +37,13 @@ def namespace(x: Array) -> ModuleType:
 
 def dtype_name(x: Array) -> str:
     """The dtype of ``x`` by the name that NumPy and torch share, e.g. ``"float32"``."""
-    name = str(x.dtype).removeprefix("torch.")
-    return "longdouble" if x.dtype == np.longdouble and name not in FLOAT_NAMES else name
+    return _spelled(x.dtype)
+
+
+@lru_cache(maxsize=64)  # NumPy takes microseconds to spell a dtype, and a small fusion asks several times
+def _spelled(dtype: Any) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return "longdouble" if dtype == np.longdouble and name not in FLOAT_NAMES else name
 
 
 def compute_dtype(*arrays: Array) -> str:
