@@ -10,8 +10,20 @@ from typing import Annotated, Any
 
 import typer
 
-from fusecli.cli.console import Debug, Quiet, note
-from fusecli.cli.fuse import ONE_ROW, Dtype, Weights, load_weights
+from fusecli.cli.console import note
+from fusecli.cli.fuse import ONE_ROW, load_weights
+from fusecli.cli.options import (
+    AllowNonfinite,
+    AttentionMean,
+    Debug,
+    Device,
+    Dtype,
+    NumHeads,
+    Quiet,
+    Residual,
+    Seed,
+    Weights,
+)
 
 
 def batch(
@@ -30,10 +42,8 @@ def batch(
     attention: Annotated[
         str | None, typer.Option("--attention", "-a", metavar="OUT", help="Also write the attention, likewise.")
     ] = None,
-    attention_mean: Annotated[
-        bool, typer.Option("--attention-mean", help="Write its mean over heads, [N, M].")
-    ] = False,
-    residual: Annotated[bool, typer.Option("--residual", help="Add the text to the result (Dt = D).")] = False,
+    attention_mean: AttentionMean = False,
+    residual: Residual = False,
     manifest: Annotated[
         str | None,
         typer.Option(metavar="FILE|-", help="CSV, TSV or JSON lines with id,image,text; - takes lines as they come."),
@@ -47,7 +57,7 @@ def batch(
     image_key: Annotated[str | None, typer.Option(metavar="NAME", help="Tensor in each image file.")] = None,
     text_key: Annotated[str | None, typer.Option(metavar="NAME", help="Tensor in each text file.")] = None,
     suffix: Annotated[str, typer.Option(metavar=".npy|.safetensors", help="Of the files in a folder OUT.")] = ".npy",
-    dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the results.  [default: the text's]")] = None,
+    dtype: Dtype = None,
     workers: Annotated[
         int | None, typer.Option("--workers", "-j", min=1, max=1024, help="Processes.  [default: all cores]")
     ] = None,
@@ -62,16 +72,10 @@ def batch(
     ] = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first pair that fails.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
-    num_heads: Annotated[
-        int | None, typer.Option(min=1, help="Number of heads, for weights that do not say it.  [default: 8]")
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the untrained weights that are used without --weights.")
-    ] = 0,
-    device: Annotated[str, typer.Option(metavar="cpu|cuda|cuda:N", help="Where to compute.")] = "cpu",
-    allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf in the features through, into the results.")
-    ] = False,
+    num_heads: NumHeads = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    allow_nonfinite: AllowNonfinite = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a pair on stdout, as it is done.")
     ] = False,

@@ -1,17 +1,11 @@
-"""What every command shares: options, and where words go."""
+"""Where words go."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import sys
-from typing import Annotated, Any
-
-import typer
-
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable object on stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+from typing import Any
 
 
 def printable(text: str) -> str:

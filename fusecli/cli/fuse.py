@@ -11,19 +11,23 @@ from typing import Annotated, Any
 
 import typer
 
-from fusecli.cli.console import Debug, Json, Quiet, emit, note
+from fusecli.cli.console import emit, note
+from fusecli.cli.options import (
+    AllowNonfinite,
+    AttentionMean,
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    NumHeads,
+    Quiet,
+    Residual,
+    Seed,
+    Weights,
+)
 
 ONE_ROW = "one image row: every text row gets the same vector, whatever it says; use image regions, or --residual"
 KEPT_TEXT = "one image row: every text row has the same vector added to it, whatever it says"
-
-
-class Dtype(StrEnum):
-    """What an output can be stored as."""
-
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-    float32 = "float32"
-    float64 = "float64"
 
 
 class Format(StrEnum):
@@ -31,12 +35,6 @@ class Format(StrEnum):
 
     npy = "npy"
     safetensors = "safetensors"
-
-
-Weights = Annotated[
-    str | None,
-    typer.Option("--weights", "-w", metavar="FILE", envvar="FUSECLI_WEIGHTS", help="Checkpoint of the fusion."),
-]
 
 
 def fuse(
@@ -52,26 +50,18 @@ def fuse(
     attention: Annotated[
         str | None, typer.Option("--attention", "-a", metavar="FILE", help="Also write the attention [H, N, M].")
     ] = None,
-    attention_mean: Annotated[
-        bool, typer.Option("--attention-mean", help="Write its mean over heads, [N, M].")
-    ] = False,
-    residual: Annotated[bool, typer.Option("--residual", help="Add the text to the result (Dt = D).")] = False,
+    attention_mean: AttentionMean = False,
+    residual: Residual = False,
     image_key: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the tensor in IMAGE.")] = None,
     text_key: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the tensor in TEXT.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the output.  [default: the text's]")] = None,
+    dtype: Dtype = None,
     format: Annotated[
         Format | None, typer.Option(help="Format of the output.  [default: by suffix; npy for -]")
     ] = None,
-    num_heads: Annotated[
-        int | None, typer.Option(min=1, help="Number of heads, for weights that do not say it.  [default: 8]")
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the untrained weights that are used without --weights.")
-    ] = 0,
-    device: Annotated[str, typer.Option(metavar="cpu|cuda|cuda:N", help="Where to compute.")] = "cpu",
-    allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf in the features through, into the output.")
-    ] = False,
+    num_heads: NumHeads = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    allow_nonfinite: AllowNonfinite = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

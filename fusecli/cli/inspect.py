@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fusecli.cli.console import Debug, emit, printable
+from fusecli.cli.console import emit, printable
+from fusecli.cli.options import Debug
 
 
 def inspect(

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fusecli.cli.console import Debug, Json, Quiet, emit, note
+from fusecli.cli.console import emit, note
+from fusecli.cli.options import Debug, Json, Quiet
 
 Output = Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="Checkpoint to write (.safetensors).")]
 
