@@ -52,3 +52,21 @@ def pair(tmp_path: Path, rng: np.random.Generator) -> tuple[Any, Any]:
     for name, rows in (("img", 1), ("regions", 16), ("txt", 5)):
         np.save(tmp_path / f"{name}.npy", rng.standard_normal((rows, 768), dtype=np.float32))
     return np.load(tmp_path / "regions.npy"), np.load(tmp_path / "txt.npy")
+
+
+@pytest.fixture
+def many(tmp_path: Path, rng: np.random.Generator, run: Run) -> dict[str, tuple[Any, Any]]:
+    """Pairs by id, as two trees ``img/`` and ``txt/`` with weights ``w.safetensors`` beside them."""
+    from tests.batches import IDS, D
+
+    run("init", "-o", "w.safetensors", "--feature-dim", D, "--num-heads", 4, "-q")
+    pairs = {}
+    for k, id in enumerate(IDS):
+        image = rng.standard_normal((1 if k % 3 else 2 + k, D)).astype(np.float16 if k % 2 else np.float32)
+        text = rng.standard_normal((1 + k % 4, D)).astype(np.float32)
+        pairs[id] = image, text
+        for side, array in (("img", image), ("txt", text)):
+            path = tmp_path / side / f"{id}.npy"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, array)
+    return pairs

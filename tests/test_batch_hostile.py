@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 from fusecli.batch.job import Outcome, Task
 from fusecli.batch.local import Pool, Stop
 from fusecli.collections import Place
+from tests.batches import D, as_npy, batch, expected, results, statuses
 from tests.conftest import FUSECLI, Run
-from tests.test_batch import D, as_npy, batch, expected, results, statuses
 
 IDS = ["a", "b", "c", "d", "e", "f"]
 
