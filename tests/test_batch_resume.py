@@ -199,7 +199,7 @@ def test_the_runner_for_a_gpu_gives_the_same_on_a_cpu(run: Run, many: Any, tmp_p
 
     images, texts = open_collection(str(tmp_path / "img")), open_collection(str(tmp_path / "txt"))
     found = match(images, texts)
-    feed = ListFeed(from_collections(images, texts, found), found.both, lambda _: None, 2, None)
+    feed = ListFeed(from_collections(images, texts, found), found.both, lambda _: None, 5, None)
     (tmp_path / "tmp").mkdir()
     folder = FolderStore(str(tmp_path / output), ".npy", str(tmp_path / "tmp"))
     parts = PartStore(str(tmp_path / output), str(tmp_path), "fused")
