@@ -24,6 +24,7 @@ from enum import Enum
 from functools import cached_property, lru_cache
 
 from fusecli.arrays import (
+    THIN,
     Array,
     cast,
     contiguous,
@@ -291,6 +292,10 @@ def _meet_by_heads(text: Array, side: ImageSide, keys: Keys, need_weights: bool)
     return _finish(mixed.reshape(n, -1), side.maps.out.mT, side), dump
 
 
+#: Products that are summed at once, where rounding counts.
+SUMMED = 192
+
+
 def _mix(weights: Array, total: Array | None, side: ImageSide) -> Array:
     """``out [N, D]`` from weights ``[H, N, M]``, still to be divided by ``total [H, N, 1]`` if given."""
     heads, n, m = weights.shape
@@ -299,7 +304,12 @@ def _mix(weights: Array, total: Array | None, side: ImageSide) -> Array:
         return _finish(flat, side.values.mT, side)
     if side.plan.values is Order.TEXT:
         seen = dot(weights.reshape(heads * n, m), side.image).reshape(heads, n, -1)  # [H, N, Di]
-        mixed = dot(seen, _by_head(side.maps.value, heads).mT)  # [H, N, d]
+        # The reference averages the rounding of M projected rows; here one row carries it all, so the long sum
+        # over Di is taken in parts. With a few tokens the products are small ones, which round less by themselves.
+        value = _by_head(side.maps.value, heads).mT  # [H, Di, d]
+        step = value.shape[1] if n <= THIN else SUMMED
+        parts = (slice(at, at + step) for at in range(0, value.shape[1], step))
+        mixed = sum(dot(seen[..., part], value[:, part]) for part in parts)  # [H, N, d]
     else:
         mixed = dot(weights, side.values)  # [H, N, d]
     if total is not None:
