@@ -83,13 +83,25 @@ def _bad_line(line: int, error: InputError) -> Outcome:
     return outcome._replace(facts={"line": line, **outcome.facts})  # what has a line is no pair's id
 
 
-class ListFeed:
+class _Feed:
+    """What both kinds of feed come to know of pairs without any work."""
+
+    def __init__(self) -> None:
+        self._known: list[Outcome] = []
+
+    def outcomes(self) -> list[Outcome]:
+        """What has become known since the last call."""
+        known, self._known = self._known, []
+        return known
+
+
+class ListFeed(_Feed):
     """Items of `Pairs`, made as they are taken."""
 
     def __init__(self, pairs: Pairs, ids: Iterable[str], keep: Keep, size: int, limit: int | None) -> None:
+        super().__init__()
         self._pairs, self._ids, self._keep, self._size = pairs, iter(ids), keep, size
         self._left = limit
-        self._known: list[Outcome] = []
         self._ended = False
 
     def take(self) -> Item | None:
@@ -124,22 +136,17 @@ class ListFeed:
         """See `Items`: they are all there."""
         return None
 
-    def outcomes(self) -> list[Outcome]:
-        """What has become known since the last call."""
-        known, self._known = self._known, []
-        return known
 
-
-class StreamFeed:
+class StreamFeed(_Feed):
     """Items of a manifest on standard input: each line is work as soon as it is there."""
 
     def __init__(self, fd: int, shard: Shard | None, keep: Keep, limit: int | None) -> None:
+        super().__init__()
         self._fd, self._shard, self._keep, self._left = fd, shard, keep, limit
         self._reader = Manifest("<stdin>", "")
         self._entries: dict[str, Entry] = {}
         self._waiting: deque[Task] = deque()
         self._rest = b""
-        self._known: list[Outcome] = []
         self._ended = limit == 0
 
     def take(self) -> Item | None:
@@ -175,11 +182,6 @@ class StreamFeed:
     def fileno(self) -> int | None:
         """See `Items`."""
         return None if self._ended or self._waiting else self._fd
-
-    def outcomes(self) -> list[Outcome]:
-        """What has become known since the last call."""
-        known, self._known = self._known, []
-        return known
 
     @property
     def ids(self) -> list[str]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fusecli.batch.job import Item, Task
 from fusecli.collections import Collection
 
 #: Pairs of one item at most: enough that weights are read from memory once for many, few enough to lose.
@@ -51,8 +49,3 @@ def match(images: Collection, texts: Collection, shard: Shard | None = None) -> 
 def item_size(pairs: int, workers: int) -> int:
     """Pairs of one item."""
     return max(1, min(ITEM_PAIRS, pairs // (workers * ITEMS_PER_WORKER)))
-
-
-def items(tasks: Sequence[Task], size: int) -> Iterator[Item]:
-    """The tasks in groups of ``size``, in order."""
-    return (list(tasks[at : at + size]) for at in range(0, len(tasks), size))

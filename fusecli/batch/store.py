@@ -15,7 +15,7 @@ from itertools import count
 from typing import Any, NamedTuple, Protocol
 
 from fusecli.errors import FusecliError, OutputError
-from fusecli.formats import FLOATS, FORMATS, FileSink, Replacing, Sink, itemsize, safetensors
+from fusecli.formats import FLOATS, FileSink, Replacing, Sink, format_of, itemsize, safetensors
 
 #: The folder in the output (or beside it, where that is a file) with the ledger and what is not finished.
 STATE = ".fusecli"
@@ -113,7 +113,8 @@ class FolderStore:
         # process leaves behind is not in the user's way.
         temporary = f"{self.temporary}/{os.getpid()}-{next(self._count)}"
         self._make_room(target)
-        return _NewFile(target, temporary, self._header(name, shape, dtype), Piece(shape, dtype), told)
+        header = format_of(target).header(name, shape, dtype, {})
+        return _NewFile(target, temporary, header, Piece(shape, dtype), told)
 
     def is_input(self, id: str, path: str) -> bool:
         """Whether the result would take the place of ``path``, which is read for it."""
@@ -133,10 +134,6 @@ class FolderStore:
         """No more results will come."""
         shutil.rmtree(self.temporary, ignore_errors=True)
 
-    def _header(self, name: str, shape: tuple[int, ...], dtype: str) -> bytes:
-        header: bytes = format_by_suffix(self.suffix).header(name, shape, dtype, {})
-        return header
-
     def _make_room(self, target: str) -> None:
         folder = target.rpartition("/")[0]
         if folder not in self._there:
@@ -151,11 +148,12 @@ class FolderStore:
 
     def holds(self, id: str, name: str, piece: Piece) -> bool:
         """See `Store`: size and header are looked at."""
+        path = f"{self.path}/{id}{self.suffix}"
         try:
-            header = self._header(name, piece.shape, piece.dtype)
+            header = format_of(path).header(name, piece.shape, piece.dtype, {})
         except FusecliError:  # never written by us
             return False
-        size, start = look_into(f"{self.path}/{id}{self.suffix}", len(header))
+        size, start = look_into(path, len(header))
         return size == len(header) + piece.nbytes and start == header
 
 
@@ -173,7 +171,8 @@ class _NewFile(Replacing):
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         super().__exit__(kind, *error)
-        self._told.append(self._piece)
+        if kind is None:
+            self._told.append(self._piece)
 
 
 def look_into(path: str, count: int) -> tuple[int, bytes]:
@@ -189,11 +188,6 @@ def look_into(path: str, count: int) -> tuple[int, bytes]:
         return -1, b""
     finally:
         os.close(fd)
-
-
-def format_by_suffix(suffix: str) -> Any:
-    """The format that writes files of ``suffix``."""
-    return next(module for module in FORMATS.values() if suffix in module.SUFFIXES)
 
 
 @dataclass
@@ -215,7 +209,7 @@ class PartStore:
         self, id: str, name: str, shape: tuple[int, ...], dtype: str, told: list[Piece]
     ) -> Iterator[tuple[Sink, int]]:
         """See `Store`."""
-        format_by_suffix(os.path.splitext(self.path)[1]).header(name, shape, dtype, {})  # it can name the dtype
+        format_of(self.path).header(name, shape, dtype, {})  # it can name the dtype
         _require_name(id, self.path)
         with self._lock:
             if self._owner != os.getpid():
