@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fusecli.checkpoint import fingerprint, identity, init, load, save
     from fusecli.errors import FusecliError
-    from fusecli.fusion import Config, Weights, fuse
+    from fusecli.fusion import fuse
     from fusecli.module import ImageTextFusion
+    from fusecli.weights import Config, Weights
 
 __version__ = "0.1.0"
 
@@ -26,8 +27,8 @@ _HOMES = {
     "load": "checkpoint",
     "save": "checkpoint",
     "FusecliError": "errors",
-    "Config": "fusion",
-    "Weights": "fusion",
+    "Config": "weights",
+    "Weights": "weights",
     "fuse": "fusion",
     "ImageTextFusion": "module",
 }

@@ -136,9 +136,9 @@ def filled(shape: tuple[int, ...], value: Array) -> Array:
     return x
 
 
-def empty(shape: tuple[int, ...], template: Array) -> Array:
-    """An array to be filled: kind, device and dtype of ``template``."""
-    return template.new_empty(shape) if is_torch(template) else np.empty(shape, template.dtype)
+def joined(parts: list[Array], axis: int) -> Array:
+    """The parts one after the other along ``axis``; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else namespace(parts[0]).concatenate(parts, axis=axis)
 
 
 def ones(shape: tuple[int, ...], template: Array) -> Array:
@@ -235,6 +235,83 @@ def needs_grad(*arrays: Array) -> bool:
     """True if torch would record operations on one of ``arrays``."""
     tensors = [x for x in arrays if is_torch(x)]
     return bool(tensors) and sys.modules["torch"].is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def linear(x: Array, weight: Array, bias: Array) -> Array:
+    """``x [..., rows, K] @ weightᵀ + bias`` with ``weight [D, K]``: ``[..., rows, D]``, as `torch.nn.Linear`."""
+    y = dot(x, weight.mT)
+    y += bias
+    return y
+
+
+def layer_norm(x: Array, weight: Array, bias: Array) -> Array:
+    """``x`` with each row brought to mean 0 and variance 1, times ``weight``, plus ``bias``.
+
+    Ba, Kiros and Hinton 2016, equation 4; eps and the biased variance as in `torch.nn.LayerNorm`.
+    """
+    if is_torch(x):
+        return sys.modules["torch"].nn.functional.layer_norm(x, x.shape[-1:], weight, bias, LAYER_NORM_EPS)
+    y = x - x.mean(-1, keepdims=True)
+    y /= np.sqrt(np.square(y).mean(-1, keepdims=True) + LAYER_NORM_EPS)
+    y *= weight
+    y += bias
+    return y
+
+
+LAYER_NORM_EPS = 1e-5
+
+
+def sigmoid(x: Array) -> Array:
+    """``1 / (1 + exp(-x))``."""
+    if is_torch(x):
+        return x.sigmoid()
+    with np.errstate(over="ignore"):  # far below 0 the result is 0
+        return 1 / (1 + np.exp(-x))
+
+
+def gelu(x: Array) -> Array:
+    """``x Φ(x)``, Φ the standard normal distribution, exact (Hendrycks and Gimpel 2016, equation 1)."""
+    if is_torch(x):
+        return sys.modules["torch"].nn.functional.gelu(x)
+    if x.dtype == np.float64:
+        return x * (0.5 + 0.5 * np.frompyfunc(math.erf, 1, 1)(x * math.sqrt(0.5)).astype(np.float64))
+    # NumPy has no erf, and calling Python's for each number takes longer than the matrix products around it. So
+    # Φ is taken from a table, with its first two derivatives: the third is below 1, and the error below 2e-10.
+    table = _normal_table()
+    at = np.clip(x, -GELU_END, GELU_END, dtype=np.float64)
+    node = np.rint(at * GELU_NODES)
+    at -= node / GELU_NODES
+    node = (node + GELU_END * GELU_NODES).astype(np.int32)
+    phi = table[2].take(node)
+    phi *= at
+    phi += table[1].take(node)
+    phi *= at
+    phi += table[0].take(node)
+    return (x * phi).astype(x.dtype)
+
+
+#: Φ is 0 or 1 beyond this, in float32; and nodes of its table for each unit.
+GELU_END, GELU_NODES = 6, 512
+
+
+@lru_cache(maxsize=1)
+def _normal_table() -> Array:
+    """``Φ, Φ', Φ''/2`` at the nodes from ``-GELU_END`` to ``GELU_END``: ``[3, nodes]``."""
+    x = np.arange(-GELU_END * GELU_NODES, GELU_END * GELU_NODES + 1) / GELU_NODES
+    phi = 0.5 + 0.5 * np.array([math.erf(value) for value in x * math.sqrt(0.5)])
+    density = np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    return np.stack([phi, density, -0.5 * x * density])
+
+
+def mean_row(x: Array, mask: Array = None) -> Array:
+    """The mean over rows ``[..., M, width]``: ``[..., width]``; with ``mask [..., M]``, of the rows where it is true.
+
+    Summed in float64: hundreds of rows added one by one in float32 lose a digit.
+    """
+    wide = cast(x, "float64")
+    if mask is None:
+        return cast(wide.mean(-2), dtype_name(x))
+    return cast((wide * mask[..., None]).sum(-2) / mask.sum(-1)[..., None], dtype_name(x))
 
 
 def first_nonfinite(x: Array) -> tuple[int, ...] | None:

@@ -18,6 +18,7 @@ Everything works on NumPy arrays and torch tensors alike; with torch, autograd f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -31,11 +32,12 @@ from fusecli.arrays import (
     detach,
     dot,
     dtype_name,
-    empty,
     exp_and_sums,
     is_torch,
+    joined,
     largest,
     like,
+    linear,
     namespace,
     needs_grad,
     products_beside,
@@ -107,14 +109,16 @@ def fold(layers: Layers) -> Maps:
     )
 
 
-def unfolded(layers: Layers) -> Maps:
-    """The maps for features that have been projected already, so that autograd reaches every layer.
+def unfolded(in_proj: tuple[Array, Array], out_proj: tuple[Array, Array], num_heads: int) -> Maps:
+    """The maps of multi-head attention alone, for features that have been projected already.
 
-    The projected text is to be multiplied by ``layers.scale``.
+    Autograd reaches every layer through them.
     """
-    (q, q_bias), _, (_, v_bias) = layers.thirds()
-    out, out_bias = layers.out_proj
-    return Maps(q, q_bias * layers.scale, layers.in_proj[0][len(out) :], out, out @ v_bias + out_bias)
+    dim = len(out_proj[0])
+    scale = float((dim // num_heads) ** -0.5)
+    weight, bias = in_proj
+    out, out_bias = out_proj
+    return Maps(weight[:dim] * scale, bias[:dim] * scale, weight[dim:], out, out @ bias[2 * dim :] + out_bias)
 
 
 class Order(Enum):
@@ -183,8 +187,7 @@ class Keys:
 
     def queries(self, text: Array) -> Array:
         """``text [N, Dt]`` projected: ``[H, N, d]``."""
-        query = dot(text, self.maps.query.mT)  # [N, D]
-        query += self.maps.query_bias
+        query = linear(text, self.maps.query, self.maps.query_bias)  # [N, D]
         return _split_heads(query, self.num_heads)  # [H, N, d]
 
     def scores(self, text: Array) -> Array:
@@ -229,21 +232,26 @@ class ImageSide:
     image: Array  # [M, Di]
     keys: Keys
     values: Array  # DIRECT [H, M, d]; IMAGE [D, H*M]; TEXT None
+    mask: Array = None  # [B, 1, 1, M], True where an image row is to be seen; DIRECT only
 
 
-def see(image: Array, maps: Maps, num_heads: int, plan: Plan) -> ImageSide:
-    """Compute the image's part of ``plan``. ``image [M, Di]`` has the dtype and device of ``maps``."""
+def see(image: Array, maps: Maps, num_heads: int, plan: Plan, mask: Array = None) -> ImageSide:
+    """Compute the image's part of ``plan``. ``image [M, Di]`` has the dtype and device of ``maps``.
+
+    The order ``DIRECT`` also takes a batch, ``[B, M, Di]``, and with it ``mask [B, M]``, true for rows that are no
+    padding.
+    """
     keys: Array = None
     values: Array = None
     if plan.scores is not Order.TEXT and plan.values is not Order.TEXT:
         both = _split_heads(dot(image, maps.key_value.mT), 2 * num_heads)  # [2H, M, d]
-        keys, values = both[:num_heads], both[num_heads:]
+        keys, values = both[..., :num_heads, :, :], both[..., num_heads:, :, :]
     elif plan.values is not Order.TEXT:
         values = _split_heads(dot(image, maps.value.mT), num_heads)  # [H, M, d]
     if plan.values is Order.IMAGE:
         values = products_beside(_by_head(maps.out.mT, num_heads).mT, values.mT)  # [D, H*M]
     seen = see_keys(plan.scores, num_heads, maps, image, keys)
-    return ImageSide(maps, plan, num_heads, image, seen, values)
+    return ImageSide(maps, plan, num_heads, image, seen, values, None if mask is None else mask[:, None, None])
 
 
 #: Scores that stay in the cache, in numbers: 1 MiB of float32.
@@ -274,22 +282,24 @@ def meet(text: Array, side: ImageSide, *, need_weights: bool = False) -> tuple[A
 
 def _meet_by_heads(text: Array, side: ImageSide, keys: Keys, need_weights: bool) -> tuple[Array, Array | None]:
     # A few heads at a time, so that their scores are still in the cache when the values are taken.
-    n, m, heads = len(text), len(side.image), side.num_heads
+    n, m, heads = text.shape[-2], side.image.shape[-2], side.num_heads
     query = keys.queries(cast(text, dtype_name(keys.image)))  # [H, N, d]
     step = heads if is_torch(text) else max(1, TILE // (n * m))
-    mixed = empty((n, heads, query.shape[-1]), text)  # [N, H, d]
-    dump = empty((heads, n, m), text) if need_weights else None
+    mixed, dump = [], []
     for start in range(0, heads, step):
-        some = slice(start, start + step)
+        some = (..., slice(start, start + step), slice(None), slice(None))
         scores = dot(query[some], keys.rows[some].mT)  # [h, N, M]
+        if side.mask is not None:
+            scores = namespace(scores).where(side.mask, scores, -math.inf)
         weighed = _softmax(scores, keys.order, text)
         if weighed is None:
             return _meet_by_heads(text, side, keys.exact, need_weights)
         weights, total = weighed  # [h, N, M], [h, N, 1]
-        if dump is not None:
-            dump[some] = weights / total
-        mixed[:, some] = (dot(weights, side.values[some]) / total).swapaxes(0, 1)
-    return _finish(mixed.reshape(n, -1), side.maps.out.mT, side), dump
+        if need_weights:
+            dump.append(weights / total)
+        mixed.append((dot(weights, side.values[some]) / total).swapaxes(-3, -2))  # [N, h, d]
+    beside = joined(mixed, -2).reshape(*text.shape[:-1], -1)  # [N, D]
+    return _finish(beside, side.maps.out.mT, side), joined(dump, -3) if need_weights else None
 
 
 #: Products that are summed at once, where rounding counts.
@@ -320,7 +330,7 @@ def _mix(weights: Array, total: Array | None, side: ImageSide) -> Array:
 
 def _finish(mixed: Array, out: Array, side: ImageSide) -> Array:
     # The result has to lie in rows: from here on turning it round costs more than `dot` saves.
-    fused = mixed @ out if len(mixed) >= 128 else dot(mixed, out)  # [N, D]
+    fused = mixed @ out if mixed.shape[-2] >= 128 else dot(mixed, out)  # [N, D]
     fused += side.maps.bias
     return contiguous(fused)
 
@@ -353,7 +363,7 @@ def _shifted_softmax(scores: Array, text: Array) -> tuple[Array, Array]:
 
 
 def _split_heads(x: Array, num_heads: int) -> Array:
-    return x.reshape(len(x), num_heads, -1).swapaxes(0, 1)  # [rows, D] -> [H, rows, d]
+    return x.reshape(*x.shape[:-1], num_heads, -1).swapaxes(-3, -2)  # [rows, D] -> [H, rows, d]
 
 
 def _by_head(weight: Array, num_heads: int) -> Array:

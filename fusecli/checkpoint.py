@@ -1,6 +1,6 @@
 """Weights and files: load, save, init, convert.
 
-A checkpoint is a ``.safetensors`` file with the tensors of `fusecli.fusion.tensor_shapes` and one metadata
+A checkpoint is a ``.safetensors`` file with the tensors of `fusecli.weights.tensor_shapes` and one metadata
 key, ``fusecli``, with canonical JSON. The bare ``state_dict`` of the article's module loads as well.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields
 from typing import Any, cast
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from fusecli.arrays import FLOAT_NAMES, Array, dtype_name, first_nonfinite, import_torch, to_numpy
 from fusecli.errors import CheckpointError, FileError, InputError, UsageError, ValuesError
 from fusecli.formats import NumpyArray, open_sink, open_source, read_bytes, safetensors, sniff
-from fusecli.fusion import Config, Weights, tensor_shapes
+from fusecli.weights import OPTIONS, Config, Weights, tensor_shapes
 
 METADATA_KEY = "fusecli"
 FORMAT = 1
@@ -180,7 +180,7 @@ def to_bytes(weights: Weights) -> bytes:
 
     # The library stores the memory as it lies, whatever the strides: hand it C order only.
     tensors = {name: np.ascontiguousarray(to_numpy(tensor)) for name, tensor in weights.tensors.items()}
-    options = {"format": FORMAT, **asdict(weights.config)}
+    options = {"format": FORMAT, "method": weights.config.method, **weights.config.options()}
     return save(tensors, {METADATA_KEY: json.dumps(options, sort_keys=True, separators=(",", ":"))})
 
 
@@ -209,42 +209,78 @@ def init(
     text_dim: int | None = None,
     image_dim: int | None = None,
     seed: int = 0,
+    method: str = "attention",
+    **options: Any,
 ) -> Weights:
     """Untrained weights: those of ``torch.manual_seed(seed); ImageTextFusion(feature_dim, num_heads)``.
 
     Drawn without torch, by the same generator (Mersenne Twister) in the same order, so that every machine gets
-    the same bytes.
+    the same bytes. Other methods are drawn likewise, layer by layer, and begin near the text: where widths are
+    equal, ``text_proj`` of weighted-sum and transformer is the identity; the gate ``γ`` is 0, ``α`` is ½.
 
     Args:
         feature_dim: ``D``.
-        num_heads: ``H``, a divisor of ``D``.
+        num_heads: ``H``, a divisor of ``D``; for methods that have heads.
         text_dim: ``Dt``; ``D`` by default.
         image_dim: ``Di``; ``D`` by default.
         seed: 0 to 2**32 - 1.
+        method: one of `fusecli.weights.METHODS`.
+        options: of the method, see `fusecli.Config`.
 
     Raises:
-        CheckpointError: the heads do not divide the width.
+        CheckpointError: the heads do not divide the width, or an option does not go with the method.
     """
-    config = Config(num_heads=num_heads)
-    if feature_dim < 1 or feature_dim % num_heads:
+    config = _configured(method, num_heads, options)
+    if feature_dim < 1 or (config.has_attention and feature_dim % num_heads):
         found = f"num_heads={num_heads}, D={feature_dim}"
         raise CheckpointError("heads do not divide the width", found=found, wanted=f"a divisor of {feature_dim}")
     bits = np.random.MT19937()
     # torch seeds its generator likewise
     bits.state = cast(Any, np.random.RandomState(seed).get_state(legacy=False))
-    shapes = tensor_shapes(feature_dim, text_dim or feature_dim, image_dim or feature_dim)
+    text_dim = text_dim or feature_dim
+    shapes = tensor_shapes(config, feature_dim, text_dim, image_dim or feature_dim)
     tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    # torch.nn.Linear: U(±1/sqrt(fan_in)) for weight and bias. MultiheadAttention: out_proj is a Linear whose
-    # bias is then set to zero; in_proj_weight is Xavier-uniform, in_proj_bias zero.
-    for name in ("text_proj", "image_proj", "attention.out_proj"):
-        bound = 1 / np.sqrt(shapes[f"{name}.weight"][1])
-        tensors[f"{name}.weight"] = _uniform(bits, shapes[f"{name}.weight"], bound)
-        bias = _uniform(bits, shapes[f"{name}.bias"], bound)
-        if name != "attention.out_proj":
-            tensors[f"{name}.bias"] = bias
-    bound = np.sqrt(6 / (4 * feature_dim))
-    tensors["attention.in_proj_weight"] = _uniform(bits, shapes["attention.in_proj_weight"], bound)
+    for name in _in_order_of_drawing(shapes):
+        tensors[name] = _drawn(bits, name, shapes)
+    if method in ("weighted-sum", "transformer") and text_dim == feature_dim:
+        tensors["text_proj.weight"] = np.eye(feature_dim, dtype=np.float32)
+        tensors["text_proj.bias"] = np.zeros(feature_dim, np.float32)
     return Weights(config, tensors)
+
+
+def _configured(method: str, num_heads: int, options: Mapping[str, Any]) -> Config:
+    heads: dict[str, Any] = {"num_heads": num_heads} if "num_heads" in OPTIONS.get(method, ()) else {}
+    return Config(method, **heads, **options)
+
+
+def _in_order_of_drawing(names: Iterable[str]) -> Iterator[str]:
+    """As `torch.nn.MultiheadAttention` does it: its ``out_proj`` comes first."""
+    inner = ""
+    for name in names:
+        if name.endswith("in_proj_weight"):
+            inner = name
+            continue
+        yield name
+        if name.endswith("out_proj.bias"):
+            yield inner
+
+
+def _drawn(bits: np.random.MT19937, name: str, shapes: Mapping[str, tuple[int, ...]]) -> NumpyArray:
+    shape = shapes[name]
+    if name in CONSTANTS or name.endswith("in_proj_bias"):
+        return np.full(shape, CONSTANTS.get(name, 0.0), np.float32)
+    if "norm" in name:
+        return np.full(shape, name.endswith("weight"), np.float32)
+    if name.endswith("in_proj_weight"):  # Xavier-uniform
+        return _uniform(bits, shape, np.sqrt(6 / (shape[0] + shape[1])))
+    # torch.nn.Linear: U(±1/sqrt(fan_in)) for weight and bias. MultiheadAttention then sets the bias of its
+    # out_proj to zero.
+    drawn = _uniform(bits, shape, 1 / np.sqrt(shapes[name.replace("bias", "weight")][1]))
+    return np.zeros_like(drawn) if name.endswith("out_proj.bias") else drawn
+
+
+#: Where a number alone starts.
+CONSTANTS = {"alpha": 0.5, "gamma": 0.0}
 
 
 def _uniform(bits: np.random.MT19937, shape: tuple[int, ...], bound: float) -> NumpyArray:
@@ -256,17 +292,25 @@ def _uniform(bits: np.random.MT19937, shape: tuple[int, ...], bound: float) -> N
     return (unit * np.float64(high - low) + np.float64(low)).astype(np.float32).reshape(shape)
 
 
-def identity(feature_dim: int = 768, num_heads: int = 1) -> Weights:
+def identity(feature_dim: int = 768, num_heads: int = 1, *, method: str = "attention", **options: Any) -> Weights:
     """Weights of identity projections: plain scaled dot-product attention of text over image.
 
-    For features that share a space already, as CLIP's do; nothing to train.
+    For features that share a space already, as CLIP's do; nothing to train. ``gated`` adds half of it to the text,
+    ``weighted-sum`` is the middle of text and mean image, ``concat`` their sum.
 
     Raises:
-        CheckpointError: the heads do not divide the width.
+        CheckpointError: the heads do not divide the width, or the method is no projection (transformer).
     """
-    shapes = tensor_shapes(feature_dim, feature_dim, feature_dim)
-    tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    config = _configured(method, num_heads, options)
+    if method == "transformer":
+        raise CheckpointError("a transformer has no identity", hint="choose another method, or train it")
+    shapes = tensor_shapes(config, feature_dim, feature_dim, feature_dim)
+    tensors = {name: np.full(shape, CONSTANTS.get(name, 0.0), np.float32) for name, shape in shapes.items()}
     for name, tensor in tensors.items():
-        if name.endswith("weight"):
+        if name.endswith("norm.weight"):
+            tensor[:] = 1
+        elif name == "concat_proj.weight":
+            tensor[:] = np.tile(np.eye(feature_dim, dtype=np.float32), 2)
+        elif name.endswith("weight") and not name.startswith("gate_proj"):
             tensor.reshape(-1, feature_dim, feature_dim)[:] = np.eye(feature_dim, dtype=np.float32)
-    return Weights(Config(num_heads=num_heads), tensors)
+    return Weights(config, tensors)

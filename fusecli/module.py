@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fusecli.fusion import Config, Seen, Weights, as_rows
+from fusecli.fusion import Seen, as_rows
+from fusecli.weights import Config, Weights
 
 
 class ImageTextFusion(nn.Module):
@@ -51,4 +52,4 @@ class ImageTextFusion(nn.Module):
         dtype = str(self.text_proj.weight.dtype).removeprefix("torch.")
         text = as_rows(text_feat, "text", weights.text_dim)
         seen = Seen(weights, image_feat, text, len(text), dtype, training=True)
-        return seen.meet(text)[0].to(text_feat.dtype)  # type: ignore[no-any-return]
+        return seen.meet(text).fused.to(text_feat.dtype)  # type: ignore[no-any-return]

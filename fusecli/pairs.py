@@ -16,7 +16,9 @@ import numpy as np
 from fusecli.arrays import Array, cast, first_nonfinite, to_numpy
 from fusecli.errors import FileError, OutputError, ShapeError, UsageError, ValuesError
 from fusecli.formats import FileSource, NumpyArray, Sink, Stored, format_of, itemsize, open_sink, open_tensors
-from fusecli.fusion import Seen, Weights, single_rows
+from fusecli.fusion import Seen
+from fusecli.methods import one_row_is_enough, single_rows
+from fusecli.weights import Weights
 
 #: Names that encoders and dataset tools give their tensors, the most telling first.
 KNOWN_NAMES = {
@@ -197,7 +199,7 @@ def fuse_pair(
         text: from `find_features`.
         output: where and how to write.
         to_device: moves an array to where the work is done.
-        row: what `fusecli.fusion.single_rows` gave for this image, if it has been asked already.
+        row: what `fusecli.methods.single_rows` gave for this image, if it has been asked already.
         seconds: the time taken is added to it.
 
     Raises:
@@ -211,11 +213,11 @@ def fuse_pair(
     began = perf_counter()
     rows = to_device(cast(read_finite(image, finite), compute)) if row is None else row
     read = perf_counter()
-    if row is None and len(rows) == 1:
+    if row is None and len(rows) == 1 and one_row_is_enough(weights):
         row = single_rows(weights, rows)[0]
     seen = Seen(weights, rows, rows, n, compute, row=row)
     looked = perf_counter()
-    blocks = list(seen.blocks(COPIED_ROWS if seen.m == 1 else FUSED_ROWS))
+    blocks = list(seen.blocks(COPIED_ROWS if seen.only_adds else FUSED_ROWS))
     first = read_finite(text, finite, blocks[0])
     if output.stream:  # look before writing
         for block in blocks[1:]:
@@ -285,13 +287,13 @@ class _Blocks:
             part = read_finite(self.text, self.output.finite, block)
         read = perf_counter()
         needed = self.attention is not None
-        result, attended = self.seen.meet(self.to_device(cast(part, self.seen.dtype)), need_weights=needed)
-        result = to_numpy(result)
+        met = self.seen.meet(self.to_device(cast(part, self.seen.dtype)), need_weights=needed)
+        result = to_numpy(met.fused)
         self.seconds.read += read - start
         self.seconds.fuse += perf_counter() - read
         self.fused.put_rows(block.start, result, alike=self.seen.rows_alike)
         if self.attention:
-            attended = to_numpy(attended)
+            attended = to_numpy(met.attention)
             self.attention.put_rows(block.start, attended.mean(0) if self.output.attention_mean else attended)
 
 

@@ -32,7 +32,7 @@ def describe(path: str, num_heads: int | None = None) -> dict[str, Any]:
     tensors = open_tensors(path)
     rows = [_scan(stored) for _, stored in sorted(tensors.items())]
     stochastic = [row.pop("stochastic") for row in rows]
-    if any(name.endswith("text_proj.weight") for name in tensors):
+    if any(name.endswith("image_proj.weight") for name in tensors):
         return {"file": path, **_of_checkpoint(checkpoint.load(path, num_heads)), "tensors": rows}
     kind: dict[str, Any] = {"kind": "features"}
     if stochastic == [True] and len(rows[0]["shape"]) in (2, 3):
@@ -42,18 +42,7 @@ def describe(path: str, num_heads: int | None = None) -> dict[str, Any]:
 
 
 def _of_checkpoint(weights: Any) -> dict[str, Any]:
-    config = weights.config
-    return {
-        "kind": "checkpoint",
-        "method": config.method,
-        "num_heads": config.num_heads,
-        "residual": config.residual,
-        "dim": weights.dim,
-        "text_dim": weights.text_dim,
-        "image_dim": weights.image_dim,
-        "parameters": weights.num_parameters,
-        "fingerprint": checkpoint.fingerprint(weights),
-    }
+    return {"kind": "checkpoint", **weights.facts(), "fingerprint": checkpoint.fingerprint(weights)}
 
 
 def _scan(stored: Stored) -> dict[str, Any]:

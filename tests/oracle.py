@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fusecli.fusion import Config, Weights
+from fusecli.weights import Config, Weights
 
 
 class Article(nn.Module):

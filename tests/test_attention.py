@@ -9,6 +9,7 @@ import torch
 
 from fusecli import attention, fusion
 from fusecli.attention import Order, Plan
+from fusecli.weights import layers_of
 from tests.oracle import article, assert_as_good, both_precisions, features, weights_of
 
 PLANS = list(product(Order, Order))
@@ -88,7 +89,7 @@ def test_a_few_tokens_go_to_the_image_and_many_stay() -> None:
 def test_folding_is_the_layers_one_after_another(rng: np.random.Generator) -> None:
     weights = weights_of(article(24, 3, text_dim=20, image_dim=28))
     text = rng.standard_normal((5, 20))
-    layers = weights.layers(text, "float64")
+    layers = layers_of(weights.at(text, "float64"), 3)
     maps = attention.fold(layers)
     (query, query_bias), *_ = layers.thirds()
     projected = (text @ layers.text[0].T + layers.text[1]) @ query.T + query_bias

@@ -11,7 +11,7 @@ from fusecli.batch.store import Store
 from fusecli.collections import Place
 from fusecli.errors import FusecliError, OutputError
 from fusecli.formats import NumpyArray
-from fusecli.fusion import Weights
+from fusecli.weights import Weights
 
 
 class Task(NamedTuple):

@@ -22,7 +22,7 @@ from fusecli.checkpoint import fingerprint
 from fusecli.collections import SUFFIXES
 from fusecli.errors import OutputError, UsageError
 from fusecli.formats import safetensors
-from fusecli.fusion import Weights
+from fusecli.weights import Weights
 
 #: Ids that are shown of many.
 FIRST = 5
@@ -55,8 +55,7 @@ class Request:
         return {
             "weights": fingerprint(self.weights),
             "method": config.method,
-            "num_heads": config.num_heads,
-            "residual": config.residual,
+            **config.options(),
             "device": self.device.partition(":")[0],
             "suffix": self.suffix,
             "attention": self.attention and os.path.relpath(self.attention, self.output),

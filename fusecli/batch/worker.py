@@ -16,7 +16,7 @@ from fusecli.batch.store import FolderStore, Piece
 from fusecli.collections import Place, stamp_of, stored_at
 from fusecli.errors import FileError, FusecliError, OutputError
 from fusecli.formats import NumpyArray, Source, Stored, open_source, open_tensors
-from fusecli.fusion import single_rows
+from fusecli.methods import one_row_is_enough, single_rows
 from fusecli.pairs import (
     Output,
     Seconds,
@@ -84,6 +84,8 @@ def _kept_tensors(path: str, stamp: tuple[int, ...]) -> dict[str, Stored]:
 def _rows_of_single_images(job: Job, item: Item, images: list[Stored | Outcome]) -> list[Any]:
     """What `single_rows` gives for each image of one row, None for the others; bad ones become outcomes."""
     rows: list[Any] = [None] * len(images)
+    if not one_row_is_enough(job.weights):
+        return rows
     groups: dict[str, list[tuple[int, NumpyArray]]] = {}
     for at, image in enumerate(images):
         if not isinstance(image, Outcome) and image.shape[0] == 1:

@@ -102,7 +102,7 @@ def batch(
     if shard and overwrite:
         hint = f"rm -r {output}, then start the parts"
         raise UsageError("a part cannot start all parts afresh", where="--overwrite", hint=hint)
-    loaded = load_weights(weights, num_heads, seed, residual, lambda line: note(line, quiet))
+    loaded = load_weights(weights, num_heads, seed, residual, attention, lambda line: note(line, quiet))
     part = _shard(shard)
     request = batches.Request(
         weights=loaded,
@@ -130,7 +130,7 @@ def batch(
     except KeyboardInterrupt:
         note(INTERRUPTED, quiet)
         raise typer.Exit(130) from None
-    if summary.one_row and not loaded.config.residual:
+    if summary.one_row and loaded.config.method == "attention" and not loaded.config.residual:
         note(f"{summary.one_row:,} of them: {ONE_ROW}", quiet)
     if manifest == "-" and not (summary.fused or summary.skipped or summary.failures or summary.missed):
         raise InputError("no pairs came", where="<stdin>", wanted="lines with id,image,text")

@@ -26,7 +26,10 @@ from fusecli.cli.options import (
     Weights,
 )
 
-ONE_ROW = "one image row: every text row gets the same vector, whatever it says; use image regions, or --residual"
+ONE_ROW = (
+    "one image row: every text row gets the same vector, whatever it says; "
+    "use image regions, --residual or another method"
+)
 KEPT_TEXT = "one image row: every text row has the same vector added to it, whatever it says"
 
 
@@ -81,11 +84,11 @@ def fuse(
     pairs.refuse_same_file([output, attention], [image, text, weights])
     stored_image = pairs.find_features(image, "image", image_key)
     stored_text = pairs.find_features(text, "text", text_key)
-    loaded = load_weights(weights, num_heads, seed, residual, lambda line: note(line, quiet))
+    loaded = load_weights(weights, num_heads, seed, residual, attention, lambda line: note(line, quiet))
     if weights is None:
         note(f"untrained weights (seed {seed}): the numbers mean nothing yet; pass --weights FILE", quiet)
     if stored_image.shape[0] == 1:
-        note(KEPT_TEXT if loaded.config.residual else ONE_ROW, quiet)
+        _tell_of_one_row(loaded.config, quiet)
     form = pairs.Output(
         pairs.to_file(output, format),
         pairs.to_file(attention) if attention else None,
@@ -112,8 +115,7 @@ def fuse(
         "attention": attention,
         "weights": weights,
         "method": loaded.config.method,
-        "num_heads": loaded.config.num_heads,
-        "residual": loaded.config.residual,
+        **loaded.config.options(),
         "device": device,
         "seconds": round(time.perf_counter() - started, 4),
     }
@@ -121,6 +123,13 @@ def fuse(
         emit(facts)
     elif output != "-":
         note(f"{output}: [{done.n}, {done.dim}] {done.dtype} from {done.m} image and {done.n} text rows", quiet)
+
+
+def _tell_of_one_row(config: Any, quiet: bool) -> None:
+    if config.method == "attention" and not config.residual:
+        note(ONE_ROW, quiet)
+    elif config.residual or (config.method == "gated" and config.gate == "tanh"):
+        note(KEPT_TEXT, quiet)
 
 
 def _check_options(output: str, attention: str | None, attention_mean: bool, json: bool) -> None:
@@ -137,11 +146,17 @@ def _check_options(output: str, attention: str | None, attention_mean: bool, jso
 
 
 def load_weights(
-    path: str | None, num_heads: int | None, seed: int, residual: bool, tell: Callable[[str], None]
+    path: str | None,
+    num_heads: int | None,
+    seed: int,
+    residual: bool,
+    attention: str | None,
+    tell: Callable[[str], None],
 ) -> Any:
     """The weights that a command was asked to use, untrained ones if none."""
     from fusecli import checkpoint
     from fusecli.errors import UsageError
+    from fusecli.fusion import require_attention
 
     if path == "":
         raise UsageError("no file name", where="--weights", hint="leave it out for untrained weights")
@@ -153,6 +168,11 @@ def load_weights(
         loaded = checkpoint.load(path, num_heads, tell=tell)
     else:
         loaded = checkpoint.init(num_heads=num_heads or 8, seed=seed)
+    if attention:
+        require_attention(loaded.config)
+    if residual and loaded.config.method != "attention":
+        found = f"method {loaded.config.method}"
+        raise UsageError("is an option of method attention", where="--residual", found=found, hint="leave it out")
     if residual and loaded.text_dim != loaded.dim:
         found = f"Dt={loaded.text_dim}, D={loaded.dim}"
         raise UsageError("adds the text to the result, so it needs Dt = D", where="--residual", found=found)

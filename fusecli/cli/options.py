@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+
+class Method(StrEnum):
+    """The methods, as `fusecli.weights` has them."""
+
+    attention = "attention"
+    weighted_sum = "weighted-sum"
+    concat = "concat"
+    gated = "gated"
+    transformer = "transformer"
+
+
+class Gate(StrEnum):
+    """The gates of method gated."""
+
+    sigmoid = "sigmoid"
+    tanh = "tanh"
 
 
 class DtypeName(StrEnum):
@@ -36,4 +53,32 @@ AllowNonfinite = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable object on stdout.")]
+MethodName = Annotated[Method, typer.Option("--method", "-m", help="How to fuse.")]
+GateName = Annotated[Gate | None, typer.Option("--gate", help="Of gated.  [default: sigmoid]")]
+NumLayers = Annotated[int | None, typer.Option(min=1, max=1024, help="Layers of transformer.  [default: 1]")]
+DimFeedforward = Annotated[int | None, typer.Option(min=1, max=2**20, help="Width inside them.  [default: 4 D]")]
+SelfAttention = Annotated[
+    bool, typer.Option("--self-attention", help="Tokens of transformer attend to each other as well.")
+]
+Dropout = Annotated[
+    float | None, typer.Option(min=0, max=0.99, help="Dropout of transformer in training.  [default: 0.1]")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def method_options(method: Method, **options: Any) -> dict[str, Any]:
+    """Method and options as `fusecli.Config` takes them; those that were not given are left out.
+
+    Raises:
+        UsageError: an option that the method does not have.
+    """
+    from fusecli.errors import CheckpointError, UsageError
+    from fusecli.weights import Config
+
+    given: dict[str, Any] = {name: str(value) if isinstance(value, Gate) else value for name, value in options.items()}
+    given = {name: value for name, value in given.items() if value not in (None, False)}
+    try:
+        Config(str(method), **given)
+    except CheckpointError as error:
+        raise UsageError(error.what, found=error.found, wanted=error.wanted, hint="see --method") from None
+    return {"method": str(method), **given}

@@ -7,7 +7,20 @@ from typing import Annotated, Any
 import typer
 
 from fusecli.cli.console import emit, note
-from fusecli.cli.options import Debug, Json, Quiet
+from fusecli.cli.options import (
+    Debug,
+    DimFeedforward,
+    Dropout,
+    GateName,
+    Json,
+    Method,
+    MethodName,
+    NumLayers,
+    Quiet,
+    Residual,
+    SelfAttention,
+    method_options,
+)
 
 Output = Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="Checkpoint to write (.safetensors).")]
 
@@ -16,6 +29,7 @@ MAX_WIDTH = 2**20
 
 def init(
     output: Output,
+    method: MethodName = Method.attention,
     feature_dim: Annotated[int, typer.Option(min=1, max=MAX_WIDTH, help="D, the width of the fusion.")] = 768,
     text_dim: Annotated[
         int | None, typer.Option(min=1, max=MAX_WIDTH, help="Dt, the width of the text features.  [default: D]")
@@ -30,7 +44,13 @@ def init(
     identity: Annotated[
         bool, typer.Option("--identity", help="Identity projections: nothing to train, for spaces shared already.")
     ] = False,
-    residual: Annotated[bool, typer.Option("--residual", help="Add the text to the result (Dt = D).")] = False,
+    residual: Residual = False,
+    gate: GateName = None,
+    num_layers: NumLayers = None,
+    dim_feedforward: DimFeedforward = None,
+    self_attention: SelfAttention = False,
+    dropout: Dropout = None,
+    layer_norm: Annotated[bool, typer.Option("--layer-norm", help="Bring text and image to one scale first.")] = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -49,17 +69,33 @@ def init(
             found=f"D={feature_dim}, Dt={text_dim or feature_dim}, Di={image_dim or feature_dim}",
         )
     heads = num_heads or (1 if identity else 8)
-    if feature_dim % heads:
+    options = method_options(
+        method,
+        num_heads=num_heads,
+        residual=residual,
+        gate=gate,
+        num_layers=num_layers,
+        dim_feedforward=dim_feedforward,
+        self_attention=self_attention,
+        dropout=dropout,
+        layer_norm=layer_norm,
+    )
+    options.pop("num_heads", None)
+    if identity and method is Method.transformer:
+        raise UsageError("a transformer has no identity", where="--identity", hint="choose another --method")
+    adds_text = residual or method is Method.gated
+    if adds_text and (text_dim or feature_dim) != feature_dim:
+        what = "--residual" if residual else "--method gated"
+        raise UsageError(f"{what} needs Dt = D", found=f"Dt={text_dim}, D={feature_dim}")
+    if method not in (Method.weighted_sum, Method.concat) and feature_dim % heads:
         raise UsageError(
             "heads do not divide the width", found=f"{heads} heads, D={feature_dim}", hint="choose another --num-heads"
         )
     if identity:
-        weights = checkpoint.identity(feature_dim, heads)
+        weights = checkpoint.identity(feature_dim, heads, **options)
     else:
-        weights = checkpoint.init(feature_dim, heads, text_dim=text_dim, image_dim=image_dim, seed=seed)
-    if residual and weights.text_dim != weights.dim:
-        raise UsageError("--residual needs Dt = D", found=f"Dt={weights.text_dim}, D={weights.dim}")
-    _write(weights.with_options(residual=residual), output, json, quiet)
+        weights = checkpoint.init(feature_dim, heads, text_dim=text_dim, image_dim=image_dim, seed=seed, **options)
+    _write(weights, output, json, quiet)
 
 
 def convert(
@@ -97,16 +133,11 @@ def _write(weights: Any, output: str, json: bool, quiet: bool) -> None:
     checkpoint.save(weights, output)
     facts = {
         "output": output,
-        "method": weights.config.method,
-        "num_heads": weights.config.num_heads,
-        "residual": weights.config.residual,
-        "dim": weights.dim,
-        "text_dim": weights.text_dim,
-        "image_dim": weights.image_dim,
-        "parameters": weights.num_parameters,
+        **weights.facts(),
         "fingerprint": checkpoint.fingerprint(weights),
     }
     if json:
         emit(facts)
     else:
-        note(f"{output}: {facts['parameters']:,} parameters, {facts['num_heads']} heads, {facts['fingerprint']}", quiet)
+        heads = f"{facts['num_heads']} heads, " if "num_heads" in facts else ""
+        note(f"{output}: {facts['parameters']:,} parameters, {heads}{facts['fingerprint']}", quiet)

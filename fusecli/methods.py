@@ -1,0 +1,301 @@
+"""The methods: what each makes of one image and any number of text rows.
+
+With ``T`` the text, ``I`` the image, ``ī`` the mean of the projected image rows and ``A = attention(T, I)``:
+
+- ``attention``: ``A``, or ``T + A`` with ``residual``;
+- ``weighted-sum``: ``(1 - α) text_proj(T) + α ī``, α one number;
+- ``concat``: ``W [T ; ī] + b``;
+- ``gated``: ``T + sigmoid(W_g [T ; A] + b_g) ⊙ A``, or ``T + tanh(γ) A`` (Alayrac et al. 2022, section 2.2);
+- ``transformer``: layers of ``T += MHA(LN T, LN I, LN I); T += W_2 gelu(W_1 LN T)``, with self-attention of ``T``
+  before if wanted, and a last LN (Vaswani et al. 2017, section 3.1, with the norms first: Xiong et al. 2020).
+
+A method is built from a `View` of an image and then meets text rows, in blocks or in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import NamedTuple, Protocol
+
+from fusecli import attention
+from fusecli.arrays import (
+    Array,
+    dot,
+    dtype_name,
+    filled,
+    gelu,
+    layer_norm,
+    linear,
+    mean_row,
+    namespace,
+    ones,
+    rows_apart,
+    sigmoid,
+)
+from fusecli.weights import Weights, layers_of
+
+
+class Met(NamedTuple):
+    """What came of some text rows."""
+
+    fused: Array  # [n, D]
+    attention: Array | None = None  # [H, n, M], if asked for
+    gate: Array | None = None  # [n], the mean over channels, if asked for and there is one
+
+
+@dataclass(frozen=True)
+class View:
+    """One image and how it is looked at.
+
+    In training it is a batch: ``image [B, M, Di]``, ``mask [B, M]`` true for rows that are no padding.
+    """
+
+    weights: Weights
+    image: Array  # [M, Di], normed if there is a norm; None where `row` is at hand
+    template: Array  # what kind of array to compute with
+    n: int  # text rows in all
+    dtype: str
+    training: bool = False  # use the layers as they are instead of folded maps, so that autograd reaches them
+    row: Array = None  # from `single_rows`: what an image of one row comes to
+    mask: Array = None
+    drop: Callable[[Array], Array] = lambda x: x  # dropout
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Array]:
+        """The tensors by name, in the dtype to compute in."""
+        return self.weights.at(self.template, self.dtype)
+
+    def layer(self, name: str) -> tuple[Array, Array]:
+        """Weight and bias of a layer."""
+        return self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
+
+    def plan(self, m: int) -> attention.Plan:
+        """How to attend to ``m`` rows of the fusion's width."""
+        dim = self.weights.dim
+        if self.training:
+            return DIRECT
+        return attention.plan(self.n, m, dim, dim, dim, self.weights.config.num_heads)
+
+
+DIRECT = attention.Plan(attention.Order.DIRECT, attention.Order.DIRECT, 0)
+
+
+class Method(Protocol):
+    """An image seen by one method."""
+
+    def __init__(self, view: View) -> None:
+        """Compute what depends on the image alone."""
+
+    def meet(self, text: Array, mask: Array, need_weights: bool) -> Met:
+        """Fuse text rows ``[n, Dt]`` (in training ``[B, N, Dt]``, with ``mask [B, N]``)."""
+
+
+class Attend:
+    """``A = attention(T, I)``, the article's module.
+
+    ``row [D]`` is the answer to every token where there is but one image row, else None: softmax over one key is 1.
+    """
+
+    def __init__(self, view: View) -> None:
+        self.row: Array | None = view.row
+        self._heads = view.weights.config.num_heads
+        self._text_proj: tuple[Array, Array] | None = None
+        if self.row is not None:
+            return
+        image, weights = view.image, view.weights
+        if view.training:
+            layers = layers_of(view.tensors, self._heads)
+            self._text_proj = layers.text
+            image = linear(image, *layers.image)  # [M, D]
+            maps = attention.unfolded(layers.in_proj, layers.out_proj, self._heads)
+            plan = DIRECT
+        else:
+            maps = weights.folded(view.template, view.dtype)
+            widths = weights.dim, weights.text_dim, weights.image_dim
+            plan = attention.plan(view.n, len(image), *widths, self._heads)
+        self._side = attention.see(image, maps, self._heads, plan, view.mask)
+
+    def meet(self, text: Array, need_weights: bool) -> tuple[Array, Array | None]:
+        """``A [n, D]``, or ``[D]`` if all rows are that, and the attention if asked for."""
+        if self.row is not None:
+            return self.row, ones((self._heads, len(text), 1), self.row) if need_weights else None
+        query = text if self._text_proj is None else linear(text, *self._text_proj)  # [n, D]
+        return attention.meet(query, self._side, need_weights=need_weights)
+
+
+class Attention:
+    """``A``, or ``T + A``."""
+
+    def __init__(self, view: View) -> None:
+        self._attend = Attend(view)
+        self._residual = view.weights.config.residual
+        self._dim = view.weights.dim
+
+    def meet(self, text: Array, mask: Array, need_weights: bool) -> Met:
+        """See `Method`."""
+        fused, attended = self._attend.meet(text, need_weights)
+        if self._attend.row is not None:
+            fused = filled((len(text), self._dim), fused)
+        if self._residual:
+            fused += text
+        return Met(fused, attended)
+
+
+class Gated:
+    """``T + g ⊙ A``."""
+
+    def __init__(self, view: View) -> None:
+        self._attend = Attend(view)
+        self._dim = view.weights.dim
+        self._tanh: Array = None
+        if view.weights.config.gate == "tanh":
+            self._tanh = namespace(view.template).tanh(view.tensors["gamma"])  # [1]
+            return
+        weight, self._shift = view.layer("gate_proj")
+        self._by_text, self._by_image = weight[:, : self._dim], weight[:, self._dim :]
+        if self._attend.row is not None:
+            self._shift = self._by_image @ self._attend.row + self._shift  # [D]
+
+    def meet(self, text: Array, mask: Array, need_weights: bool) -> Met:
+        """See `Method`."""
+        seen, attended = self._attend.meet(text, need_weights)
+        if self._tanh is not None:
+            gate = self._tanh
+        else:
+            gate = linear(text, self._by_text, self._shift)  # [n, D]
+            if self._attend.row is None:
+                gate += dot(seen, self._by_image.mT)
+            gate = sigmoid(gate)
+        fused = text + gate * seen
+        return Met(fused, attended, self._mean(gate, len(text)) if need_weights else None)
+
+    def _mean(self, gate: Array, n: int) -> Array:
+        return filled((n,), gate) if self._tanh is not None else gate.mean(-1)
+
+
+class Pooled:
+    """``text_map(T) + what the mean of the image rows comes to``: weighted-sum and concat."""
+
+    def __init__(self, view: View) -> None:
+        row = view.row
+        if row is None:
+            row = _pooled(view.tensors, mean_row(view.image, view.mask)[..., None, :], _times_rows)  # [1, D]
+        tensors = view.tensors
+        self._scale: Array = None
+        if "alpha" in tensors:
+            self._scale = 1 - tensors["alpha"]
+            self._weight, self._shift = view.layer("text_proj")
+            self._shift = self._shift * self._scale + row
+        else:
+            self._weight, self._shift = _text_columns(tensors), row
+
+    def meet(self, text: Array, mask: Array, need_weights: bool) -> Met:
+        """See `Method`."""
+        fused = dot(text, self._weight.mT)  # [n, D]
+        if self._scale is not None:
+            fused *= self._scale
+        fused += self._shift
+        return Met(fused)
+
+
+def _text_columns(tensors: Mapping[str, Array]) -> Array:
+    weight = tensors["concat_proj.weight"]
+    return weight[:, : weight.shape[1] - len(weight)]
+
+
+def _times_rows(x: Array, weight: Array) -> Array:
+    return x @ weight.mT
+
+
+def _pooled(tensors: Mapping[str, Array], rows: Array, times: Callable[[Array, Array], Array]) -> Array:
+    """What image rows ``[..., Di]`` add to every token: ``[..., D]``."""
+    rows = times(rows, tensors["image_proj.weight"]) + tensors["image_proj.bias"]
+    if "alpha" in tensors:
+        return rows * tensors["alpha"]
+    weight = tensors["concat_proj.weight"]
+    return times(rows, weight[:, weight.shape[1] - len(weight) :]) + tensors["concat_proj.bias"]
+
+
+class Transformer:
+    """Layers of attention to the image and a feed-forward network, the norms first."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self._config = view.weights.config
+        image = linear(view.image, *view.layer("image_proj"))  # [M, D]
+        self._sides = []
+        for number in range(self._config.num_layers):
+            name = f"layers.{number}"
+            memory = layer_norm(image, *view.layer(f"{name}.norm_memory"))
+            self._sides.append(self._see(f"{name}.multihead_attn", memory, view.mask))
+
+    def _see(self, name: str, rows: Array, mask: Array) -> attention.ImageSide:
+        view, heads = self._view, self._config.num_heads
+        tensors = view.tensors
+
+        def make() -> attention.Maps:
+            in_proj = tensors[f"{name}.in_proj_weight"], tensors[f"{name}.in_proj_bias"]
+            return attention.unfolded(in_proj, view.layer(f"{name}.out_proj"), heads)
+
+        maps = make() if view.training else view.weights.kept(name, view.template, view.dtype, make)
+        return attention.see(rows, maps, heads, view.plan(rows.shape[-2]), mask)
+
+    def meet(self, text: Array, mask: Array, need_weights: bool) -> Met:
+        """See `Method`. The attention is that of the last layer."""
+        drop, attended = self._view.drop, None
+        x = linear(text, *self._view.layer("text_proj"))  # [n, D]
+        for number, side in enumerate(self._sides):
+            layer = partial(self._layer, number)
+            if self._config.self_attention:
+                rows = layer_norm(x, *layer("norm1"))
+                own = self._see(f"layers.{number}.self_attn", rows, mask)
+                x = x + drop(attention.meet(rows, own)[0])
+            last = number == len(self._sides) - 1
+            rows = layer_norm(x, *layer("norm2"))
+            seen, attended = attention.meet(rows, side, need_weights=need_weights and last)
+            x = x + drop(seen)
+            inner = gelu(linear(layer_norm(x, *layer("norm3")), *layer("linear1")))  # [n, dim_feedforward]
+            x = x + drop(linear(drop(inner), *layer("linear2")))
+        return Met(layer_norm(x, *self._view.layer("norm")), attended)
+
+    def _layer(self, number: int, name: str) -> tuple[Array, Array]:
+        return self._view.layer(f"layers.{number}.{name}")
+
+
+METHODS: dict[str, type[Method]] = {
+    "attention": Attention,
+    "weighted-sum": Pooled,
+    "concat": Pooled,
+    "gated": Gated,
+    "transformer": Transformer,
+}
+
+
+def one_row_is_enough(weights: Weights) -> bool:
+    """Whether an image of one row can be brought to what it adds before any text is seen; see `single_rows`."""
+    return weights.config.method != "transformer"
+
+
+def single_rows(weights: Weights, images: Array) -> Array:
+    """What every token gets from an image of one row, for ``images [B, Di]`` of one row each: ``[B, D]``.
+
+    The numbers of an image do not depend on the others beside it, nor on how many there are.
+    """
+    return single(weights, images, rows_apart)
+
+
+def single(weights: Weights, images: Array, times: Callable[[Array, Array], Array]) -> Array:
+    """See `single_rows`; ``times`` multiplies rows by a transposed weight."""
+    tensors = weights.at(images, dtype_name(images))
+    if weights.config.layer_norm:
+        images = layer_norm(images, tensors["image_norm.weight"], tensors["image_norm.bias"])
+    if not weights.config.has_attention:
+        return _pooled(tensors, images, times)
+    # Softmax over one key is 1: the text drops out, and W_o (W_v (W_i x + b_i) + b_v) + b_o is left. Three
+    # products with vectors: folding them would cost more than a thousand pairs save.
+    layers = layers_of(tensors, weights.config.num_heads)
+    for weight, bias in (layers.image, layers.thirds()[2], layers.out_proj):
+        images = times(images, weight) + bias
+    return images

@@ -1,0 +1,288 @@
+"""Config and Weights: what a fusion is made of, whatever its method.
+
+The tensors of each method, and what they are called, stand in `tensor_shapes`; the methods themselves in
+`fusecli.methods`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any, TypeVar
+
+from fusecli import attention
+from fusecli.arrays import FLOAT_NAMES, Array, cast, dtype_name, is_torch, like, needs_grad, place
+from fusecli.errors import CheckpointError
+
+Kept = TypeVar("Kept")
+
+#: The methods, each with the options that it has.
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "attention": ("num_heads", "residual", "layer_norm"),
+    "weighted-sum": ("layer_norm",),
+    "concat": ("layer_norm",),
+    "gated": ("num_heads", "gate", "layer_norm"),
+    "transformer": ("num_heads", "num_layers", "dim_feedforward", "self_attention", "dropout", "layer_norm"),
+}
+METHODS = tuple(OPTIONS)
+GATES = ("sigmoid", "tanh")
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What a checkpoint says of itself beside its tensors. Options are called as in `torch.nn.Transformer`.
+
+    Args:
+        method: one of `METHODS`.
+        num_heads: ``H`` of attention, gated and transformer.
+        residual: attention adds the text to its result.
+        gate: ``"sigmoid"`` or ``"tanh"``, of gated.
+        num_layers: of the transformer.
+        dim_feedforward: width inside its feed-forward layers; ``4 D`` if None.
+        self_attention: whether its tokens attend to each other before they attend to the image.
+        dropout: of its layers, in training.
+        layer_norm: whether text and image go through a layer norm first.
+
+    Raises:
+        CheckpointError: an unknown method, an option that the method does not have, or a value it cannot take.
+    """
+
+    method: str = "attention"
+    num_heads: int = 8
+    residual: bool = False
+    gate: str = "sigmoid"
+    num_layers: int = 1
+    dim_feedforward: int | None = None
+    self_attention: bool = False
+    dropout: float = 0.1
+    layer_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise CheckpointError("unknown method", found=repr(self.method), wanted=" or ".join(METHODS))
+        for option in fields(self)[1:]:
+            value = getattr(self, option.name)
+            valid, wanted = _VALUES[option.name]
+            if not valid(value):
+                raise CheckpointError(f"bad {option.name}", found=repr(value), wanted=wanted)
+            if option.name not in OPTIONS[self.method] and value != option.default:
+                having = " or ".join(name for name, names in OPTIONS.items() if option.name in names)
+                found = f"method {self.method}"
+                raise CheckpointError(f"{option.name} is an option of {having}", found=found)
+
+    def options(self) -> dict[str, Any]:
+        """The options that the method has."""
+        return {name: getattr(self, name) for name in OPTIONS[self.method]}
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether there are attention weights to look at."""
+        return "num_heads" in OPTIONS[self.method]
+
+    @property
+    def adds_text(self) -> bool:
+        """Whether the text itself is part of the result, so that it has to have the width ``D``."""
+        return self.residual or self.method == "gated"
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
+_COUNT = _is_count, "a whole number from 1"
+_SWITCH = (lambda value: type(value) is bool), "true or false"
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "num_heads": _COUNT,
+    "residual": _SWITCH,
+    "gate": ((lambda value: value in GATES), " or ".join(GATES)),
+    "num_layers": _COUNT,
+    "dim_feedforward": ((lambda value: value is None or _is_count(value)), _COUNT[1]),
+    "self_attention": _SWITCH,
+    "dropout": ((lambda value: type(value) in (int, float) and 0 <= value < 1), "a number from 0 to below 1"),
+    "layer_norm": _SWITCH,
+}
+
+
+def tensor_shapes(config: Config, dim: int, text_dim: int, image_dim: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of a fusion and their shapes, in the order of the module."""
+    text = _linear("text_proj", dim, text_dim)
+    image = _linear("image_proj", dim, image_dim)
+    shapes: dict[str, tuple[int, ...]] = {}
+    if config.method in ("attention", "gated"):
+        shapes = text | image | _multihead("attention", dim)
+    if config.method == "gated":
+        shapes |= _linear("gate_proj", dim, 2 * dim) if config.gate == "sigmoid" else {"gamma": (1,)}
+    elif config.method == "weighted-sum":
+        shapes = text | image | {"alpha": (1,)}
+    elif config.method == "concat":
+        shapes = image | _linear("concat_proj", dim, text_dim + dim)
+    elif config.method == "transformer":
+        shapes = text | image
+        for number in range(config.num_layers):
+            shapes |= _layer(f"layers.{number}", config, dim)
+        shapes |= _norm("norm", dim)
+    return shapes | (_norm("text_norm", text_dim) | _norm("image_norm", image_dim) if config.layer_norm else {})
+
+
+def _layer(name: str, config: Config, dim: int) -> dict[str, tuple[int, ...]]:
+    # As in torch.nn.TransformerDecoderLayer; the norm of the image, which that has not, is norm_memory.
+    inside = config.dim_feedforward or 4 * dim
+    before = _norm(f"{name}.norm1", dim) | _multihead(f"{name}.self_attn", dim) if config.self_attention else {}
+    cross = _norm(f"{name}.norm2", dim) | _norm(f"{name}.norm_memory", dim) | _multihead(f"{name}.multihead_attn", dim)
+    feed = _linear(f"{name}.linear1", inside, dim) | _linear(f"{name}.linear2", dim, inside)
+    return before | cross | _norm(f"{name}.norm3", dim) | feed
+
+
+def _linear(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+
+
+def _norm(name: str, dim: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (dim,), f"{name}.bias": (dim,)}
+
+
+def _multihead(name: str, dim: int) -> dict[str, tuple[int, ...]]:
+    inner = {f"{name}.in_proj_weight": (3 * dim, dim), f"{name}.in_proj_bias": (3 * dim,)}
+    return inner | _linear(f"{name}.out_proj", dim, dim)
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """A fusion: its config and its tensors (NumPy or torch, any float dtype), checked at once.
+
+    Folded maps are kept beside them, so that many calls fold once; do not change the tensors after the
+    first `fuse`.
+
+    Raises:
+        CheckpointError: a tensor is missing, misshapen, or one too many; heads do not divide ``D``;
+            the text is to be added with ``Dt`` unequal to ``D``.
+    """
+
+    config: Config
+    tensors: Mapping[str, Array]
+    _cache: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self._check_tensors()
+        if self.config.has_attention and self.dim % self.config.num_heads:
+            raise CheckpointError(
+                "heads do not divide the width",
+                found=f"num_heads={self.config.num_heads}, D={self.dim}",
+                wanted=f"a divisor of {self.dim}",
+                hint="pass the number of heads that the module was built with: --num-heads",
+            )
+        if self.config.adds_text and self.text_dim != self.dim:
+            method = "residual" if self.config.residual else self.config.method
+            raise CheckpointError(
+                f"{method} adds the text to the result, so their widths must be equal",
+                found=f"Dt={self.text_dim}, D={self.dim}",
+            )
+
+    def _check_tensors(self) -> None:
+        axes = {name: len(shape) for name, shape in tensor_shapes(self.config, 1, 1, 1).items()}
+        for name, wanted in axes.items():
+            if name not in self.tensors:
+                raise CheckpointError("tensor is missing", where=name, found=_listed(self.tensors))
+            if len(self.tensors[name].shape) != wanted:
+                raise _misshapen(name, self.tensors[name], f"{wanted} axes")
+        for name in self.tensors:
+            if name not in axes:
+                raise CheckpointError("unexpected tensor", where=name, wanted=_listed(axes))
+        if min(self.dim, self.text_dim, self.image_dim) < 1:
+            found = f"D={self.dim}, Dt={self.text_dim}, Di={self.image_dim}"
+            raise CheckpointError("a width is zero", found=found)
+        for name, shape in tensor_shapes(self.config, self.dim, self.text_dim, self.image_dim).items():
+            if tuple(self.tensors[name].shape) != shape:
+                raise _misshapen(name, self.tensors[name], str(list(shape)))
+            if dtype_name(self.tensors[name]) not in FLOAT_NAMES:
+                found = dtype_name(self.tensors[name])
+                raise CheckpointError("tensor is not of floats", where=name, found=found, wanted="a float dtype")
+
+    @property
+    def dim(self) -> int:
+        """``D``."""
+        return int(self.tensors["image_proj.weight"].shape[0])
+
+    @property
+    def text_dim(self) -> int:
+        """``Dt``."""
+        if self.config.method == "concat":
+            return int(self.tensors["concat_proj.weight"].shape[1]) - self.dim
+        return int(self.tensors["text_proj.weight"].shape[1])
+
+    @property
+    def image_dim(self) -> int:
+        """``Di``."""
+        return int(self.tensors["image_proj.weight"].shape[1])
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all tensors together."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+    def facts(self) -> dict[str, Any]:
+        """Method, options and widths, as ``--json`` and ``inspect`` have them."""
+        widths = {"dim": self.dim, "text_dim": self.text_dim, "image_dim": self.image_dim}
+        return {"method": self.config.method, **self.config.options(), **widths, "parameters": self.num_parameters}
+
+    def with_options(self, **options: Any) -> Weights:
+        """The same tensors under a changed config, e.g. ``with_options(residual=True)``."""
+        return replace(self, config=replace(self.config, **options))
+
+    def at(self, template: Array, dtype: str) -> Mapping[str, Array]:
+        """All tensors as ``dtype``, where ``template`` lives."""
+
+        def make() -> Mapping[str, Array]:
+            return self._cast(self.tensors, template, dtype)
+
+        live = is_torch(template) and needs_grad(*self.tensors.values())
+        return make() if live else self.kept("tensors", template, dtype, make)
+
+    def _cast(self, names: Iterable[str], template: Array, dtype: str) -> dict[str, Array]:
+        return {name: cast(like(self.tensors[name], template), dtype) for name in names}
+
+    def folded(self, template: Array, dtype: str) -> attention.Maps:
+        """The folded maps of the article's attention as ``dtype`` where ``template`` lives; folded in float64, once."""
+
+        def make() -> attention.Maps:
+            names = tensor_shapes(Config(), 1, 1, 1)
+            own = self.tensors["attention.out_proj.weight"]
+            exact = attention.fold(layers_of(self._cast(names, own, "float64"), self.config.num_heads))
+            unrounded = None if dtype == "float64" else partial(self.folded, template, "float64")
+            return replace(exact.like(template, dtype), exact=unrounded)
+
+        return self.kept("maps", template, dtype, make)
+
+    def kept(self, what: str, template: Array, dtype: str, make: Callable[[], Kept]) -> Kept:
+        """What ``make`` gives, made once for each kind of ``template`` and ``dtype``."""
+        # `with_options` shares the cache, and the maps hold 1/sqrt(d).
+        key = (what, str(self.config.num_heads), *place(template), dtype)
+        if key not in self._cache:
+            self._cache[key] = make()
+        kept: Kept = self._cache[key]
+        return kept
+
+
+def layers_of(tensors: Mapping[str, Array], num_heads: int) -> attention.Layers:
+    """The layers of the article's module among ``tensors``."""
+
+    def take(name: str) -> tuple[Array, Array]:
+        return tensors[f"{name}weight"], tensors[f"{name}bias"]
+
+    return attention.Layers(
+        text=take("text_proj."),
+        image=take("image_proj."),
+        in_proj=take("attention.in_proj_"),
+        out_proj=take("attention.out_proj."),
+        num_heads=num_heads,
+    )
+
+
+def _listed(names: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(names)) or "nothing"
+
+
+def _misshapen(name: str, tensor: Array, wanted: str) -> CheckpointError:
+    return CheckpointError("tensor has the wrong shape", where=name, found=str(list(tensor.shape)), wanted=wanted)

@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusecli import Config, Weights, checkpoint, fuse
+from fusecli.arrays import gelu, layer_norm
+from fusecli.errors import CheckpointError, UsageError
+from fusecli.fusion import Seen
+from fusecli.methods import single_rows
+from tests.oracle import assert_as_good, features
+from tests.oracle_methods import oracle
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("attention", {}),
+    ("weighted-sum", {}),
+    ("concat", {}),
+    ("gated", {}),
+    ("gated", {"gate": "tanh"}),
+    ("transformer", {"num_layers": 2}),
+    ("transformer", {"self_attention": True, "dim_feedforward": 48}),
+]
+ADDS_TEXT = ("gated",)
+EVERY = pytest.mark.parametrize(("method", "options"), CASES, ids=lambda x: "-".join(map(str, x)) or "-")
+
+
+def _hold(
+    method: str, options: dict[str, Any], m: int, n: int, dims: tuple[int, int, int], norm: float, seed: int
+) -> None:
+    dim, text_dim, image_dim = dims
+    module, weights = oracle(method, dim, 4, dim if method in ADDS_TEXT else text_dim, image_dim, seed, **options)
+    rng = np.random.default_rng(seed)
+    image = features(rng, m, image_dim, norm, shared=seed % 2)
+    text = features(rng, n, weights.text_dim, 3.0)
+    single = module.float()(torch.from_numpy(image), torch.from_numpy(text))
+    exact = module.double()(torch.from_numpy(image).double(), torch.from_numpy(text).double())
+    shown = exact[1] is not None
+    for convert in (np.asarray, torch.from_numpy):
+        ours = fuse(weights, convert(image), convert(text), need_weights=True) if shown else None
+        fused = ours[0] if ours else fuse(weights, convert(image), convert(text))
+        assert_as_good(fused, exact[0].numpy(), single[0].numpy())
+        if ours and m > 1:
+            assert_as_good(ours[1], exact[1][0].numpy(), single[1][0].numpy()) if exact[
+                1
+            ].ndim == 4 else assert_as_good(ours[1], exact[1].numpy(), single[1].numpy())
+
+
+@EVERY
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize(("m", "n"), [(1, 5), (3, 1), (16, 9), (257, 77)])
+def test_numbers_of_torchs_layers(method: str, options: dict[str, Any], layer_norm: bool, m: int, n: int) -> None:
+    _hold(method, {**options, "layer_norm": layer_norm}, m, n, (64, 96, 80), 60.0, m + n)
+
+
+@pytest.mark.slow
+@EVERY
+@pytest.mark.parametrize(("m", "n"), [(1, 77), (50, 8), (577, 77), (16, 512)])
+def test_numbers_of_torchs_layers_at_full_width(method: str, options: dict[str, Any], m: int, n: int) -> None:
+    _hold(method, options, m, n, (768, 512, 1024), 1.0, m)
+    _hold(method, {**options, "layer_norm": True}, m, n, (768, 512, 1024), 80.0, n)
+
+
+@settings(max_examples=60)
+@given(
+    case=st.sampled_from(CASES),
+    m=st.integers(1, 40),
+    n=st.integers(1, 40),
+    dims=st.tuples(st.integers(2, 12).map(lambda k: 4 * k), st.integers(3, 60), st.integers(3, 60)),
+    norm=st.floats(0.5, 90),
+    seed=st.integers(0, 2**16),
+)
+def test_numbers_of_torchs_layers_at_drawn_shapes(
+    case: tuple[str, dict[str, Any]], m: int, n: int, dims: tuple[int, int, int], norm: float, seed: int
+) -> None:
+    _hold(case[0], {**case[1], "layer_norm": bool(seed % 3)}, m, n, dims, norm, seed)
+
+
+def _drawn(method: str, options: dict[str, Any], rows: int = 6) -> tuple[Weights, Any, Any]:
+    rng = np.random.default_rng(3)
+    weights = oracle(method, 32, 4, 32, 32, **options)[1]
+    return weights, features(rng, rows, 32, norm=20), features(rng, 9, 32, norm=4)
+
+
+@EVERY
+def test_permuting_image_rows_or_repeating_each_changes_nothing(method: str, options: dict[str, Any]) -> None:
+    weights, image, text = _drawn(method, options)
+    expected = fuse(weights, image, text)
+    np.testing.assert_allclose(fuse(weights, image[::-1], text), expected, atol=5e-6)
+    np.testing.assert_allclose(fuse(weights, np.repeat(image, 3, 0), text), expected, atol=5e-6)
+
+
+@EVERY
+def test_permuting_text_rows_permutes_the_output(method: str, options: dict[str, Any]) -> None:
+    weights, image, text = _drawn(method, options)
+    np.testing.assert_allclose(fuse(weights, image, text[::-1]), fuse(weights, image, text)[::-1], atol=5e-6)
+
+
+@EVERY
+def test_text_rows_know_of_each_other_by_self_attention_only(method: str, options: dict[str, Any]) -> None:
+    weights, image, text = _drawn(method, options)
+    alone = fuse(weights, image, text[:4])
+    same = np.allclose(alone, fuse(weights, image, text)[:4], atol=5e-6)
+    assert same is not options.get("self_attention", False)
+
+
+@EVERY
+def test_with_one_image_row_the_text_stays(method: str, options: dict[str, Any]) -> None:
+    weights, image, text = _drawn(method, options, rows=1)
+    fused = fuse(weights, image, text)
+    assert (len(np.unique(fused, axis=0)) == 1) is (method == "attention")
+
+
+@EVERY
+def test_blocks_of_text_give_what_the_whole_gives(method: str, options: dict[str, Any]) -> None:
+    weights, image, text = _drawn(method, options)
+    seen = Seen(weights, image, text, len(text), "float32")
+    parts = [seen.meet(text[rows]).fused for rows in seen.blocks(4)]
+    assert len(parts) == (1 if options.get("self_attention") else 3)
+    np.testing.assert_allclose(np.concatenate(parts), fuse(weights, image, text), atol=5e-6)
+
+
+@EVERY
+def test_a_padded_batch_gives_what_each_pair_gives(method: str, options: dict[str, Any]) -> None:
+    weights, image, text = _drawn(method, options)
+    sizes = [(6, 9), (1, 4), (3, 1)]
+    images, texts = torch.full((3, 6, 32), 7.0), torch.full((3, 9, 32), -5.0)
+    image_mask, text_mask = torch.zeros(3, 6, dtype=torch.bool), torch.zeros(3, 9, dtype=torch.bool)
+    for k, (m, n) in enumerate(sizes):
+        images[k, :m], texts[k, :n] = torch.from_numpy(image[:m]), torch.from_numpy(text[:n])
+        image_mask[k, :m], text_mask[k, :n] = True, True
+    seen = Seen(weights, images, texts, 9, "float32", training=True, mask=image_mask)
+    fused = seen.meet(texts, mask=text_mask).fused
+    for k, (m, n) in enumerate(sizes):
+        np.testing.assert_allclose(fused[k, :n], fuse(weights, image[:m], text[:n]), atol=1e-5)
+
+
+@EVERY
+@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_gradcheck(method: str, options: dict[str, Any], m: int, layer_norm: bool) -> None:
+    weights = oracle(method, 8, 2, 8, 6, layer_norm=layer_norm, **{**options, **_small(options)})[1]
+    names = list(weights.tensors)
+    tensors = [torch.from_numpy(weights.tensors[name]).double().requires_grad_() for name in names]
+    image = torch.randn(m, 6, dtype=torch.float64, requires_grad=True)
+    text = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+
+    def run(image: Any, text: Any, *tensors: Any) -> Any:
+        return fuse(Weights(weights.config, dict(zip(names, tensors, strict=True))), image, text)
+
+    assert torch.autograd.gradcheck(run, (image, text, *tensors))
+
+
+def _small(options: dict[str, Any]) -> dict[str, Any]:
+    return {"dim_feedforward": 5} if "dim_feedforward" in options or "num_layers" in options else {}
+
+
+@EVERY
+def test_one_image_row_alone_or_among_others_gives_the_same_bits(method: str, options: dict[str, Any]) -> None:
+    if method == "transformer":
+        return
+    weights, image, _ = _drawn(method, {**options, "layer_norm": True})
+    together = single_rows(weights, image)
+    for k, row in enumerate(image):
+        assert (single_rows(weights, row[None])[0] == together[k]).all()
+
+
+def test_an_untrained_tanh_gate_changes_nothing() -> None:
+    _, image, text = _drawn("gated", {})
+    weights = checkpoint.init(32, 4, method="gated", gate="tanh")
+    assert (fuse(weights, image, text) == text).all()
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "tanh"])
+@pytest.mark.parametrize("rows", [1, 6])
+def test_the_gate_can_be_looked_at(gate: str, rows: int) -> None:
+    weights, image, text = _drawn("gated", {"gate": gate}, rows)
+    met = Seen(weights, image, text, 9, "float32").meet(text, need_weights=True)
+    taken = (met.fused - text) / fuse(
+        Weights(Config(num_heads=4), {k: v for k, v in weights.tensors.items() if k[:4] not in ("gate", "gamm")}),
+        image,
+        text,
+    )
+    assert met.gate is not None
+    np.testing.assert_allclose(met.gate, taken.mean(1), rtol=2e-3)
+
+
+@pytest.mark.parametrize("method", ["weighted-sum", "concat"])
+def test_what_has_no_attention_says_so(method: str) -> None:
+    with pytest.raises(UsageError, match=method):
+        fuse(*_drawn(method, {}), need_weights=True)
+
+
+def test_identity_needs_no_training() -> None:
+    _, image, text = _drawn("attention", {})
+    attended = fuse(checkpoint.identity(32, 1), image, text)
+    expected = {
+        "gated": text + attended / 2,
+        "weighted-sum": (text + image.mean(0)) / 2,
+        "concat": text + image.mean(0),
+    }
+    for method, wanted in expected.items():
+        np.testing.assert_allclose(fuse(checkpoint.identity(32, 1, method=method), image, text), wanted, atol=1e-5)
+    with pytest.raises(CheckpointError, match="transformer"):
+        checkpoint.identity(32, 1, method="transformer")
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"method": "sum"}, "unknown method"),
+        ({"method": "concat", "residual": True}, "residual is an option of attention"),
+        ({"method": "gated", "gate": "relu"}, "sigmoid or tanh"),
+        ({"method": "transformer", "dropout": 1.0}, "dropout"),
+        ({"method": "transformer", "num_layers": 0}, "num_layers"),
+        ({"num_layers": 2}, "num_layers is an option of transformer"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], found: str) -> None:
+    with pytest.raises(CheckpointError, match=found):
+        Config(**options)
+
+
+@EVERY
+def test_checkpoints_of_every_method_come_back(method: str, options: dict[str, Any], tmp_path: Any) -> None:
+    weights = checkpoint.init(16, 4, image_dim=24, method=method, **options, layer_norm=True)
+    checkpoint.save(weights, tmp_path / "w.safetensors")
+    loaded = checkpoint.load(tmp_path / "w.safetensors")
+    assert loaded.config == weights.config
+    assert checkpoint.fingerprint(loaded) == checkpoint.fingerprint(weights)
+
+
+def test_the_formulas_of_arrays_are_torchs(rng: np.random.Generator) -> None:
+    x = np.concatenate([rng.standard_normal((7, 100)) * 4, [np.linspace(-30, 30, 100)]])
+    for dtype, tolerance in ((np.float32, 2e-7), (np.float64, 1e-15)):
+        exact = torch.nn.functional.gelu(torch.from_numpy(x.astype(dtype)).double()).numpy()
+        assert (abs(gelu(x.astype(dtype)) - exact) <= tolerance * np.maximum(1, abs(exact))).all()
+    weight, bias = rng.standard_normal((2, 100))
+    ours, theirs = layer_norm(x, weight, bias), layer_norm(*map(torch.from_numpy, (x, weight, bias)))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
