@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import errno
-import os
-from functools import lru_cache, partial
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -13,23 +12,20 @@ import numpy as np
 from fusecli.arrays import cast
 from fusecli.batch.job import Item, Job, Outcome, Task, failed
 from fusecli.batch.store import FolderStore, Piece
-from fusecli.collections import Place, stamp_of, stored_at
-from fusecli.errors import FileError, FusecliError, OutputError
-from fusecli.formats import NumpyArray, Source, Stored, open_source, open_tensors
+from fusecli.collections import Place
+from fusecli.errors import FusecliError, OutputError
+from fusecli.formats import NumpyArray, Stored
 from fusecli.methods import one_row_is_enough, single_rows
 from fusecli.pairs import (
     Output,
     Seconds,
-    choose,
     compute_dtype_of,
-    find_features,
     fuse_pair,
     read_finite,
     require_width,
 )
+from fusecli.places import features_at
 
-#: Files of up to so many bytes are read at once; images of one row, all of an item's before its texts.
-WHOLE = {"image": 2**14, "text": 2**18}
 #: What the whole run runs into, not this pair: no space, over quota, read-only, broken disk, file too large.
 EVERYONES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE}
 
@@ -54,31 +50,11 @@ def work(job: Job, item: Item) -> list[Outcome]:
 
 def _open(job: Job, id: str, place: Place, side: str) -> Stored | Outcome:
     try:
-        if place.span is not None:
-            stored = stored_at(place.span, _kept_open(place.path, place.span.stamp))
-        elif place.key is not None:
-            stored = choose(_kept_tensors(place.path, stamp_of(os.stat(place.path))), place.path, side, place.key)
-        else:
-            stored = find_features(place.path, side, None, WHOLE[side])
+        stored = features_at(place, side)
         require_width(stored, job.weights.image_dim if side == "image" else job.weights.text_dim, side)
-    except FileNotFoundError:
-        return _failed(id, FileError("no such file", where=place.path))
     except Exception as error:
         return _failed(id, error)
     return stored
-
-
-@lru_cache(maxsize=8)  # packed and stacked files: a few, read by many tasks
-def _kept_open(path: str, stamp: tuple[int, ...]) -> Source:
-    source = open_source(path)
-    if stamp_of(os.stat(path)) != stamp:
-        raise FileError("was replaced or changed while the run was under way", where=path, hint="start again")
-    return source
-
-
-@lru_cache(maxsize=8)  # files of many tensors that a manifest names one by one
-def _kept_tensors(path: str, stamp: tuple[int, ...]) -> dict[str, Stored]:
-    return open_tensors(path, whole=1)
 
 
 def _rows_of_single_images(job: Job, item: Item, images: list[Stored | Outcome]) -> list[Any]:

@@ -93,7 +93,7 @@ def batch(
 
     output, attention = _without_slash(output), attention and _without_slash(attention)
     sources = Sources(images, texts, manifest, image_key, text_key, image_pattern, text_pattern)
-    _check_sources(sources)
+    check_sources(sources)
     _check_outputs(output, attention, attention_mean, suffix, weights, sources)
     if overwrite and retry_failed:
         raise UsageError("--overwrite forgets what has failed", where="--retry-failed", hint="leave one of them out")
@@ -120,13 +120,13 @@ def batch(
         fail_fast=fail_fast,
     )
     if dry_run:
-        _tell_plan(request, _pairs(sources, [output, attention], part), quiet)
+        _tell_plan(request, find_pairs(sources, [output, attention], part), quiet)
         return
     if weights is None:
         note(f"untrained weights (seed {seed}): the numbers mean nothing yet; pass --weights FILE", quiet)
     try:
         with Progress(quiet, json, output, suffix) as progress:
-            summary = batches.run(request, partial(_pairs, sources, [output, attention], part), progress)
+            summary = batches.run(request, partial(find_pairs, sources, [output, attention], part), progress)
     except KeyboardInterrupt:
         note(INTERRUPTED, quiet)
         raise typer.Exit(130) from None
@@ -167,7 +167,8 @@ class Sources:
         return facts
 
 
-def _check_sources(sources: Sources) -> None:
+def check_sources(sources: Sources) -> None:
+    """Raise `UsageError` if the options do not say where pairs come from."""
     from fusecli.collections import matcher
     from fusecli.errors import UsageError
 
@@ -243,7 +244,7 @@ def _shard(text: str | None) -> Any:
     return Shard(int(number), int(count))
 
 
-def _pairs(sources: Sources, outputs: list[str | None], shard: Any) -> Any:
+def find_pairs(sources: Sources, outputs: list[str | None], shard: Any) -> Any:
     """The pairs, None where they come on standard input."""
     from fusecli.batch.feed import from_collections, from_manifest
     from fusecli.batch.plan import match

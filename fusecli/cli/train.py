@@ -1,0 +1,275 @@
+"""``fusecli train``: weights from pairs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from functools import partial
+from typing import Annotated, Any
+
+import typer
+
+from fusecli.cli.batch import Sources, check_sources, find_pairs
+from fusecli.cli.console import emit, note
+from fusecli.cli.options import (
+    Debug,
+    Device,
+    DimFeedforward,
+    Dropout,
+    GateName,
+    Json,
+    Method,
+    MethodName,
+    NumLayers,
+    Quiet,
+    Residual,
+    SelfAttention,
+    method_options,
+)
+from fusecli.errors import InputError, ShapeError, UsageError
+
+#: Ids that are shown of many.
+FIRST = 5
+
+
+class Task(StrEnum):
+    """What labels are."""
+
+    classify = "classify"
+    regression = "regression"
+
+
+class Objective(StrEnum):
+    """What to learn without labels."""
+
+    match = "match"
+
+
+class ClassWeights(StrEnum):
+    """How much classes count."""
+
+    balanced = "balanced"
+
+
+def train(
+    images: Annotated[
+        str | None,
+        typer.Argument(metavar="IMAGES", help="Image features: all that `fusecli batch` takes."),
+    ] = None,
+    texts: Annotated[str | None, typer.Argument(metavar="TEXTS", help="Text features, likewise.")] = None,
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FILE", help="Checkpoint to write (.safetensors).")
+    ] = "",
+    labels: Annotated[
+        str | None, typer.Option("--labels", metavar="FILE", help="CSV with id,label: learn to tell the label.")
+    ] = None,
+    label_column: Annotated[str, typer.Option(metavar="NAME", help="Its column with the labels.")] = "label",
+    task: Annotated[Task, typer.Option(help="What the labels are.")] = Task.classify,
+    objective: Annotated[
+        Objective | None, typer.Option(help="Without labels: tell the image of a text from others.  [default: match]")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", "-w", metavar="FILE", help="Checkpoint to begin with, method and all.")
+    ] = None,
+    method: MethodName = Method.gated,
+    feature_dim: Annotated[
+        int | None, typer.Option(min=1, max=2**20, help="D, the width of the fusion.  [default: the text's]")
+    ] = None,
+    num_heads: Annotated[int | None, typer.Option(min=1, help="H, the number of heads.  [default: 8]")] = None,
+    residual: Residual = False,
+    gate: GateName = None,
+    num_layers: NumLayers = None,
+    dim_feedforward: DimFeedforward = None,
+    self_attention: SelfAttention = False,
+    dropout: Dropout = None,
+    layer_norm: Annotated[
+        bool, typer.Option("--layer-norm/--no-layer-norm", help="Bring text and image to one scale first.")
+    ] = True,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the pairs, at most.")] = 20,
+    batch_size: Annotated[int, typer.Option(min=2, help="Pairs of a step.")] = 64,
+    lr: Annotated[float, typer.Option(min=0, help="Highest learning rate (AdamW, warm-up, cosine).")] = 1e-4,
+    weight_decay: Annotated[float, typer.Option(min=0, help="Of matrices.")] = 0.05,
+    label_smoothing: Annotated[float, typer.Option(min=0, max=0.99, help="Of the labels.")] = 0.1,
+    class_weights: Annotated[
+        ClassWeights | None, typer.Option(help="balanced: rare labels count as much as frequent ones.")
+    ] = None,
+    patience: Annotated[int, typer.Option(min=1, help="Epochs without progress after which to stop.")] = 5,
+    validation: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Share of the pairs that choose the best epoch.")
+    ] = 0.1,
+    held_out: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Share of the pairs that are kept for the table at the end.")
+    ] = 0.2,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of first weights, order and dropout.")] = 0,
+    manifest: Annotated[str | None, typer.Option(metavar="FILE", help="Table with id,image,text.")] = None,
+    image_pattern: Annotated[str | None, typer.Option(metavar="PATTERN", help="As in `fusecli batch`.")] = None,
+    text_pattern: Annotated[str | None, typer.Option(metavar="PATTERN", help="As in `fusecli batch`.")] = None,
+    image_key: Annotated[str | None, typer.Option(metavar="NAME", help="Tensor in each image file.")] = None,
+    text_key: Annotated[str | None, typer.Option(metavar="NAME", help="Tensor in each text file.")] = None,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Pass over ids without image, text or label.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start afresh, whatever is there.")] = False,
+    device: Device = "cpu",
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Learn the weights of a fusion from pairs.
+
+    fusecli train images/ texts/ --labels labels.csv -o fusion.safetensors
+    """
+    from fusecli.training import labels as labelled
+    from fusecli.training.loop import Settings
+    from fusecli.training.run import train_on
+
+    sources = Sources(images, texts, manifest, image_key, text_key, image_pattern, text_pattern)
+    _check(sources, output, labels, objective, weights, validation + held_out)
+    given = _method_options(locals())
+    pairs = find_pairs(sources, [output], None)
+    known = labelled.read_labels(labels, label_column) if labels else None
+    ids = _usable(pairs, known, allow_missing, quiet)
+    lesson = partial(labelled.objective, known, labels, str(task), label_smoothing, class_weights is not None)
+    first = partial(_first_weights, weights, feature_dim, seed, given)
+    settings = Settings(epochs, batch_size, lr, weight_decay, patience, seed, device)
+    try:
+        with Reporter(quiet) as reporter:
+            result = train_on(
+                output, ids, pairs.places, lesson, first, settings, (validation, held_out), reporter, resume, overwrite
+            )
+    except KeyboardInterrupt:
+        note("interrupted; start the same command with --resume to go on", quiet)
+        raise typer.Exit(130) from None
+    if json:
+        emit({"output": output, **result.facts()})
+    else:
+        _show(result, output, quiet)
+
+
+def _method_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Method and options from the command's parameters; none where a checkpoint brings its own."""
+    names = ("num_heads", "residual", "gate", "num_layers", "dim_feedforward", "self_attention", "dropout")
+    options = {name: given[name] for name in names}
+    if given["weights"] is None:
+        return method_options(given["method"], layer_norm=given["layer_norm"], **options)
+    extra = [name for name, value in options.items() if value not in (None, False)]
+    if extra or given["feature_dim"]:
+        where = "--" + (extra[0] if extra else "feature_dim").replace("_", "-")
+        raise UsageError("the checkpoint brings its own", where=where, hint="leave out either")
+    return {}
+
+
+def _check(
+    sources: Sources, output: str, labels: str | None, objective: str | None, weights: str | None, kept: float
+) -> None:
+    from fusecli.pairs import refuse_same_file
+
+    check_sources(sources)
+    if not output.endswith(".safetensors"):
+        raise UsageError("checkpoints are .safetensors files", where="--output", found=output or "nothing")
+    if sources.manifest == "-":
+        raise UsageError("pairs are read more than once, so they cannot come on stdin", where="--manifest")
+    if labels and objective:
+        raise UsageError("labels are to be told, not matched", where="--objective", hint="leave out either")
+    if kept >= 1:
+        raise UsageError("nothing is left to train on", where="--validation and --held-out", found=f"{kept:g}")
+    refuse_same_file([output], [*(path for path in sources.paths() if os.path.isfile(path)), labels, weights])
+
+
+def _usable(pairs: Any, labels: dict[str, str] | None, allow_missing: bool, quiet: bool) -> list[str]:
+    """The ids that have all there is to have; the others are counted and listed."""
+    for outcome in pairs.known:
+        if outcome.status == "failed":
+            raise InputError(outcome.facts["message"])
+    lacking = {
+        f"without {side}": [outcome.id for outcome in pairs.known if outcome.facts.get("missing") == side]
+        for side in ("image", "text")
+    }
+    ids: list[str] = pairs.ids
+    if labels is not None:
+        there = set(ids)
+        lacking["without label"] = [id for id in ids if id not in labels]
+        lacking["labelled, without a pair"] = [id for id in labels if id not in there]
+        ids = [id for id in ids if id in labels]
+    told = [f"{len(some):,} {what}" for what, some in lacking.items() if some]
+    for what, some in lacking.items():
+        if some:
+            note(f"{len(some):,} ids {what}: {', '.join(some[:FIRST])}{', …' if len(some) > FIRST else ''}", quiet)
+    if told and not allow_missing:
+        raise InputError("not every id has all", found=", ".join(told), hint="--allow-missing passes over them")
+    return ids
+
+
+def _first_weights(
+    path: str | None, feature_dim: int | None, seed: int, options: dict[str, Any], text_dim: int, image_dim: int
+) -> Any:
+    """The weights to begin with, for features of these widths."""
+    from fusecli import checkpoint
+
+    if path:
+        loaded = checkpoint.load(path)
+        if (text_dim, image_dim) != (loaded.text_dim, loaded.image_dim):
+            found, wanted = f"Dt={text_dim}, Di={image_dim}", f"Dt={loaded.text_dim}, Di={loaded.image_dim}"
+            raise ShapeError("features do not fit the weights", where=path, found=found, wanted=wanted)
+        return loaded
+    dim = feature_dim or text_dim
+    widths = {"text_dim": text_dim, "image_dim": image_dim}
+    return checkpoint.orthogonal(dim, seed=seed, **widths, **{"num_heads": 8, **options})
+
+
+class Reporter:
+    """Shows how far a training is: a bar on a terminal, a line an epoch."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Reporter:
+        if not self._quiet and sys.stderr is not None and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task("reading", total=None)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def read(self, done: int, total: int) -> None:
+        """So many pairs have been read."""
+        self._show("reading", done, total)
+
+    def step(self, epoch: int, step: int, steps: int, loss: float) -> None:
+        """A step was taken."""
+        self._show(f"epoch {epoch}, loss {loss:.3f}", step, steps)
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """An epoch is over."""
+        name = next(name for name in record if name.startswith("validation_") and name != "validation_loss")
+        score = f"{name.removeprefix('validation_')} {record[name]:.3f}"
+        told = f"loss {record['loss']:.4f}, validation: loss {record['validation_loss']:.4f}, {score}"
+        note(f"epoch {record['epoch']:>3}  {told}, {record['seconds']:.1f} s", self._quiet)
+
+    def comparing(self, name: str) -> None:
+        """A line of the table is being computed."""
+        self._show(f"comparing: {name}", None, None)
+
+    def _show(self, what: str, done: int | None, total: int | None) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, description=what, completed=done or 0, total=total)
+
+
+def _show(result: Any, output: str, quiet: bool) -> None:
+    facts = result.facts()
+    note(f"{output}: weights of epoch {facts['best_epoch']}, {facts['fingerprint']}", quiet)
+    note(f"{facts['held_out']:,} held-out pairs:  {facts['score']}  95% interval", quiet)
+    for row in facts["table"]:
+        note(f"  {row['features']:24} {row['score']:6.3f}   {row['low']:.3f} to {row['high']:.3f}", quiet)
+    note(facts["verdict"], quiet)

@@ -1,0 +1,253 @@
+"""Features of many pairs, read once, and batches of them at memory speed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import queue
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from fusecli.arrays import cast
+from fusecli.collections import Place
+from fusecli.errors import InputError, OutputError, ShapeError
+from fusecli.formats import NumpyArray
+from fusecli.pairs import read_finite
+from fusecli.places import features_at
+
+#: Batches that are made ready while one is computed.
+AHEAD = 4
+#: Pairs of so many batches are sorted by length together: enough for even batches, few enough for chance.
+SORTED_BATCHES = 64
+#: Lengths that differ by no more count as equal when batches are made.
+SAME_LENGTH = 1.1
+
+PARTS = ("train", "validation", "held-out")
+Made = TypeVar("Made")
+
+
+def part_of(id: str, validation: float, held_out: float) -> str:
+    """Which part of the data a pair belongs to: by its id alone, the same in every run and whatever else is there."""
+    digest = hashlib.blake2b(id.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    at = int.from_bytes(digest, "big") / 2**64
+    if at < held_out:
+        return "held-out"
+    return "validation" if at < held_out + validation else "train"
+
+
+class Rows:
+    """One side of all pairs: their rows one after the other, in a file without a name that is mapped to memory.
+
+    Float16 where everything is, else float32. The system keeps in memory what there is room for.
+    """
+
+    def __init__(self, arrays: Iterable[NumpyArray], folder: str, low: bool) -> None:
+        self.dtype = np.float16 if low else np.float32
+        self.starts = [0]
+        self.width = 0
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                for array in arrays:
+                    file.write(np.ascontiguousarray(array, self.dtype).data)
+                    self.starts.append(self.starts[-1] + len(array))
+                    self.width = array.shape[1]
+                file.flush()
+                # Copy-on-write: torch wants memory that could be written to.
+                self._all = np.memmap(file, self.dtype, "c", shape=(self.starts[-1], self.width))
+        except OSError as error:
+            raise OutputError("no room to keep the features", where=folder, found=error.strerror) from None
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, at: int) -> NumpyArray:
+        """The rows of one pair."""
+        return self._all[self.starts[at] : self.starts[at + 1]]
+
+    def length(self, at: int) -> int:
+        """How many rows a pair has."""
+        return self.starts[at + 1] - self.starts[at]
+
+    def padded(self, which: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of some pairs ``[B, longest, width]``, float32, and where they are real; zeros behind the shorter."""
+        lengths = torch.tensor([self.length(at) for at in which])
+        longest = int(lengths.max())
+        block = np.zeros((len(which), longest, self.width), np.float32)
+        for rows, at in zip(block, which, strict=True):
+            rows[: self.length(at)] = self[at]
+        return torch.from_numpy(block), torch.arange(longest) < lengths[:, None]
+
+    def means(self) -> torch.Tensor:
+        """The mean row of each pair ``[pairs, width]``, in float32."""
+        return torch.from_numpy(np.stack([self[at].mean(0, dtype=np.float64) for at in range(len(self))])).float()
+
+
+@dataclass(frozen=True)
+class Data:
+    """All pairs of a training, in the order of their ids."""
+
+    ids: list[str]
+    images: Rows
+    texts: Rows
+    parts: dict[str, list[int]]  # positions of the pairs of each part
+
+    def cost(self, at: int) -> tuple[int, int]:
+        """What batches are sorted by: image rows, then text rows, lengths nearly the same taken as equal."""
+        m, n = (round(math.log(side.length(at), SAME_LENGTH)) for side in (self.images, self.texts))
+        return m, n
+
+
+def read(
+    ids: Sequence[str],
+    places: Callable[[str], tuple[Place, Place]],
+    folder: str,
+    validation: float,
+    held_out: float,
+    tell: Callable[[int], None] = lambda done: None,
+) -> Data:
+    """Read all pairs, once.
+
+    Args:
+        ids: of the pairs.
+        places: where image and text of an id lie.
+        folder: where there is room for a copy of the features.
+        validation: share of the pairs that choose the best weights.
+        held_out: share of the pairs that are kept for the end.
+        tell: is called with the number of pairs read.
+
+    Raises:
+        InputError: features are not there, not finite, or of different widths.
+    """
+    ids = sorted(ids)
+    found = [places(id) for id in ids]
+    images, texts = (
+        Rows(_arrays([pair[at] for pair in found], side, tell if at else None), folder, _all_low(found, at))
+        for at, side in enumerate(("image", "text"))
+    )
+    parts: dict[str, list[int]] = {part: [] for part in PARTS}
+    for at, id in enumerate(ids):
+        parts[part_of(id, validation, held_out)].append(at)
+    return Data(ids, images, texts, parts)
+
+
+def _all_low(found: list[tuple[Place, Place]], at: int) -> bool:
+    return all(features_at(pair[at], ("image", "text")[at]).dtype == "float16" for pair in found)
+
+
+def _arrays(places: list[Place], side: str, tell: Callable[[int], None] | None) -> Iterator[NumpyArray]:
+    first: tuple[int, str] | None = None
+    for done, place in enumerate(places):
+        stored = features_at(place, side)
+        width = stored.shape[1]
+        first = first or (width, stored.where)
+        if width != first[0]:
+            wanted = f"width {first[0]}, as in {first[1]}"
+            raise ShapeError(
+                f"{side} features of different widths", where=stored.where, found=str(width), wanted=wanted
+            )
+        if tell:
+            tell(done + 1)
+        yield cast(read_finite(stored), "float32")
+
+
+def batches(data: Data, which: Sequence[int], size: int, generator: torch.Generator | None) -> list[list[int]]:
+    """The pairs ``which`` in batches of ``size``, pairs of about the same length together.
+
+    Shuffled with ``generator``; without one, sorted as they are cheapest.
+    """
+    if generator is None:
+        order = sorted(which, key=data.cost)
+        return [order[at : at + size] for at in range(0, len(order), size)]
+    shuffled = [which[at] for at in torch.randperm(len(which), generator=generator).tolist()]
+    made = []
+    for at in range(0, len(shuffled), size * SORTED_BATCHES):
+        some = sorted(shuffled[at : at + size * SORTED_BATCHES], key=data.cost)
+        made += [some[start : start + size] for start in range(0, len(some), size)]
+    if len(made) > 1 and len(made[-1]) == 1:  # one pair alone has nothing to be told from
+        made[-2] += made.pop()
+    return [made[at] for at in torch.randperm(len(made), generator=generator).tolist()]
+
+
+def padding(data: Data, made: list[list[int]]) -> float:
+    """The share of rows in ``made`` batches that are padding."""
+    real = full = 0
+    for batch in made:
+        for side in (data.images, data.texts):
+            lengths = [side.length(at) for at in batch]
+            real += sum(lengths)
+            full += max(lengths) * len(lengths)
+    return 1 - real / full
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some pairs, padded."""
+
+    which: list[int]
+    images: torch.Tensor  # [B, M, Di]
+    image_mask: torch.Tensor  # [B, M]
+    texts: torch.Tensor  # [B, N, Dt]
+    text_mask: torch.Tensor  # [B, N]
+
+    def to(self, device: str) -> Batch:
+        """The same there."""
+        if device == "cpu":
+            return self
+        parts = (self.images, self.image_mask, self.texts, self.text_mask)
+        return Batch(self.which, *(part.pin_memory().to(device, non_blocking=True) for part in parts))
+
+
+def load(data: Data, which: list[int], images: Sequence[int] | None = None) -> Batch:
+    """The pairs ``which``; with ``images``, texts beside the images of other pairs."""
+    return Batch(which, *data.images.padded(which if images is None else images), *data.texts.padded(which))
+
+
+def ahead(make: Callable[[list[int]], Made], items: Sequence[list[int]]) -> Iterator[Made]:
+    """``make(item)`` for each item, in order, made by a thread while the last one is worked on."""
+    ready: queue.Queue[Made | BaseException] = queue.Queue(AHEAD)
+    ended = threading.Event()
+
+    def fill() -> None:
+        for item in items:
+            if ended.is_set():
+                return
+            try:
+                ready.put(make(item))
+            except BaseException as error:
+                ready.put(error)
+                return
+
+    thread = threading.Thread(target=fill, daemon=True)
+    thread.start()
+    try:
+        for _ in items:
+            made = ready.get()
+            if isinstance(made, BaseException):
+                raise made
+            yield made
+    finally:
+        ended.set()
+        while thread.is_alive():
+            try:
+                ready.get(timeout=0.01)
+            except queue.Empty:
+                continue
+
+
+def require_enough(data: Data, least: int = 2) -> None:
+    """Raise `InputError` if a part has fewer than ``least`` pairs."""
+    counts = {part: len(which) for part, which in data.parts.items()}
+    if min(counts.values()) < least:
+        found = ", ".join(f"{count} for {part}" for part, count in counts.items())
+        raise InputError(
+            f"too few pairs to learn from and to check with: {len(data.ids)}",
+            found=found,
+            wanted=f"{least} of each at least",
+            hint="more pairs, or other --validation and --held-out shares",
+        )

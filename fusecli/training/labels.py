@@ -1,0 +1,105 @@
+"""Labels of pairs: a table with ``id`` and ``label``."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import Counter
+
+import torch
+
+from fusecli.errors import FileError, InputError
+from fusecli.training.data import Data
+from fusecli.training.objective import Classes, Match, Numbers, Objective
+
+
+def read_labels(path: str, column: str = "label") -> dict[str, str]:
+    """The labels by id, from CSV, or TSV if there are tabs in its first line.
+
+    Raises:
+        FileError: it cannot be read, lacks a column, or has an id twice.
+    """
+    labels: dict[str, str] = {}
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            head = file.readline()
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter="\t" if "\t" in head else ",", strict=True)
+            columns = reader.fieldnames or []
+            for wanted in ("id", column):
+                if wanted not in columns:
+                    found = ", ".join(map(str, columns)) or "an empty file"
+                    hint = "name it with --label-column" if wanted == column else None
+                    raise FileError("no such column", where=path, found=found[:200], wanted=wanted, hint=hint)
+            for record in reader:
+                id, label = record["id"], record[column]
+                if not id or not label:
+                    raise FileError("an id or a label is missing", where=f"{path}, line {reader.line_num}")
+                if id in labels:
+                    raise FileError("an id twice", where=f"{path}, line {reader.line_num}", found=id)
+                labels[id] = label
+    except OSError as error:
+        raise FileError("cannot be read", where=path, found=error.strerror) from None
+    except csv.Error as error:
+        raise FileError("no table", where=path, found=str(error), wanted="CSV with id,label") from None
+    return labels
+
+
+def objective(
+    labels: dict[str, str] | None, where: str | None, task: str, smoothing: float, balanced: bool, data: Data
+) -> Objective:
+    """What there is to learn: the labels as classes or numbers, or without any, which image belongs to a text."""
+    if labels is None or where is None:
+        return Match(data.texts.width)
+    if task == "regression":
+        return numbers(labels, data, where)
+    return classes(labels, data, smoothing, balanced, where)
+
+
+def classes(labels: dict[str, str], data: Data, smoothing: float, balanced: bool, where: str) -> Classes:
+    """The objective to tell the labels.
+
+    Args:
+        labels: by id; every pair has one.
+        data: the pairs.
+        smoothing: of the labels in the loss.
+        balanced: whether rare labels count as much as frequent ones.
+        where: the file, for messages.
+
+    Raises:
+        InputError: there is but one label among the pairs to train on.
+    """
+    names = sorted({labels[id] for id in data.ids})
+    targets = torch.tensor([names.index(labels[id]) for id in data.ids])
+    counts = Counter(targets[data.parts["train"]].tolist())
+    if len(counts) < 2:
+        found = f"{names[next(iter(counts))]!r} for all pairs to train on"
+        raise InputError("only one label, so there is nothing to tell apart", where=where, found=found, wanted="two")
+    weights = None
+    if balanced:
+        total = len(data.parts["train"]) / len(counts)
+        weights = torch.tensor([total / counts[at] if counts[at] else 0.0 for at in range(len(names))])
+    return Classes(targets, names, smoothing, weights)
+
+
+def numbers(labels: dict[str, str], data: Data, where: str) -> Numbers:
+    """The objective to tell numbers.
+
+    Raises:
+        InputError: a label is no number, or all are the same.
+    """
+    values = []
+    for id in data.ids:
+        try:
+            value = float(labels[id])
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise InputError("not a number", where=f"{where}, id {id}", found=labels[id][:80], wanted="a finite number")
+        values.append(value)
+    targets = torch.tensor(values, dtype=torch.float64).float()
+    if not float(targets[data.parts["train"]].std()):
+        raise InputError(
+            "all labels are the same, so there is nothing to tell apart", where=where, found=str(values[0])
+        )
+    return Numbers(targets, data.parts["train"])

@@ -1,0 +1,225 @@
+"""The loop: AdamW, warm-up and cosine, early stopping, and a state after every epoch to go on from.
+
+Everything that is drawn in an epoch is drawn from the seed and the epoch's number, so that a run that was killed and
+goes on makes the same weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from fusecli.errors import FusecliError
+from fusecli.training.data import Batch, Data, ahead, batches, load
+from fusecli.training.objective import Objective
+from fusecli.training.represent import Fusion, Representation
+
+#: Gradients are scaled down to this norm.
+MAX_NORM = 1.0
+#: Share of all steps in which the learning rate rises.
+WARM_UP = 0.1
+#: How much faster a head learns, which starts from nothing, than the fusion.
+HEAD_LR = 10.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train."""
+
+    epochs: int = 20
+    batch_size: int = 64
+    lr: float = 1e-4
+    weight_decay: float = 0.05
+    patience: int = 5  # epochs without a lower validation loss after which to stop
+    seed: int = 0
+    device: str = "cpu"
+
+
+@dataclass
+class Progress:
+    """How far a run is: all that has to be kept beside weights and optimizer."""
+
+    epoch: int = 0  # done
+    best_epoch: int = 0
+    best_loss: float = math.inf
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Keeper(Protocol):
+    """Keeps what a run has come to."""
+
+    def best(self, represent: Representation, head: dict[str, nn.Parameter], progress: Progress) -> None:
+        """The weights are better than all before."""
+
+    def state(self, state: dict[str, Any]) -> None:
+        """An epoch is over, and this is enough to go on from it."""
+
+
+@dataclass
+class InMemory:
+    """Keeps the best weights of a run that nobody needs afterwards."""
+
+    head: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def best(self, represent: Representation, head: dict[str, nn.Parameter], progress: Progress) -> None:
+        """See `Keeper`."""
+        self.head = {name: tensor.detach().clone() for name, tensor in head.items()}
+
+    def state(self, state: dict[str, Any]) -> None:
+        """See `Keeper`: nothing."""
+
+
+#: Called after each step with epoch, step, steps of an epoch and loss.
+Tell = Callable[[int, int, int, float], None]
+
+
+def fit(
+    represent: Representation,
+    objective: Objective,
+    data: Data,
+    settings: Settings,
+    keeper: Keeper,
+    tell: Tell = lambda epoch, step, steps, loss: None,
+    tell_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
+    state: dict[str, Any] | None = None,
+) -> Progress:
+    """Train a head and whatever there is to learn in ``represent``; from ``state`` on, if given.
+
+    Raises:
+        FusecliError: the loss is no number any more; the best weights so far have been kept.
+    """
+    torch.manual_seed(settings.seed)
+    fresh = objective.head(represent.width)
+    head = {name: nn.Parameter(tensor.detach().to(settings.device)) for name, tensor in fresh.items()}
+    run = _Run(represent, objective, data, settings, head)
+    if state:
+        run.restore(state)
+    progress = run.progress
+    while progress.epoch < settings.epochs and progress.epoch - progress.best_epoch < settings.patience:
+        began = time.perf_counter()
+        loss = run.epoch(tell)
+        measured = objective.measure(head, represent, data, data.parts["validation"])
+        progress.epoch += 1
+        record = {
+            "epoch": progress.epoch,
+            "loss": round(loss, 6),
+            "validation_loss": round(measured.loss, 6),
+            f"validation_{objective.score_name}": round(measured.score, 6),
+            "lr": run.schedule.get_last_lr()[0],
+            "seconds": round(time.perf_counter() - began, 3),
+        }
+        progress.log.append(record)
+        if measured.loss < progress.best_loss:
+            progress.best_epoch, progress.best_loss = progress.epoch, measured.loss
+            keeper.best(represent, head, progress)
+        keeper.state(run.state())
+        tell_epoch(record)
+    return progress
+
+
+class _Run:
+    """Weights, optimizer and schedule of one training."""
+
+    def __init__(
+        self,
+        represent: Representation,
+        objective: Objective,
+        data: Data,
+        settings: Settings,
+        head: dict[str, nn.Parameter],
+    ) -> None:
+        self._represent, self._objective, self._data, self._settings = represent, objective, data, settings
+        self._head = head
+        self.progress = Progress()
+        fusion = represent.parameters()
+        groups = [
+            {"params": [p for p in fusion if p.ndim > 1], "lr": settings.lr},
+            {"params": [p for p in fusion if p.ndim < 2], "lr": settings.lr, "weight_decay": 0.0},
+            {"params": list(head.values()), "lr": settings.lr * HEAD_LR},
+        ]
+        self._learned = [*fusion, *head.values()]
+        groups = [group for group in groups if group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+        self.steps = len(batches(data, data.parts["train"], settings.batch_size, torch.Generator()))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, partial(_rate, self.steps * settings.epochs))
+
+    def epoch(self, tell: Tell) -> float:
+        """One pass over the pairs to train on; returns the mean loss."""
+        settings, epoch = self._settings, self.progress.epoch + 1
+        seed = settings.seed * 2**20 + epoch
+        torch.manual_seed(seed)
+        made = batches(self._data, self._data.parts["train"], settings.batch_size, torch.Generator().manual_seed(seed))
+        total = 0.0
+        with _training(self._represent):
+            for step, batch in enumerate(ahead(partial(load, self._data), made), 1):
+                loss = self._step(batch.to(settings.device))
+                if not math.isfinite(loss):
+                    raise self._diverged(epoch, step, loss)
+                total += loss * len(batch.which)
+                tell(epoch, step, len(made), loss)
+        return total / len(self._data.parts["train"])
+
+    def _step(self, batch: Batch) -> float:
+        kind = self._settings.device.partition(":")[0]
+        self.optimizer.zero_grad()
+        # bfloat16 has the range of float32: no scaling of the loss.
+        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+            loss = self._objective.loss(self._head, self._represent, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(self._learned, MAX_NORM)
+        if not torch.isfinite(norm):
+            return math.nan
+        self.optimizer.step()
+        self.schedule.step()
+        return float(loss.detach())
+
+    def _diverged(self, epoch: int, step: int, loss: float) -> FusecliError:
+        best = self.progress.best_epoch
+        kept = f"the best weights are kept, of epoch {best}" if best else "no epoch was finished, nothing is kept"
+        where = f"epoch {epoch}, step {step} of {self.steps}"
+        hint = f"a lower --lr than {self._settings.lr:g}, or --layer-norm"
+        return FusecliError(f"the training diverged; {kept}", where=where, found=f"loss {loss}", hint=hint)
+
+    def state(self) -> dict[str, Any]:
+        """All that is needed to go on."""
+        named = self._represent.named if isinstance(self._represent, Fusion) else {}
+        return {
+            "fusion": {name: tensor.detach() for name, tensor in named.items()},
+            "head": {name: tensor.detach() for name, tensor in self._head.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "progress": vars(self.progress),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a saved state."""
+        if isinstance(self._represent, Fusion):
+            self._represent.restore(state["fusion"])
+        with torch.no_grad():
+            for name, tensor in self._head.items():
+                tensor.copy_(state["head"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        vars(self.progress).update(state["progress"])
+
+
+@contextlib.contextmanager
+def _training(represent: Representation) -> Iterator[None]:
+    with represent.training() if isinstance(represent, Fusion) else contextlib.nullcontext():
+        yield
+
+
+def _rate(steps: int, step: int) -> float:
+    """The learning rate as a share of the highest, after ``step`` of ``steps``."""
+    warm = max(1, round(WARM_UP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))

@@ -1,0 +1,123 @@
+"""What stands for a pair: one vector, from the text, from the image, from both, or from a fusion of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from fusecli.fusion import Seen
+from fusecli.training.data import Batch, Data, load
+from fusecli.weights import Config, Weights
+
+#: Pairs that are computed at once where nothing is learned.
+EVALUATED = 256
+
+
+class Representation(Protocol):
+    """Gives a vector for each pair."""
+
+    width: int
+
+    def own(self, batch: Batch) -> torch.Tensor:
+        """Vectors ``[B, width]`` of the pairs of a batch."""
+
+    def beside(self, data: Data, texts: list[int], image: int) -> torch.Tensor:
+        """Vectors ``[len(texts), width]`` of each text with one image; nothing is learned from them."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What there is to learn."""
+
+
+def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The mean of the rows of ``x [B, rows, width]`` where ``mask [B, rows]`` is true: ``[B, width]``."""
+    return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+class Means:
+    """Mean rows of text, image, or both side by side."""
+
+    def __init__(self, data: Data, text: bool, image: bool) -> None:
+        self._text, self._image = text, image
+        self._texts = data.texts.means() if text else None
+        self._images = data.images.means() if image else None
+        self.width = data.texts.width * text + data.images.width * image
+
+    def own(self, batch: Batch) -> torch.Tensor:
+        """See `Representation`."""
+        parts = [masked_mean(batch.texts, batch.text_mask)] if self._text else []
+        parts += [masked_mean(batch.images, batch.image_mask)] if self._image else []
+        return torch.cat(parts, 1)
+
+    def beside(self, data: Data, texts: list[int], image: int) -> torch.Tensor:
+        """See `Representation`."""
+        parts = [] if self._texts is None else [self._texts[texts]]
+        parts += [] if self._images is None else [self._images[image].expand(len(texts), -1)]
+        return torch.cat(parts, 1)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """See `Representation`."""
+        return []
+
+
+class Fusion:
+    """The mean of the fused tokens.
+
+    Args:
+        weights: to begin with; learned further if ``learned``.
+        device: where to compute.
+    """
+
+    def __init__(self, weights: Weights, device: str = "cpu", learned: bool = True) -> None:
+        self._device, self._learned = device, learned
+        self.config: Config = weights.config
+        self.named = {
+            name: nn.Parameter(torch.tensor(tensor, dtype=torch.float32, device=device), requires_grad=learned)
+            for name, tensor in weights.tensors.items()
+        }
+        self.width = weights.dim
+        self._drop: float = 0.0
+        self._weights = Weights(self.config, self.named)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """See `Representation`."""
+        return list(self.named.values()) if self._learned else []
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Here dropout is at work."""
+        self._drop = self.config.dropout if self.config.method == "transformer" and self._learned else 0.0
+        try:
+            yield
+        finally:
+            self._drop = 0.0
+
+    def own(self, batch: Batch) -> torch.Tensor:
+        """See `Representation`."""
+        drop = partial(nn.functional.dropout, p=self._drop) if self._drop else lambda x: x
+        n = batch.texts.shape[1]
+        seen = Seen(
+            self._weights, batch.images, batch.texts, n, "float32", training=True, mask=batch.image_mask, drop=drop
+        )
+        return masked_mean(seen.meet(batch.texts, mask=batch.text_mask).fused, batch.text_mask)
+
+    def beside(self, data: Data, texts: list[int], image: int) -> torch.Tensor:
+        """See `Representation`."""
+        with torch.no_grad():
+            parts = [texts[at : at + EVALUATED] for at in range(0, len(texts), EVALUATED)]
+            found = [self.own(load(data, some, [image] * len(some)).to(self._device)) for some in parts]
+        return torch.cat(found)
+
+    def snapshot(self) -> Weights:
+        """The weights as they are now, as NumPy arrays."""
+        return Weights(self.config, {name: tensor.detach().cpu().numpy().copy() for name, tensor in self.named.items()})
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over saved weights."""
+        with torch.no_grad():
+            for name, tensor in self.named.items():
+                tensor.copy_(tensors[name])

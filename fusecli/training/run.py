@@ -1,0 +1,238 @@
+"""A training from beginning to end: weights, head, log and state in files beside each other."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from fusecli import checkpoint
+from fusecli.arrays import to_device
+from fusecli.collections import Place
+from fusecli.errors import FileError, FusecliError, UsageError
+from fusecli.formats import open_sink
+from fusecli.training.data import Data, read, require_enough
+from fusecli.training.loop import Progress, Settings, fit
+from fusecli.training.objective import Objective
+from fusecli.training.represent import Fusion, Representation
+from fusecli.training.table import Row, compare, verdict
+from fusecli.weights import Weights
+
+#: What goes in place of the suffix of the checkpoint.
+HEAD, LOG, STATE = ".head.safetensors", ".log.jsonl", ".state.pt"
+
+
+class Reporter(Protocol):
+    """Is told how far a training is."""
+
+    def read(self, done: int, total: int) -> None:
+        """So many pairs have been read."""
+
+    def step(self, epoch: int, step: int, steps: int, loss: float) -> None:
+        """A step was taken."""
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """An epoch is over."""
+
+    def comparing(self, name: str) -> None:
+        """A line of the table is being computed."""
+
+
+def beside(output: str, suffix: str) -> str:
+    """The name of a file that belongs to a checkpoint."""
+    return output.removesuffix(".safetensors") + suffix
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training came to."""
+
+    progress: Progress
+    score: str  # the name of what the table shows
+    rows: list[Row]
+    fingerprint: str
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "fingerprint": self.fingerprint,
+            "epochs": self.progress.epoch,
+            "best_epoch": self.progress.best_epoch,
+            "held_out": len(self.rows[0].scores),
+            "score": self.score,
+            "table": [row.facts() for row in self.rows],
+            "verdict": verdict(self.rows),
+        }
+
+
+def train_on(
+    output: str,
+    ids: Sequence[str],
+    places: Callable[[str], tuple[Place, Place]],
+    make_objective: Callable[[Data], Objective],
+    first_weights: Callable[[int, int], Weights],
+    settings: Settings,
+    shares: tuple[float, float],
+    reporter: Reporter,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Result:
+    """Read the pairs, `train` on them, compare.
+
+    Args:
+        output: the checkpoint to write; head, log and state are named after it.
+        ids: of the pairs.
+        places: where image and text of each lie.
+        make_objective: what is to be learned of the pairs.
+        first_weights: the weights to begin with, for the widths of text and image.
+        settings: how to train.
+        shares: of the pairs for validation and held out.
+        reporter: is told how far it is.
+        resume: go on with an unfinished run.
+        overwrite: forget it.
+
+    Raises:
+        FusecliError: the pairs cannot be used, or the training diverged.
+    """
+    # The command multiplies on one thread for the sake of equal bytes everywhere; here it would take twice as long.
+    torch.set_num_threads(os.cpu_count() or 1)
+    if settings.device != "cpu":
+        to_device(settings.device)
+    begin(output, resume, overwrite)
+    data = read(ids, places, os.path.dirname(output) or ".", *shares, lambda done: reporter.read(done, len(ids)))
+    require_enough(data)
+    objective = make_objective(data)
+    untrained = first_weights(data.texts.width, data.images.width)
+    return train(output, untrained, objective, data, settings, reporter, resume)
+
+
+def begin(output: str, resume: bool, overwrite: bool) -> None:
+    """See that it is said what to do with an unfinished run.
+
+    Raises:
+        UsageError: there is one, or none to go on with.
+    """
+    state = beside(output, STATE)
+    there = os.path.exists(state)
+    if resume and not there:
+        raise UsageError("no unfinished run to go on with", where=state, hint="leave out --resume")
+    if there and not resume and not overwrite:
+        raise UsageError("there is an unfinished run", where=state, hint="--resume or --overwrite")
+
+
+def train(
+    output: str,
+    untrained: Weights,
+    objective: Objective,
+    data: Data,
+    settings: Settings,
+    reporter: Reporter,
+    resume: bool,
+) -> Result:
+    """Train ``untrained`` and write the best weights to ``output``; then compare on the held-out pairs.
+
+    Raises:
+        UsageError: the run to go on with had other pairs or options.
+        FusecliError: the training diverged.
+    """
+    facts = {
+        "weights": checkpoint.fingerprint(untrained),
+        "objective": objective.name,
+        **objective.facts(),
+        **{name: value for name, value in asdict(settings).items() if name != "device"},
+        "pairs": hashlib.sha256("\n".join(data.ids).encode("utf-8", "surrogateescape")).hexdigest()[:12],
+        "parts": {part: len(which) for part, which in data.parts.items()},
+    }
+    keeper = _Files(output, objective, facts)
+    state = keeper.begin(resume)
+    fusion = Fusion(untrained, settings.device)
+    try:
+        progress = fit(fusion, objective, data, settings, keeper, reporter.step, reporter.epoch, state)
+    except FusecliError:
+        keeper.end()  # it would diverge again
+        raise
+    del fusion, state
+    trained = checkpoint.load(output)
+    rows = compare(objective, data, settings, untrained, trained, reporter.comparing)
+    result = Result(progress, objective.score_name, rows, checkpoint.fingerprint(trained))
+    keeper.log(result.facts())
+    keeper.end()
+    return result
+
+
+class _Files:
+    """Keeps a run in files: a `fusecli.training.loop.Keeper`."""
+
+    def __init__(self, output: str, objective: Objective, facts: dict[str, Any]) -> None:
+        self._output, self._objective, self._facts = output, objective, facts
+        self._state, self._log = beside(output, STATE), beside(output, LOG)
+
+    def begin(self, resume: bool) -> dict[str, Any] | None:
+        """The state to go on from, if that is wanted; the log as far as that."""
+        state = self._read() if resume else None
+        lines = [{"run": self._facts}, *(state["progress"]["log"] if state else [])]
+        self._write(self._log, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        return state
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            with open(self._state, "rb") as file:
+                state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+            facts = json.loads(state["facts"])
+        except Exception as error:  # torch raises a dozen kinds for a bad file
+            found = str(error).split("\n")[0]
+            raise FileError("not the state of a training", where=self._state, found=found, hint="--overwrite") from None
+        other = [name for name in self._facts if json.loads(json.dumps(self._facts[name])) != facts.get(name)]
+        if other:
+            found = ", ".join(f"{name} {facts.get(name)}" for name in other)
+            wanted = ", ".join(f"{name} {self._facts[name]}" for name in other)
+            hint = "the same options as before, or --overwrite"
+            raise UsageError(
+                "the run to go on with is another one", where=self._state, found=found, wanted=wanted, hint=hint
+            )
+        return state
+
+    def best(self, represent: Representation, head: dict[str, nn.Parameter], progress: Progress) -> None:
+        """See `Keeper`."""
+        from safetensors.numpy import save
+
+        assert isinstance(represent, Fusion)
+        weights = represent.snapshot()
+        about = {
+            "objective": self._objective.name,
+            "epoch": progress.best_epoch,
+            "fusion": checkpoint.fingerprint(weights),
+            **self._objective.facts(),
+        }
+        tensors = {name: tensor.detach().cpu().numpy().copy() for name, tensor in head.items()}
+        self._write(beside(self._output, HEAD), save(tensors, {"fusecli-head": json.dumps(about, sort_keys=True)}))
+        checkpoint.save(weights, self._output)
+
+    def state(self, state: dict[str, Any]) -> None:
+        """See `Keeper`."""
+        buffer = io.BytesIO()
+        torch.save({**state, "facts": json.dumps(self._facts)}, buffer)
+        self._write(self._state, buffer.getvalue())
+        self.log(state["progress"]["log"][-1])
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Add a line."""
+        with open(self._log, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def end(self) -> None:
+        """The run is over."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._state)
+
+    def _write(self, path: str, data: bytes) -> None:
+        with open_sink(path) as sink:
+            sink.put(0, data)

@@ -1,0 +1,285 @@
+"""Training: what is read, what is learned, what is kept, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fusecli
+from fusecli.training import table
+from fusecli.training.data import batches, padding, part_of, read
+from fusecli.training.loop import _rate
+from fusecli.training.objective import Match
+from tests.conftest import FUSECLI, Run
+
+D = 16
+PAIRS = 160
+
+
+@pytest.fixture
+def lesson(tmp_path: Path, rng: np.random.Generator) -> list[str]:
+    """Pairs whose label, one of three, is that of the image row that the text asks for, and ``labels.csv``."""
+    centres = 3 * rng.standard_normal((3, D))
+    questions = rng.standard_normal((2, D))
+    ids = []
+    lines = ["id,label,other,number"]
+    for k in range(PAIRS):
+        id = f"{'ab'[k % 2]}/{k:03}"
+        label, asked, other = k % 3, k % 2, int(rng.integers(3))
+        rows = np.stack([centres[label if row == asked else other] + 3 * questions[row] for row in (0, 1)])
+        image = rows + 0.3 * rng.standard_normal((2, D))
+        text = questions[asked] + 0.3 * rng.standard_normal((1 + k % 5, D))
+        for side, array in (("img", image), ("txt", text)):
+            path = tmp_path / side / f"{id}.npy"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, array.astype(np.float16 if side == "txt" else np.float32))
+        ids.append(id)
+        lines.append(f"{id},{'xyz'[label]},{other},{label + 0.5}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
+    return ids
+
+
+QUICK = ("--num-heads", 2, "--batch-size", 16, "--lr", 1e-3, "--seed", 3)
+
+
+def _train(run: Run, *options: Any, code: int | None = 0, output: str = "f.safetensors") -> Any:
+    done = run("train", "img", "txt", "-o", output, *QUICK, "--json", *options, code=code)
+    return json.loads(done.stdout) if code == 0 else done.stderr.decode()
+
+
+def _scores(facts: dict[str, Any]) -> dict[str, float]:
+    return {row["features"]: row["score"] for row in facts["table"]}
+
+
+@pytest.mark.parametrize("method", ["gated", "transformer"])
+def test_a_fusion_learns_what_neither_side_knows(method: str, run: Run, lesson: list[str], tmp_path: Path) -> None:
+    facts = _train(run, "--labels", "labels.csv", "--method", method, "--epochs", 30, "--patience", 30)
+    scores = _scores(facts)
+    assert scores["this fusion, trained"] > scores["both side by side"] + 0.1
+    assert "beats side by side" in facts["verdict"]
+    assert scores["text only"] < 0.6
+    weights = fusecli.load(tmp_path / "f.safetensors")
+    assert (weights.config.method, weights.config.layer_norm) == (method, True)
+    assert fusecli.fingerprint(weights) == facts["fingerprint"]
+    assert all(row["low"] <= row["score"] <= row["high"] for row in facts["table"])
+
+
+def test_what_is_trained_gives_the_same_numbers_everywhere(run: Run, lesson: list[str], tmp_path: Path) -> None:
+    _train(run, "--labels", "labels.csv", "--method", "attention", "--epochs", 2, "--no-layer-norm")
+    weights = fusecli.load(tmp_path / "f.safetensors")
+    run("batch", "img", "txt", "-w", "f.safetensors", "-o", "out", "-q")
+    run("fuse", f"img/{lesson[0]}.npy", f"txt/{lesson[0]}.npy", "-w", "f.safetensors", "-o", "one.npy", "-q")
+    module = fusecli.ImageTextFusion(D, 2)
+    module.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in weights.tensors.items()})
+    image, text = (torch.from_numpy(np.load(tmp_path / side / f"{lesson[0]}.npy")).float() for side in ("img", "txt"))
+    expected = module(image, text).detach().numpy()
+    for path in ("one.npy", f"out/{lesson[0]}.npy"):
+        np.testing.assert_allclose(np.load(tmp_path / path), expected, atol=2e-2, rtol=2e-3)
+    assert (tmp_path / "one.npy").read_bytes() == (tmp_path / f"out/{lesson[0]}.npy").read_bytes()
+
+
+def test_without_labels_it_learns_which_image_belongs_to_a_text(run: Run, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((300, 1, D)).astype(np.float32)
+    np.save(tmp_path / "img.npy", x @ rng.standard_normal((D, D)).astype(np.float32))
+    np.save(tmp_path / "txt.npy", x + 0.1 * rng.standard_normal((300, 3, D)).astype(np.float32))
+    options = ("--num-heads", 2, "--batch-size", 32, "--lr", 3e-3, "--epochs", 15, "--json")
+    facts = json.loads(run("train", "img.npy", "txt.npy", "-o", "f.safetensors", *options).stdout)
+    scores = _scores(facts)
+    assert facts["score"] == "recall@1"
+    assert scores["this fusion, trained"] > 20 * scores["chance"]
+    assert scores["text only"] == 0
+
+
+def test_numbers_can_be_learned(run: Run, lesson: list[str]) -> None:
+    options = ("--label-column", "number", "--task", "regression", "--epochs", 20, "--patience", 20)
+    scores = _scores(_train(run, "--labels", "labels.csv", *options))
+    assert scores["mean"] < 0.2 < scores["this fusion, trained"]
+
+
+def _bytes(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in ("f.safetensors", "f.head.safetensors")]
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_bytes_killed_or_not(run: Run, lesson: list[str], tmp_path: Path) -> None:
+    options = ("--labels", "labels.csv", "--method", "transformer", "--epochs", 40, "--patience", 40)
+    _train(run, *options)
+    whole = _bytes(tmp_path)
+    _train(run, *options, "--num-layers", 1)
+    assert _bytes(tmp_path) == whole
+    for epochs in (3, 9):
+        command = [*FUSECLI, "train", "img", "txt", "-o", "f.safetensors", *map(str, (*QUICK, *options))]
+        again = ["--resume"] if (tmp_path / "f.state.pt").exists() else []
+        with subprocess.Popen([*command, *again], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr
+            for line in process.stderr:
+                if line.startswith("epoch") and int(line.split()[1]) >= epochs:
+                    process.send_signal(signal.SIGKILL)
+                    break
+        assert (tmp_path / "f.state.pt").exists()
+    told = _train(run, *options, code=2)
+    assert "--resume or --overwrite" in told
+    other = _train(run, *options, "--resume", "--label-smoothing", 0.1, "--lr", 1e-2, code=2)
+    assert "lr 0.001" in other
+    _train(run, *options, "--resume")
+    assert _bytes(tmp_path) == whole
+    log = [json.loads(line) for line in (tmp_path / "f.log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in log if "epoch" in line] == list(range(1, 41))
+    assert not (tmp_path / "f.state.pt").exists()
+
+
+def test_a_loss_that_diverges_stops_and_keeps_the_best(run: Run, lesson: list[str], tmp_path: Path) -> None:
+    told = _train(run, "--labels", "labels.csv", "--lr", 1e30, "--no-layer-norm", code=1)
+    assert "step" in told
+    assert "diverged" in told
+    assert not (tmp_path / "f.state.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "told"),
+    [
+        ("a/000,x,0,1\n", (), "twice"),
+        ("nowhere,x,0,1\n", (), "1 labelled, without a pair"),
+        ("", ("--label-column", "kind"), "no such column"),
+        ("", ("--task", "regression"), "not a number"),
+    ],
+)
+def test_bad_labels_are_told_of(
+    change: str, options: Any, told: str, run: Run, lesson: list[str], tmp_path: Path
+) -> None:
+    with (tmp_path / "labels.csv").open("a") as file:
+        file.write(change)
+    assert told in _train(run, "--labels", "labels.csv", *options, code=3)
+
+
+def test_ids_without_label_are_listed_or_passed_over(run: Run, lesson: list[str], tmp_path: Path) -> None:
+    lines = (tmp_path / "labels.csv").read_text().splitlines()
+    (tmp_path / "labels.csv").write_text("\n".join(lines[:-7]) + "\n")
+    (tmp_path / "txt" / f"{lesson[0]}.npy").unlink()
+    told = _train(run, "--labels", "labels.csv", code=3)
+    assert f"7 ids without label: {lesson[-7]}" in told or "7 ids without label: " in told
+    assert f"1 ids without text: {lesson[0]}" in told
+    _train(run, "--labels", "labels.csv", "--allow-missing", "--epochs", 1)
+
+
+def test_one_class_only(run: Run, lesson: list[str], tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("id,label\n" + "".join(f"{id},x\n" for id in lesson))
+    assert "only one label" in _train(run, "--labels", "labels.csv", code=3)
+
+
+@pytest.mark.parametrize("bad", [np.full((2, D), np.nan, np.float32), np.ones((2, D + 1), np.float32)])
+def test_bad_features_are_named(bad: Any, run: Run, lesson: list[str], tmp_path: Path) -> None:
+    np.save(tmp_path / "img" / f"{lesson[5]}.npy", bad)
+    assert f"{lesson[5]}.npy" in _train(run, "--labels", "labels.csv", code=3)
+
+
+def test_three_pairs_are_too_few(run: Run, lesson: list[str], tmp_path: Path) -> None:
+    lines = (tmp_path / "labels.csv").read_text().splitlines()
+    (tmp_path / "labels.csv").write_text("\n".join(lines[:4]) + "\n")
+    assert "too few pairs" in _train(run, "--labels", "labels.csv", "--allow-missing", code=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--labels", "labels.csv", "--objective", "match"), "--objective"),
+        (("--manifest", "-"), "stdin"),
+        (("--validation", 0.5, "--held-out", 0.5), "nothing is left"),
+        (("--method", "concat", "--gate", "tanh"), "gate is an option of gated"),
+        (("--resume",), "no unfinished run"),
+        (("--labels", "f.safetensors"), "also an input"),
+    ],
+)
+def test_options_that_contradict_each_other(options: Any, told: str, run: Run, lesson: list[str]) -> None:
+    sides = () if "--manifest" in options else ("img", "txt")
+    assert told in run("train", *sides, "-o", "f.safetensors", *options, code=2).stderr.decode()
+
+
+def test_a_checkpoint_can_be_trained_further(run: Run, lesson: list[str], tmp_path: Path) -> None:
+    run("init", "-o", "w.safetensors", "--method", "concat", "--feature-dim", D, "-q")
+    facts = json.loads(
+        run("train", "img", "txt", "-o", "f.safetensors", "-w", "w.safetensors", "--json", "--epochs", 1).stdout
+    )
+    assert fusecli.load(tmp_path / "f.safetensors").config.method == "concat"
+    assert facts["fingerprint"] != fusecli.fingerprint(fusecli.load(tmp_path / "w.safetensors"))
+
+
+def _drawn(tmp_path: Path, pairs: int = 500) -> Any:
+    from fusecli.collections import open_collection
+
+    rng = np.random.default_rng(1)
+    from safetensors.numpy import save_file
+
+    for side, most in (("i", 300), ("t", 60)):
+        rows = rng.integers(1, most, pairs)
+        save_file(
+            {f"{k}": rng.standard_normal((n, 8)).astype(np.float16) for k, n in enumerate(rows)},
+            tmp_path / f"{side}.safetensors",
+        )
+    images, texts = (open_collection(str(tmp_path / f"{side}.safetensors")) for side in "it")
+    return read(list(images), lambda name: (images.place(name), texts.place(name)), str(tmp_path), 0.1, 0.2), images
+
+
+def test_features_are_read_as_they_are_and_padded_with_zeros(tmp_path: Path) -> None:
+    data, images = _drawn(tmp_path, 20)
+    from fusecli.places import features_at
+
+    for at, id in enumerate(data.ids):
+        assert (data.images[at] == features_at(images.place(id), "image").read()).all()
+    block, mask = data.images.padded([0, 3])
+    assert (block[~mask] == 0).all()
+    assert mask.sum(1).tolist() == [data.images.length(0), data.images.length(3)]
+    np.testing.assert_allclose(data.texts.means()[2], data.texts[2].astype(np.float64).mean(0), rtol=1e-5)
+    assert os.listdir(tmp_path) == ["i.safetensors", "t.safetensors"] or len(os.listdir(tmp_path)) == 2
+
+
+def test_batches_hold_every_pair_once_with_little_padding(tmp_path: Path) -> None:
+    data, _ = _drawn(tmp_path)
+    train = data.parts["train"]
+    made = batches(data, train, 8, torch.Generator().manual_seed(0))
+    assert sorted(at for batch in made for at in batch) == train
+    assert padding(data, made) < 0.15
+    assert made != batches(data, train, 8, torch.Generator().manual_seed(1))
+
+
+def test_parts_are_by_id_alone() -> None:
+    ids = [f"folder/{k}" for k in range(5000)]
+    parts = [part_of(id, 0.1, 0.2) for id in ids]
+    assert parts == [part_of(id, 0.1, 0.2) for id in ids]
+    assert abs(parts.count("held-out") / 5000 - 0.2) < 0.02
+    assert abs(parts.count("validation") / 5000 - 0.1) < 0.02
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    rates = [_rate(100, step) for step in range(101)]
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert max(rates) == 1
+    assert rates[-1] < 1e-6
+
+
+def test_intervals() -> None:
+    row = table.row("x", torch.tensor([1.0] * 8 + [0.0] * 2))
+    assert (round(row.low, 3), round(row.high, 3)) == (0.490, 0.943)  # Wilson 1927
+    low, high = table.resampled(torch.randn(400, generator=torch.Generator().manual_seed(0)))
+    assert -0.2 < low < 0 < high < 0.2 or low < high
+
+
+def test_equal_scores_are_no_hits(tmp_path: Path) -> None:
+    data, _ = _drawn(tmp_path, 30)
+    from fusecli.training.represent import Means
+
+    objective = Match(8)
+    represent = Means(data, text=True, image=False)
+    torch.manual_seed(0)
+    measured = objective.measure(objective.head(8), represent, data, list(range(30)))
+    assert measured.score == 0
