@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -116,15 +117,27 @@ class Output:
     dtype: str | None = None  # None: the text's
     finite: bool = True  # refuse NaN and Inf
     stream: bool = False  # what has gone out cannot be taken back
+    gate: bool = False  # the attention's place has room for the mean gate of each token behind it, see `gate_of`
     threads: int = 1  # for texts of many blocks
 
 
-def to_file(path: str, format: str | None = None) -> Opener:
-    """Results into one file, in ``format`` or by its suffix; ``-`` is standard output."""
+def takes_gate(weights: Weights, path_or_suffix: str) -> bool:
+    """Whether attention that is written there has the gates beside it: where there are gates, and names."""
+    return weights.config.method == "gated" and path_or_suffix.endswith(".safetensors")
+
+
+def gate_of(shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """Name and shape of the mean gates that belong to attention of ``shape``, ``[H, N, M]`` or ``[N, M]``."""
+    return "gate", (shape[-2],)
+
+
+def to_file(path: str, format: str | None = None, gate: bool = False) -> Opener:
+    """Results into one file, in ``format`` or by its suffix; ``-`` is standard output; with ``gate``, room for that."""
 
     @contextmanager
     def opener(name: str, shape: tuple[int, ...], dtype: str) -> Iterator[tuple[Sink, int]]:
-        header: bytes = format_of(path, format).header(name, shape, dtype, {})
+        second = gate_of(shape) if gate else None
+        header: bytes = format_of(path, format).header(name, shape, dtype, {}, second)
         with open_sink(path) as sink:
             sink.put(0, header)
             yield sink, len(header)
@@ -295,6 +308,8 @@ class _Blocks:
         if self.attention:
             attended = to_numpy(met.attention)
             self.attention.put_rows(block.start, attended.mean(0) if self.output.attention_mean else attended)
+            if self.output.gate:
+                self.attention.put_behind(block.start, to_numpy(met.gate))
 
 
 class _Opened:
@@ -337,6 +352,12 @@ class _ArrayFile:
         rows, width = self._shape[-2:]
         for head, part in enumerate(stored):
             self._sink.put(self._begin + (head * rows + start) * width * stored.itemsize, part)
+
+    def put_behind(self, start: int, values: NumpyArray) -> None:
+        """Write ``values [n]`` of an array ``[N]`` that stands behind this one, from ``start`` on."""
+        stored = np.ascontiguousarray(cast(values, self._dtype))
+        end = self._begin + math.prod(self._shape) * stored.itemsize
+        self._sink.put(end + start * stored.itemsize, stored)
 
 
 def require_width(stored: Stored, width: int, side: str) -> None:

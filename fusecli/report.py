@@ -35,8 +35,9 @@ def describe(path: str, num_heads: int | None = None) -> dict[str, Any]:
     if any(name.endswith("image_proj.weight") for name in tensors):
         return {"file": path, **_of_checkpoint(checkpoint.load(path, num_heads)), "tensors": rows}
     kind: dict[str, Any] = {"kind": "features"}
-    if stochastic == [True] and len(rows[0]["shape"]) in (2, 3):
-        *heads, n, m = rows[0]["shape"]
+    named = [at for at, row in enumerate(rows) if len(rows) == 1 or row["name"] == "attention"]
+    if len(named) == 1 and stochastic[named[0]] and len(rows[named[0]]["shape"]) in (2, 3):
+        *heads, n, m = rows[named[0]]["shape"]
         kind = {"kind": "attention", "heads": heads[0] if heads else "mean", "text_rows": n, "image_rows": m}
     return {"file": path, **kind, "tensors": rows}
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,12 +10,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
+import fusecli
 from fusecli import Config, Weights, checkpoint, fuse
 from fusecli.arrays import gelu, layer_norm
 from fusecli.errors import CheckpointError, UsageError
 from fusecli.fusion import Seen
 from fusecli.methods import single_rows
+from tests.batches import D
+from tests.conftest import Run
 from tests.oracle import assert_as_good, features
 from tests.oracle_methods import oracle
 
@@ -242,3 +249,67 @@ def test_the_formulas_of_arrays_are_torchs(rng: np.random.Generator) -> None:
     weight, bias = rng.standard_normal((2, 100))
     ours, theirs = layer_norm(x, weight, bias), layer_norm(*map(torch.from_numpy, (x, weight, bias)))
     np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["gated", "transformer", "concat", "weighted-sum"])
+def test_every_method_through_the_commands(method: str, run: Run, many: dict[str, Any], tmp_path: Path) -> None:
+    run("init", "-o", "w.safetensors", "--feature-dim", D, "--method", method, "--layer-norm", "-q")
+    weights = fusecli.load(tmp_path / "w.safetensors")
+    shown = weights.config.has_attention
+    dump = ("-a", "att", "--suffix", ".safetensors") if shown else ("--suffix", ".safetensors")
+    run("batch", "img", "txt", "-w", "w.safetensors", "-o", "out", *dump, "-q")
+    again = run("batch", "img", "txt", "-w", "w.safetensors", "-o", "out", *dump)
+    assert b"skipped" in again.stderr
+    for id, (image, text) in many.items():
+        one = ("-a", "a.safetensors") if shown else ()
+        run("fuse", f"img/{id}.npy", f"txt/{id}.npy", "-w", "w.safetensors", "-o", "o.safetensors", *one, "-q")
+        assert (tmp_path / "o.safetensors").read_bytes() == (tmp_path / f"out/{id}.safetensors").read_bytes()
+        np.testing.assert_allclose(
+            load_file(tmp_path / "o.safetensors")["fused"], fuse(weights, image, text), atol=1e-5
+        )
+        if shown:
+            assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / f"att/{id}.safetensors").read_bytes()
+    facts = json.loads(run("inspect", "w.safetensors", "--json").stdout)
+    assert (facts["method"], facts["layer_norm"]) == (method, True)
+
+
+@pytest.mark.parametrize("mean", [(), ("--attention-mean",)])
+def test_gates_stand_behind_the_attention(mean: tuple[str, ...], run: Run, pair: Any, tmp_path: Path) -> None:
+    run("init", "-o", "w.safetensors", "--method", "gated", "-q")
+    run("fuse", "regions.npy", "txt.npy", "-w", "w.safetensors", "-o", "o.npy", "-a", "a.safetensors", *mean, "-q")
+    found = load_file(tmp_path / "a.safetensors")
+    image, text = pair
+    met = Seen(fusecli.load(tmp_path / "w.safetensors"), image, text, 5, "float32").meet(text, need_weights=True)
+    assert met.gate is not None
+    np.testing.assert_allclose(found["gate"], met.gate, atol=1e-6)
+    assert found["attention"].shape == ((5, 16) if mean else (8, 5, 16))
+    facts = json.loads(run("inspect", "a.safetensors", "--json").stdout)
+    assert (facts["kind"], facts["text_rows"], facts["image_rows"]) == ("attention", 5, 16)
+
+
+@pytest.mark.parametrize("method", ["concat", "weighted-sum"])
+def test_asking_for_attention_where_there_is_none(method: str, run: Run, pair: Any, many: Any) -> None:
+    run("init", "-o", "w.safetensors", "--method", method, "-q")
+    for command in (("fuse", "regions.npy", "txt.npy"), ("batch", "img", "txt")):
+        told = run(*command, "-w", "w.safetensors", "-o", "o", "-a", "a", code=2).stderr
+        assert f"no attention to show: found method {method}".encode() in told
+        assert not set("oa") & {path.name for path in Path(os.curdir).iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--method", "concat", "--residual"), b"residual is an option of attention"),
+        (("--method", "transformer", "--identity"), b"no identity"),
+        (("--method", "gated", "--text-dim", 512), b"needs Dt = D"),
+        (
+            (
+                "--method",
+                "sum",
+            ),
+            b"sum",
+        ),
+    ],
+)
+def test_init_says_what_does_not_go_together(options: Any, told: bytes, run: Run) -> None:
+    assert told in run("init", "-o", "w.safetensors", *options, code=2).stderr

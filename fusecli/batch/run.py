@@ -22,6 +22,7 @@ from fusecli.checkpoint import fingerprint
 from fusecli.collections import SUFFIXES
 from fusecli.errors import OutputError, UsageError
 from fusecli.formats import safetensors
+from fusecli.pairs import takes_gate
 from fusecli.weights import Weights
 
 #: Ids that are shown of many.
@@ -223,7 +224,8 @@ def _job(request: Request, folder: str) -> Job:
         if is_one_file(path):
             return PartStore(path, folder, kind)
         temporary = f"{path}/{STATE}/{f'tmp-{request.shard}' if request.shard else 'tmp'}"
-        return FolderStore(path, request.suffix, temporary)
+        gate = kind == "attention" and takes_gate(request.weights, request.suffix)
+        return FolderStore(path, request.suffix, temporary, gate)
 
     mover = (lambda x: x) if request.device == "cpu" else to_device(request.device)
     attention = store(request.attention, "attention") if request.attention else None

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 from fusecli.errors import FusecliError, OutputError
 from fusecli.formats import FLOATS, FileSink, Replacing, Sink, format_of, itemsize, safetensors
+from fusecli.pairs import gate_of
 
 #: The folder in the output (or beside it, where that is a file) with the ledger and what is not finished.
 STATE = ".fusecli"
@@ -100,6 +101,7 @@ class FolderStore:
     path: str
     suffix: str
     temporary: str  # folder on the same file system
+    gate: bool = False  # each result has gates behind it
     _there: dict[str, dict[str, bool]] = field(default_factory=dict)  # what was in a folder at first: is it a link?
     _count: Iterator[int] = field(default_factory=count)
 
@@ -113,7 +115,7 @@ class FolderStore:
         # process leaves behind is not in the user's way.
         temporary = f"{self.temporary}/{os.getpid()}-{next(self._count)}"
         self._make_room(target)
-        header = format_of(target).header(name, shape, dtype, {})
+        header = self._header(target, name, shape, dtype)
         return _NewFile(target, temporary, header, Piece(shape, dtype), told)
 
     def is_input(self, id: str, path: str) -> bool:
@@ -150,11 +152,16 @@ class FolderStore:
         """See `Store`: size and header are looked at."""
         path = f"{self.path}/{id}{self.suffix}"
         try:
-            header = format_of(path).header(name, piece.shape, piece.dtype, {})
+            header = self._header(path, name, piece.shape, piece.dtype)
         except FusecliError:  # never written by us
             return False
         size, start = look_into(path, len(header))
-        return size == len(header) + piece.nbytes and start == header
+        behind = math.prod(gate_of(piece.shape)[1]) * itemsize(piece.dtype) if self.gate else 0
+        return size == len(header) + piece.nbytes + behind and start == header
+
+    def _header(self, path: str, name: str, shape: tuple[int, ...], dtype: str) -> bytes:
+        header: bytes = format_of(path).header(name, shape, dtype, {}, gate_of(shape) if self.gate else None)
+        return header
 
 
 class _NewFile(Replacing):

@@ -98,6 +98,7 @@ def _fuse(job: Job, task: Task, image: Stored, row: Any, shared: float) -> Outco
         attention_mean=job.options.attention_mean,
         dtype=job.options.dtype,
         finite=not job.options.allow_nonfinite,
+        gate=isinstance(job.attention, FolderStore) and job.attention.gate,
     )
     seconds = Seconds()
     try:

@@ -89,13 +89,15 @@ def fuse(
         note(f"untrained weights (seed {seed}): the numbers mean nothing yet; pass --weights FILE", quiet)
     if stored_image.shape[0] == 1:
         _tell_of_one_row(loaded.config, quiet)
+    gate = attention is not None and pairs.takes_gate(loaded, attention)
     form = pairs.Output(
         pairs.to_file(output, format),
-        pairs.to_file(attention) if attention else None,
+        pairs.to_file(attention, gate=gate) if attention else None,
         attention_mean=attention_mean,
         dtype=dtype,
         finite=not allow_nonfinite,
         stream=is_stream(output),
+        gate=gate,
         threads=(os.cpu_count() or 1) if device == "cpu" else 1,
     )
     try:

@@ -82,8 +82,8 @@ def _check_length(source: Source, offset: int, shape: tuple[int, ...], dtype: st
         )
 
 
-def header(name: str, shape: tuple[int, ...], dtype: str, metadata: dict[str, str]) -> bytes:
-    """What stands before the data; ``name`` and ``metadata`` have no place in this format.
+def header(name: str, shape: tuple[int, ...], dtype: str, metadata: dict[str, str], second: object = None) -> bytes:
+    """What stands before the data; ``name``, ``metadata`` and a second array have no place in this format.
 
     Raises:
         UsageError: ``dtype`` is bfloat16, which the format cannot name.

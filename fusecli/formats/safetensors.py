@@ -194,14 +194,22 @@ def metadata(source: Source) -> dict[str, str]:
     return read_index(source).metadata
 
 
-def header(name: str, shape: tuple[int, ...], dtype: str, metadata: dict[str, str]) -> bytes:
-    """What stands before the data of a file with one tensor.
+def header(
+    name: str, shape: tuple[int, ...], dtype: str, metadata: dict[str, str], second: Second | None = None
+) -> bytes:
+    """What stands before the data of a file with one tensor, or with a ``second`` of the same dtype behind it.
 
     Raises:
         UsageError: the format has no name for ``dtype``.
     """
     strings = f'"{METADATA}":{json.dumps(metadata, separators=(",", ":"))},' if metadata else ""
-    return _framed(bytearray((strings + _described(name, shape, dtype, 0)[0]).encode()))
+    entry, end = _described(name, shape, dtype, 0)
+    more = "," + _described(*second, dtype, end)[0] if second else ""
+    return _framed(bytearray((strings + entry + more).encode()))
+
+
+#: Name and shape of a tensor behind another.
+Second: TypeAlias = tuple[str, tuple[int, ...]]
 
 
 def header_of_many(tensors: Iterable[tuple[str, tuple[int, ...], str]]) -> bytes:
