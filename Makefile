@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT := demo-out
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench clean
+.PHONY: help demo test lint types weights bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -30,6 +30,11 @@ lint: .venv/installed  ## ruff and import-linter
 
 types: .venv/installed  ## mypy, strict
 	$(BIN)/mypy
+
+weights: .venv/installed  ## train the demo's checkpoint: make weights DATA=folder (regions, texts, labels)
+	@mkdir -p $(OUT)
+	$(BIN)/fusecli train $(DATA)/regions.safetensors $(DATA)/texts.safetensors -o $(OUT)/trained.safetensors --overwrite
+	$(BIN)/fusecli convert $(OUT)/trained.safetensors -o sample_data/fusion.safetensors --dtype float16
 
 bench: .venv/installed  ## measure and print ratios (minutes; leave the machine alone)
 	$(BIN)/python -m benchmarks

@@ -16,7 +16,8 @@ from typing import Any, cast
 import numpy as np
 
 from fusecli.arrays import FLOAT_NAMES, Array, dtype_name, first_nonfinite, import_torch, to_numpy
-from fusecli.errors import CheckpointError, FileError, InputError, UsageError, ValuesError
+from fusecli.arrays import cast as convert
+from fusecli.errors import CheckpointError, FileError, InputError, OutputError, UsageError, ValuesError
 from fusecli.formats import NumpyArray, open_sink, open_source, read_bytes, safetensors, sniff
 from fusecli.weights import OPTIONS, Config, Weights, tensor_shapes
 
@@ -195,6 +196,19 @@ def save(weights: Weights, path: str | os.PathLike[str]) -> None:
         sink.put(0, data)
 
 
+def stored_as(weights: Weights, dtype: str) -> Weights:
+    """The same weights in another dtype.
+
+    Raises:
+        OutputError: a number is too large for it.
+    """
+    tensors = {name: convert(tensor, dtype) for name, tensor in weights.tensors.items()}
+    for name, tensor in tensors.items():
+        if first_nonfinite(to_numpy(tensor)) is not None:
+            raise OutputError(f"weights do not fit {dtype}", where=name, hint="--dtype float32")
+    return Weights(weights.config, tensors)
+
+
 def fingerprint(weights: Weights) -> str:
     """12 hexadecimal digits that tell these weights and options from any others."""
     import hashlib  # not needed to fuse
@@ -249,31 +263,33 @@ def init(
 
 
 def orthogonal(feature_dim: int = 768, num_heads: int = 8, *, seed: int = 0, **options: Any) -> Weights:
-    """Weights to train from: as `init`, but every projection keeps lengths and angles, and gates are half open.
+    """Weights to train from: as `init`, but every projection keeps lengths and angles.
 
     A product of three random matrices, as `init` has on the way from image to result, loses much of what is in the
-    image, and few pairs do not bring it back. Square projections are the identity, others have orthonormal rows or
-    columns (Saxe, McClelland and Ganguli 2014, section 3); the last layer of a feed-forward network starts at zero.
+    image, and few pairs do not bring it back. ``image_proj`` turns the image about at random (Saxe, McClelland and
+    Ganguli 2014, section 3), the others are the identity where they are square; ``gated`` starts as ``T + A``, and the
+    last layer of a feed-forward network at zero.
 
     Args and errors as in `init`.
     """
     weights = init(feature_dim, num_heads, seed=seed, **options)
-    tensors = dict(weights.tensors)
-    for name, tensor in tensors.items():
-        if "norm" in name or name in CONSTANTS or name.endswith("bias"):
-            value = 0.0 if name.endswith("bias") else None
-        elif ".linear1" in name:
-            continue
-        elif ".linear2" in name or name.startswith("gate_proj"):
-            value = 0.0
-        else:
-            rows = tensor.shape[0] // 3 if name.endswith("in_proj_weight") else tensor.shape[0]
-            blocks = [_orthonormal(block) for block in tensor.reshape(-1, rows, tensor.shape[1])]
-            tensors[name] = np.concatenate(blocks)
-            continue
-        if value is not None:
-            tensors[name] = np.full_like(tensor, value)
+    tensors = {name: _turned(name, tensor) for name, tensor in weights.tensors.items()}
+    if "gate_proj.weight" in tensors:  # a gate of weight zero is half open
+        tensors["attention.out_proj.weight"] *= 2
     return Weights(weights.config, tensors)
+
+
+def _turned(name: str, drawn: NumpyArray) -> NumpyArray:
+    if name in CONSTANTS or name.endswith("norm.weight") or ".norm" in name or ".linear1" in name:
+        return drawn
+    if name.endswith("bias") or ".linear2" in name or name.startswith("gate_proj"):
+        return np.zeros_like(drawn)
+    rows = drawn.shape[0] // 3 if name.endswith("in_proj_weight") else drawn.shape[0]
+    if rows == drawn.shape[1] and name != "image_proj.weight":
+        return np.tile(np.eye(rows, dtype=np.float32), (drawn.shape[0] // rows, 1))
+    u, _, vt = np.linalg.svd(drawn, full_matrices=False)  # the nearest with orthonormal rows or columns
+    nearest: NumpyArray = u @ vt
+    return nearest
 
 
 def _configured(method: str, num_heads: int, options: Mapping[str, Any]) -> Config:
@@ -309,16 +325,6 @@ def _drawn(bits: np.random.MT19937, name: str, shapes: Mapping[str, tuple[int, .
 
 #: Where a number alone starts.
 CONSTANTS = {"alpha": 0.5, "gamma": 0.0}
-
-
-def _orthonormal(weight: NumpyArray) -> NumpyArray:
-    """The identity if ``weight`` is square, else the nearest matrix with orthonormal rows or columns."""
-    rows, columns = weight.shape
-    if rows == columns:
-        return np.eye(rows, dtype=weight.dtype)
-    u, _, vt = np.linalg.svd(weight, full_matrices=False)
-    nearest: NumpyArray = u @ vt
-    return nearest
 
 
 def _uniform(bits: np.random.MT19937, shape: tuple[int, ...], bound: float) -> NumpyArray:

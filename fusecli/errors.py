@@ -5,6 +5,7 @@
     FusecliError                 1  could not finish
     ├── OutputError              1  the result cannot be written
     ├── DeviceError              1  the device asked for is not there
+    ├── TrainingError            1  the training cannot go on
     ├── MissingPackageError      1  a package is needed for this and absent
     ├── UsageError               2  the command line contradicts itself
     └── InputError               3  something that was read is bad
@@ -78,6 +79,10 @@ class OutputError(FusecliError):
 
 class DeviceError(FusecliError):
     """The device asked for does not exist here."""
+
+
+class TrainingError(FusecliError):
+    """The training cannot go on: its loss is no number any more."""
 
 
 class MissingPackageError(FusecliError):

@@ -10,9 +10,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from fusecli import ImageTextFusion, fuse, identity, init, load, save
+from fusecli import ImageTextFusion, checkpoint, fuse, identity, init, load, save
 from fusecli.checkpoint import METADATA_KEY, fingerprint, to_bytes
-from fusecli.errors import CheckpointError, FileError, UsageError
+from fusecli.errors import CheckpointError, FileError, OutputError, UsageError
+from tests.conftest import Run
 from tests.oracle import article, features
 
 
@@ -153,3 +154,19 @@ def test_odd_tensors_are_named_and_cost_nothing(tmp_path: Path, odd: torch.Tenso
     torch.save({"state_dict": {"model": {"text_proj.weight": odd}}}, tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match=r"text_proj\.weight"):
         load(tmp_path / "model.pt")
+
+
+def test_convert_changes_the_dtype(run: Run, tmp_path: Path) -> None:
+    run("init", "-o", "w.safetensors", "--method", "gated", "--feature-dim", 16, "-q")
+    run("convert", "w.safetensors", "-o", "half.safetensors", "--dtype", "float16", "-q")
+    whole, half = (checkpoint.load(tmp_path / name) for name in ("w.safetensors", "half.safetensors"))
+    assert half.config == whole.config
+    for name, tensor in whole.tensors.items():
+        np.testing.assert_array_equal(half.tensors[name], tensor.astype(np.float16))
+
+
+def test_weights_that_do_not_fit_a_dtype_are_refused() -> None:
+    weights = checkpoint.init(8, 2)
+    weights.tensors["text_proj.weight"][0, 0] = 1e6
+    with pytest.raises(OutputError, match="text_proj.weight"):
+        checkpoint.stored_as(weights, "float16")

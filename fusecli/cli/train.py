@@ -90,6 +90,9 @@ def train(
     batch_size: Annotated[int, typer.Option(min=2, help="Pairs of a step.")] = 64,
     lr: Annotated[float, typer.Option(min=0, help="Highest learning rate (AdamW, warm-up, cosine).")] = 1e-4,
     weight_decay: Annotated[float, typer.Option(min=0, help="Of matrices.")] = 0.05,
+    text_dropout: Annotated[
+        float, typer.Option(min=0, max=0.99, help="Share of pairs whose text is hidden in a step, with labels.")
+    ] = 0.5,
     label_smoothing: Annotated[float, typer.Option(min=0, max=0.99, help="Of the labels.")] = 0.1,
     class_weights: Annotated[
         ClassWeights | None, typer.Option(help="balanced: rare labels count as much as frequent ones.")
@@ -131,7 +134,8 @@ def train(
     pairs = find_pairs(sources, [output], None)
     known = labelled.read_labels(labels, label_column) if labels else None
     ids = _usable(pairs, known, allow_missing, quiet)
-    lesson = partial(labelled.objective, known, labels, str(task), label_smoothing, class_weights is not None)
+    balanced = class_weights is not None
+    lesson = partial(labelled.objective, known, labels, str(task), text_dropout, label_smoothing, balanced)
     first = partial(_first_weights, weights, feature_dim, seed, given)
     settings = Settings(epochs, batch_size, lr, weight_decay, patience, seed, device)
     try:

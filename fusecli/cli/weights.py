@@ -11,6 +11,7 @@ from fusecli.cli.options import (
     Debug,
     DimFeedforward,
     Dropout,
+    DtypeName,
     GateName,
     Json,
     Method,
@@ -104,11 +105,12 @@ def convert(
     num_heads: Annotated[
         int | None, typer.Option(min=1, help="H, the number of heads; a state_dict does not say it.  [default: 8]")
     ] = None,
+    dtype: Annotated[DtypeName | None, typer.Option(help="Dtype of the tensors.  [default: as they are]")] = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Convert a PyTorch checkpoint to .safetensors.
+    """Convert a checkpoint: from PyTorch to .safetensors, from one dtype to another.
 
     fusecli convert model.pt -o fusion.safetensors --num-heads 8
     """
@@ -117,7 +119,7 @@ def convert(
     _want_safetensors(output)
     pairs.refuse_same_file([output], [model])
     weights = checkpoint.load(model, num_heads, tell=lambda line: note(line, quiet))
-    _write(weights, output, json, quiet)
+    _write(checkpoint.stored_as(weights, dtype) if dtype else weights, output, json, quiet)
 
 
 def _want_safetensors(output: str) -> None:

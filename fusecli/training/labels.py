@@ -46,22 +46,31 @@ def read_labels(path: str, column: str = "label") -> dict[str, str]:
 
 
 def objective(
-    labels: dict[str, str] | None, where: str | None, task: str, smoothing: float, balanced: bool, data: Data
+    labels: dict[str, str] | None,
+    where: str | None,
+    task: str,
+    text_dropout: float,
+    smoothing: float,
+    balanced: bool,
+    data: Data,
 ) -> Objective:
     """What there is to learn: the labels as classes or numbers, or without any, which image belongs to a text."""
     if labels is None or where is None:
         return Match(data.texts.width)
     if task == "regression":
-        return numbers(labels, data, where)
-    return classes(labels, data, smoothing, balanced, where)
+        return numbers(labels, data, text_dropout, where)
+    return classes(labels, data, text_dropout, smoothing, balanced, where)
 
 
-def classes(labels: dict[str, str], data: Data, smoothing: float, balanced: bool, where: str) -> Classes:
+def classes(
+    labels: dict[str, str], data: Data, text_dropout: float, smoothing: float, balanced: bool, where: str
+) -> Classes:
     """The objective to tell the labels.
 
     Args:
         labels: by id; every pair has one.
         data: the pairs.
+        text_dropout: share of the pairs whose text is hidden in a step.
         smoothing: of the labels in the loss.
         balanced: whether rare labels count as much as frequent ones.
         where: the file, for messages.
@@ -79,10 +88,10 @@ def classes(labels: dict[str, str], data: Data, smoothing: float, balanced: bool
     if balanced:
         total = len(data.parts["train"]) / len(counts)
         weights = torch.tensor([total / counts[at] if counts[at] else 0.0 for at in range(len(names))])
-    return Classes(targets, names, smoothing, weights)
+    return Classes(targets, names, text_dropout, smoothing, weights)
 
 
-def numbers(labels: dict[str, str], data: Data, where: str) -> Numbers:
+def numbers(labels: dict[str, str], data: Data, text_dropout: float, where: str) -> Numbers:
     """The objective to tell numbers.
 
     Raises:
@@ -102,4 +111,4 @@ def numbers(labels: dict[str, str], data: Data, where: str) -> Numbers:
         raise InputError(
             "all labels are the same, so there is nothing to tell apart", where=where, found=str(values[0])
         )
-    return Numbers(targets, data.parts["train"])
+    return Numbers(targets, data.parts["train"], text_dropout)

@@ -17,9 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from fusecli.errors import FusecliError
+from fusecli.errors import TrainingError
 from fusecli.training.data import Batch, Data, ahead, batches, load
-from fusecli.training.objective import Objective
+from fusecli.training.objective import Head, Objective
 from fusecli.training.represent import Fusion, Representation
 
 #: Gradients are scaled down to this norm.
@@ -56,7 +56,7 @@ class Progress:
 class Keeper(Protocol):
     """Keeps what a run has come to."""
 
-    def best(self, represent: Representation, head: dict[str, nn.Parameter], progress: Progress) -> None:
+    def best(self, represent: Representation, head: Head, progress: Progress) -> None:
         """The weights are better than all before."""
 
     def state(self, state: dict[str, Any]) -> None:
@@ -67,11 +67,11 @@ class Keeper(Protocol):
 class InMemory:
     """Keeps the best weights of a run that nobody needs afterwards."""
 
-    head: dict[str, torch.Tensor] = field(default_factory=dict)
+    head: Head = field(default_factory=dict)
 
-    def best(self, represent: Representation, head: dict[str, nn.Parameter], progress: Progress) -> None:
+    def best(self, represent: Representation, head: Head, progress: Progress) -> None:
         """See `Keeper`."""
-        self.head = {name: tensor.detach().clone() for name, tensor in head.items()}
+        self.head = {name: nn.Parameter(tensor.detach().clone()) for name, tensor in head.items()}
 
     def state(self, state: dict[str, Any]) -> None:
         """See `Keeper`: nothing."""
@@ -94,7 +94,7 @@ def fit(
     """Train a head and whatever there is to learn in ``represent``; from ``state`` on, if given.
 
     Raises:
-        FusecliError: the loss is no number any more; the best weights so far have been kept.
+        TrainingError: the loss is no number any more; the best weights so far have been kept.
     """
     torch.manual_seed(settings.seed)
     fresh = objective.head(represent.width)
@@ -103,10 +103,15 @@ def fit(
     if state:
         run.restore(state)
     progress = run.progress
+    if not state and represent.parameters():  # what training does not better is kept as it was
+        measured, judged = objective.judge(head, represent, data)
+        progress.best_loss = measured.loss
+        keeper.best(represent, judged, progress)
+        keeper.state(run.state())
     while progress.epoch < settings.epochs and progress.epoch - progress.best_epoch < settings.patience:
         began = time.perf_counter()
         loss = run.epoch(tell)
-        measured = objective.measure(head, represent, data, data.parts["validation"])
+        measured, judged = objective.judge(head, represent, data)
         progress.epoch += 1
         record = {
             "epoch": progress.epoch,
@@ -119,7 +124,7 @@ def fit(
         progress.log.append(record)
         if measured.loss < progress.best_loss:
             progress.best_epoch, progress.best_loss = progress.epoch, measured.loss
-            keeper.best(represent, head, progress)
+            keeper.best(represent, judged, progress)
         keeper.state(run.state())
         tell_epoch(record)
     return progress
@@ -181,12 +186,12 @@ class _Run:
         self.schedule.step()
         return float(loss.detach())
 
-    def _diverged(self, epoch: int, step: int, loss: float) -> FusecliError:
+    def _diverged(self, epoch: int, step: int, loss: float) -> TrainingError:
         best = self.progress.best_epoch
-        kept = f"the best weights are kept, of epoch {best}" if best else "no epoch was finished, nothing is kept"
+        kept = f"the best weights are kept, those after {best} epochs"
         where = f"epoch {epoch}, step {step} of {self.steps}"
         hint = f"a lower --lr than {self._settings.lr:g}, or --layer-norm"
-        return FusecliError(f"the training diverged; {kept}", where=where, found=f"loss {loss}", hint=hint)
+        return TrainingError(f"the training diverged; {kept}", where=where, found=f"loss {loss}", hint=hint)
 
     def state(self) -> dict[str, Any]:
         """All that is needed to go on."""

@@ -7,8 +7,9 @@ part of the data. `probe` gives any representation the same head, trained in the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -46,6 +47,9 @@ class Objective(Protocol):
     def loss(self, head: Head, represent: Representation, batch: Batch) -> torch.Tensor:
         """The mean loss of a batch, to be learned from."""
 
+    def judge(self, head: Head, represent: Representation, data: Data) -> tuple[Measured, Head]:
+        """How the pairs for validation come out, and under which head."""
+
     def measure(self, head: Head, represent: Representation, data: Data, part: list[int]) -> Measured:
         """How the pairs of ``part`` come out; nothing is learned."""
 
@@ -56,22 +60,37 @@ class Objective(Protocol):
         """What has to be known to use a head."""
 
 
-def vectors(represent: Representation, data: Data, device: str) -> torch.Tensor:
-    """The vectors ``[pairs, width]`` of all pairs."""
-    found = torch.empty(len(data.ids), represent.width)
+def vectors(represent: Representation, data: Data, parts: tuple[str, ...], device: str) -> torch.Tensor:
+    """The vectors ``[pairs, width]``, those of ``parts`` filled in."""
+    found = torch.zeros(len(data.ids), represent.width)
+    wanted = [at for part in parts for at in data.parts[part]]
     with torch.no_grad():
-        for which in batches(data, range(len(data.ids)), EVALUATED, None):
+        for which in batches(data, wanted, EVALUATED, None):
             found[which] = represent.own(load(data, which).to(device)).float().cpu()
     return found
 
 
+#: Share of a pair's vector that the head does not see in training.
+HEAD_DROPOUT, MATCH_DROPOUT = 0.5, 0.1
+#: Strengths of the penalty on squared weights that a head is tried with; the validation part chooses.
+PENALTIES = (1e-3, 1e-2, 1e-1)
+#: Iterations that a head is given: more hardly change anything.
+ITERATIONS = 50
+
+
 class Supervised:
-    """What classes and numbers have in common: a linear head on the vector of a pair."""
+    """What classes and numbers have in common: a linear head on the vector of a pair.
+
+    In training, the text of some pairs is hidden (``text_dropout``): where the text alone tells nearly all, nothing
+    else would be learned from the image (Neverova et al. 2016, section 3.3, of dropping whole modalities).
+
+    What is judged is not the head that learned along, which is worn out on the pairs that it saw, but a fresh one.
+    """
 
     outputs: int
 
-    def __init__(self, targets: torch.Tensor) -> None:
-        self.targets = targets
+    def __init__(self, targets: torch.Tensor, text_dropout: float) -> None:
+        self.targets, self._text_dropout = targets, text_dropout
 
     def head(self, width: int) -> dict[str, nn.Parameter]:
         """See `Objective`. It starts at zero: no class is likelier than another."""
@@ -82,21 +101,54 @@ class Supervised:
 
     def loss(self, head: Head, represent: Representation, batch: Batch) -> torch.Tensor:
         """See `Objective`."""
-        found = F.linear(self.regularised(represent.own(batch)), head["head.weight"], head["head.bias"])
-        return self.loss_of(found, self.targets[batch.which].to(found.device))
+        shown = torch.rand(len(batch.which), 1, 1) >= self._text_dropout
+        batch = replace(batch, texts=batch.texts * shown.to(batch.texts.device))
+        x = F.dropout(represent.own(batch), HEAD_DROPOUT)
+        return self.loss_of(_applied(head, x), self.targets[batch.which].to(x.device))
 
-    def regularised(self, x: torch.Tensor) -> torch.Tensor:
-        """Vectors in training."""
-        return F.dropout(x, HEAD_DROPOUT)
+    def judge(self, head: Head, represent: Representation, data: Data) -> tuple[Measured, Head]:
+        """See `Objective`."""
+        x = vectors(represent, data, ("train", "validation"), str(head["head.weight"].device))
+        return self.fitted(x, data)
+
+    def fitted(self, x: torch.Tensor, data: Data) -> tuple[Measured, Head]:
+        """The best linear head on ``x [pairs, width]``, and how the pairs for validation come out under it.
+
+        Trained to the end (L-BFGS: Liu and Nocedal 1989) on standardised vectors, with the penalty that suits the pairs
+        for validation.
+        """
+        train, validation = data.parts["train"], data.parts["validation"]
+        mean, std = x[train].mean(0), x[train].std(0) + 1e-6
+        x = (x - mean) / std
+        found: list[tuple[Measured, Head]] = []
+        for penalty in PENALTIES:
+            fresh = self.head(x.shape[1])
+            self._minimise(fresh, x[train], self.targets[train], penalty)
+            with torch.no_grad():
+                measured = self.measured(_applied(fresh, x[validation]), self.targets[validation])
+                weight = fresh["head.weight"] / std
+                bias = fresh["head.bias"] - weight @ mean
+            found.append((measured, {"head.weight": nn.Parameter(weight), "head.bias": nn.Parameter(bias)}))
+        return min(found, key=lambda pair: pair[0].loss)
+
+    def _minimise(self, head: Head, x: torch.Tensor, targets: torch.Tensor, penalty: float) -> None:
+        optimizer = torch.optim.LBFGS(list(head.values()), max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+
+        def closure() -> float:
+            optimizer.zero_grad()
+            loss = self.loss_of(_applied(head, x), targets) + penalty * head["head.weight"].square().sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            return float(loss.detach())
+
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
 
     def measure(self, head: Head, represent: Representation, data: Data, part: list[int]) -> Measured:
         """See `Objective`."""
-        weight, bias = head["head.weight"], head["head.bias"]
+        device = str(head["head.weight"].device)
         outputs = torch.empty(len(data.ids), self.outputs)
         with torch.no_grad():
             for which in batches(data, part, EVALUATED, None):
-                batch = load(data, which).to(str(weight.device))
-                outputs[which] = F.linear(represent.own(batch), weight, bias).float().cpu()
+                outputs[which] = _applied(head, represent.own(load(data, which).to(device))).float().cpu()
         return self.measured(outputs[part], self.targets[part])
 
     def loss_of(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -108,8 +160,8 @@ class Supervised:
         raise NotImplementedError
 
 
-#: Share of a pair's vector that the head does not see in training.
-HEAD_DROPOUT = 0.5
+def _applied(head: Head, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, head["head.weight"], head["head.bias"])
 
 
 class Classes(Supervised):
@@ -117,8 +169,15 @@ class Classes(Supervised):
 
     name, score_name = "classify", "accuracy"
 
-    def __init__(self, targets: torch.Tensor, names: list[str], smoothing: float, weights: torch.Tensor | None) -> None:
-        super().__init__(targets)
+    def __init__(
+        self,
+        targets: torch.Tensor,
+        names: list[str],
+        text_dropout: float,
+        smoothing: float,
+        weights: torch.Tensor | None,
+    ) -> None:
+        super().__init__(targets, text_dropout)
         self.names, self.outputs = names, len(names)
         self._smoothing, self._weights = smoothing, weights
 
@@ -138,7 +197,9 @@ class Classes(Supervised):
 
     def facts(self) -> dict[str, Any]:
         """See `Objective`."""
-        return {"classes": self.names}
+        weights = None if self._weights is None else [round(weight, 6) for weight in self._weights.tolist()]
+        about = {"label_smoothing": self._smoothing, "class_weights": weights}
+        return {"classes": self.names, "text_dropout": self._text_dropout, **about}
 
 
 class Numbers(Supervised):
@@ -150,9 +211,9 @@ class Numbers(Supervised):
 
     name, score_name, outputs = "regression", "R²", 1
 
-    def __init__(self, targets: torch.Tensor, train: list[int]) -> None:
+    def __init__(self, targets: torch.Tensor, train: list[int], text_dropout: float) -> None:
         self.mean, self.std = float(targets[train].mean()), float(targets[train].std())
-        super().__init__((targets - self.mean) / self.std)
+        super().__init__((targets - self.mean) / self.std, text_dropout)
 
     def loss_of(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """See `Supervised`."""
@@ -169,21 +230,21 @@ class Numbers(Supervised):
 
     def facts(self) -> dict[str, Any]:
         """See `Objective`."""
-        return {"mean": self.mean, "std": self.std}
+        return {"mean": self.mean, "std": self.std, "text_dropout": self._text_dropout}
 
 
 class Match:
     """Tell the image of a text from the images of other pairs.
 
     The score of a text and an image is the cosine, times a learned factor, between the mean text and the mean of
-    what the fusion makes of both, each under a linear map of its own. The loss is a cross-entropy over the true image
-    and the hardest of a batch (van den Oord et al. 2018, equation 4): those whose own fused vectors come closest to
-    the text. A pair scores 1 if its image comes first among those of its part.
+    what the fusion makes of both, each under a linear map of its own. The loss is a cross-entropy over the images of a
+    group (van den Oord et al. 2018, equation 4), which is hard: a pair of the batch, drawn, and those whose texts are
+    closest to its own. A pair scores 1 if its image comes first among those of its part.
     """
 
     name, score_name = "match", "recall@1"
-    #: Width that text and fusion are compared in; wrong images for each text.
-    space, negatives = 256, 15
+    #: Width that text and fusion are compared in; pairs of a group.
+    space, group = 256, 16
 
     def __init__(self, text_dim: int) -> None:
         self._text_dim = text_dim
@@ -198,27 +259,36 @@ class Match:
 
     def loss(self, head: Head, represent: Representation, batch: Batch) -> torch.Tensor:
         """See `Objective`."""
-        text = self._text(head, batch)  # [B, space]
-        own = self._fused(head, represent.own(batch))  # [B, space]
-        size = len(batch.which)
-        count = min(self.negatives, size - 1)
-        if not count:
-            raise ValueError("nothing to tell it from")
-        close = (text @ own.mT).detach()
-        close.fill_diagonal_(-math.inf)
-        wrong = close.topk(count, 1).indices  # [B, count]
-        texts = torch.arange(size, device=wrong.device).repeat_interleave(count)
-        images = wrong.reshape(-1)
-        other = Batch(
-            [batch.which[at] for at in texts.tolist()],
-            batch.images[images],
-            batch.image_mask[images],
-            batch.texts[texts],
-            batch.text_mask[texts],
-        )
-        others = self._fused(head, represent.own(other)).reshape(size, count, -1)  # [B, count, space]
-        scores = torch.cat([(text * own).sum(1, keepdim=True), (others @ text[..., None])[..., 0]], 1)
-        return F.cross_entropy(scores * _factor(head), torch.zeros(size, dtype=torch.long, device=scores.device))
+        hidden = partial(F.dropout, p=MATCH_DROPOUT)
+        text = self._text(head, batch, hidden)  # [B, space]
+        groups = self._groups(text.detach())  # [groups, G]
+        size = groups.shape[1]
+        order = groups.flatten()
+        mates = groups.repeat_interleave(size, 0)  # [B, G], the texts that each image meets
+        images = replace(batch, images=batch.images[order], image_mask=batch.image_mask[order])
+        fused = self._fused(head, hidden(represent.each(images, mates)))  # [B, G, space]
+        scores = (fused * text[mates]).sum(2) * _factor(head)  # image by text
+        scores = scores.reshape(-1, size, size)  # [groups, G, G]
+        true = torch.arange(size, device=scores.device).repeat(len(groups))
+        return F.cross_entropy(scores.mT.flatten(0, 1), true)
+
+    def _groups(self, text: torch.Tensor) -> torch.Tensor:
+        """Positions of pairs ``[groups, G]``; what is left over is left out this time."""
+        size = min(self.group, len(text))
+        close = text @ text.mT
+        close.fill_diagonal_(math.inf)
+        free = torch.arange(len(text), device=text.device)
+        groups = []
+        for _ in range(len(text) // size):
+            anchor = free[torch.randint(len(free), ())]
+            nearest = close[anchor, free].topk(size).indices
+            groups.append(free[nearest])
+            free = free[~torch.isin(free, groups[-1])]
+        return torch.stack(groups)
+
+    def judge(self, head: Head, represent: Representation, data: Data) -> tuple[Measured, Head]:
+        """See `Objective`."""
+        return self.measure(head, represent, data, data.parts["validation"]), head
 
     def measure(self, head: Head, represent: Representation, data: Data, part: list[int]) -> Measured:
         """See `Objective`."""
@@ -230,9 +300,8 @@ class Match:
                     for at in range(0, len(part), EVALUATED)
                 ]
             )
-            columns = [
-                (text * self._fused(head, represent.beside(data, part, image).to(device))).sum(1) for image in part
-            ]
+            beside = represent.beside(data, part)
+            columns = [(text * self._fused(head, beside(image).to(device))).sum(1) for image in part]
             scores = torch.stack(columns, 1).cpu() * _factor(head).cpu()  # [texts, images]
         true = torch.arange(len(part))
         # Equal scores count as beaten: a representation that cannot tell images apart scores nothing.
@@ -247,11 +316,14 @@ class Match:
         """See `Objective`."""
         return {}
 
-    def _text(self, head: Head, batch: Batch) -> torch.Tensor:
-        return F.normalize(F.linear(masked_mean(batch.texts, batch.text_mask), head["text_head.weight"]), dim=1)
+    def _text(
+        self, head: Head, batch: Batch, hidden: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
+    ) -> torch.Tensor:
+        means = hidden(masked_mean(batch.texts, batch.text_mask))
+        return F.normalize(F.linear(means, head["text_head.weight"]), dim=1)
 
     def _fused(self, head: Head, x: torch.Tensor) -> torch.Tensor:
-        return F.normalize(F.linear(x, head["fused_head.weight"]), dim=1)
+        return F.normalize(F.linear(x, head["fused_head.weight"]), dim=-1)
 
 
 def _linear_weight(rows: int, columns: int) -> nn.Parameter:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -26,8 +27,11 @@ class Representation(Protocol):
     def own(self, batch: Batch) -> torch.Tensor:
         """Vectors ``[B, width]`` of the pairs of a batch."""
 
-    def beside(self, data: Data, texts: list[int], image: int) -> torch.Tensor:
-        """Vectors ``[len(texts), width]`` of each text with one image; nothing is learned from them."""
+    def each(self, batch: Batch, which: torch.Tensor) -> torch.Tensor:
+        """Vectors ``[B, G, width]`` of each image of a batch with the texts ``which [B, G]`` of the batch."""
+
+    def beside(self, data: Data, texts: list[int]) -> Callable[[int], torch.Tensor]:
+        """Gives, for an image, its vectors ``[len(texts), width]`` with each text; nothing is learned from them."""
 
     def parameters(self) -> list[nn.Parameter]:
         """What there is to learn."""
@@ -53,11 +57,22 @@ class Means:
         parts += [masked_mean(batch.images, batch.image_mask)] if self._image else []
         return torch.cat(parts, 1)
 
-    def beside(self, data: Data, texts: list[int], image: int) -> torch.Tensor:
+    def each(self, batch: Batch, which: torch.Tensor) -> torch.Tensor:
         """See `Representation`."""
-        parts = [] if self._texts is None else [self._texts[texts]]
-        parts += [] if self._images is None else [self._images[image].expand(len(texts), -1)]
-        return torch.cat(parts, 1)
+        parts = [masked_mean(batch.texts, batch.text_mask)[which]] if self._text else []
+        image = masked_mean(batch.images, batch.image_mask)[:, None]
+        parts += [image.expand(-1, which.shape[1], -1)] if self._image else []
+        return torch.cat(parts, 2)
+
+    def beside(self, data: Data, texts: list[int]) -> Callable[[int], torch.Tensor]:
+        """See `Representation`."""
+        left = [] if self._texts is None else [self._texts[texts]]
+
+        def give(image: int) -> torch.Tensor:
+            right = [] if self._images is None else [self._images[image].expand(len(texts), -1)]
+            return torch.cat(left + right, 1)
+
+        return give
 
     def parameters(self) -> list[nn.Parameter]:
         """See `Representation`."""
@@ -98,19 +113,45 @@ class Fusion:
 
     def own(self, batch: Batch) -> torch.Tensor:
         """See `Representation`."""
+        return masked_mean(self._fused(batch), batch.text_mask)
+
+    def _fused(self, batch: Batch) -> torch.Tensor:
         drop = partial(nn.functional.dropout, p=self._drop) if self._drop else lambda x: x
         n = batch.texts.shape[1]
         seen = Seen(
             self._weights, batch.images, batch.texts, n, "float32", training=True, mask=batch.image_mask, drop=drop
         )
-        return masked_mean(seen.meet(batch.texts, mask=batch.text_mask).fused, batch.text_mask)
+        fused: torch.Tensor = seen.meet(batch.texts, mask=batch.text_mask).fused
+        return fused
 
-    def beside(self, data: Data, texts: list[int], image: int) -> torch.Tensor:
-        """See `Representation`."""
-        with torch.no_grad():
+    def each(self, batch: Batch, which: torch.Tensor) -> torch.Tensor:
+        """See `Representation`. The image is projected once; its texts follow one another as one long text."""
+        if self.config.self_attention:  # texts that follow one another would see each other
+            columns = [replace(batch, texts=batch.texts[at], text_mask=batch.text_mask[at]) for at in which.mT]
+            return torch.stack([self.own(column) for column in columns], 1)
+        size, count = which.shape
+        texts = batch.texts[which].flatten(1, 2)  # [B, G*N, Dt]
+        mask = batch.text_mask[which]  # [B, G, N]
+        fused = self._fused(replace(batch, texts=texts, text_mask=mask.flatten(1)))  # [B, G*N, D]
+        fused = fused.reshape(size * count, -1, self.width)
+        return masked_mean(fused, mask.flatten(0, 1)).reshape(size, count, -1)
+
+    def beside(self, data: Data, texts: list[int]) -> Callable[[int], torch.Tensor]:
+        """See `Representation`. Weights that are not learned from any more are folded: the fewest operations."""
+        frozen = Weights(self.config, {name: tensor.detach() for name, tensor in self.named.items()})
+        rows = torch.cat([torch.from_numpy(data.texts[at]).float() for at in texts]).to(self._device)
+        lengths = torch.tensor([data.texts.length(at) for at in texts])
+
+        def give(image: int) -> torch.Tensor:
+            seen = Seen(frozen, torch.from_numpy(data.images[image]).float(), rows, len(rows), "float32")
+            parts = [seen.meet(rows[block]).fused for block in seen.blocks()]
+            return torch.segment_reduce(torch.cat(parts), "mean", lengths=lengths.to(self._device))
+
+        def give_apart(image: int) -> torch.Tensor:
             parts = [texts[at : at + EVALUATED] for at in range(0, len(texts), EVALUATED)]
-            found = [self.own(load(data, some, [image] * len(some)).to(self._device)) for some in parts]
-        return torch.cat(found)
+            return torch.cat([self.own(load(data, some, [image] * len(some)).to(self._device)) for some in parts])
+
+        return give_apart if self.config.self_attention else give
 
     def snapshot(self) -> Weights:
         """The weights as they are now, as NumPy arrays."""

@@ -17,11 +17,11 @@ from torch import nn
 from fusecli import checkpoint
 from fusecli.arrays import to_device
 from fusecli.collections import Place
-from fusecli.errors import FileError, FusecliError, UsageError
+from fusecli.errors import FileError, TrainingError, UsageError
 from fusecli.formats import open_sink
 from fusecli.training.data import Data, read, require_enough
 from fusecli.training.loop import Progress, Settings, fit
-from fusecli.training.objective import Objective
+from fusecli.training.objective import Head, Objective
 from fusecli.training.represent import Fusion, Representation
 from fusecli.training.table import Row, compare, verdict
 from fusecli.weights import Weights
@@ -141,7 +141,7 @@ def train(
 
     Raises:
         UsageError: the run to go on with had other pairs or options.
-        FusecliError: the training diverged.
+        TrainingError: the training diverged.
     """
     facts = {
         "weights": checkpoint.fingerprint(untrained),
@@ -156,16 +156,23 @@ def train(
     fusion = Fusion(untrained, settings.device)
     try:
         progress = fit(fusion, objective, data, settings, keeper, reporter.step, reporter.epoch, state)
-    except FusecliError:
+    except TrainingError:
         keeper.end()  # it would diverge again
         raise
     del fusion, state
     trained = checkpoint.load(output)
-    rows = compare(objective, data, settings, untrained, trained, reporter.comparing)
+    head = _read_head(beside(output, HEAD), settings.device)
+    rows = compare(objective, data, settings, untrained, trained, head, reporter.comparing)
     result = Result(progress, objective.score_name, rows, checkpoint.fingerprint(trained))
     keeper.log(result.facts())
     keeper.end()
     return result
+
+
+def _read_head(path: str, device: str) -> Head:
+    from safetensors.torch import load_file
+
+    return {name: nn.Parameter(tensor) for name, tensor in load_file(path, device).items()}
 
 
 class _Files:
@@ -178,6 +185,8 @@ class _Files:
     def begin(self, resume: bool) -> dict[str, Any] | None:
         """The state to go on from, if that is wanted; the log as far as that."""
         state = self._read() if resume else None
+        if not resume:
+            self.end()
         lines = [{"run": self._facts}, *(state["progress"]["log"] if state else [])]
         self._write(self._log, "".join(json.dumps(line) + "\n" for line in lines).encode())
         return state
@@ -200,7 +209,7 @@ class _Files:
             )
         return state
 
-    def best(self, represent: Representation, head: dict[str, nn.Parameter], progress: Progress) -> None:
+    def best(self, represent: Representation, head: Head, progress: Progress) -> None:
         """See `Keeper`."""
         from safetensors.numpy import save
 
@@ -221,7 +230,8 @@ class _Files:
         buffer = io.BytesIO()
         torch.save({**state, "facts": json.dumps(self._facts)}, buffer)
         self._write(self._state, buffer.getvalue())
-        self.log(state["progress"]["log"][-1])
+        for record in state["progress"]["log"][-1:]:
+            self.log(record)
 
     def log(self, record: dict[str, Any]) -> None:
         """Add a line."""

@@ -8,18 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.nn import functional as F  # noqa: N812
+from torch import nn
 
 from fusecli.training.data import Data
 from fusecli.training.loop import InMemory, Settings, fit
-from fusecli.training.objective import Match, Measured, Objective, Supervised, vectors
+from fusecli.training.objective import Head, Objective, Supervised, vectors
 from fusecli.training.represent import Fusion, Means, Representation
 from fusecli.weights import Weights
 
-#: Strengths of the penalty on squared weights that a head is tried with; the validation part chooses.
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-#: Iterations that a head is given: more change nothing any more.
-ITERATIONS = 100
 RESAMPLED = 2000
 #: Of a standard normal distribution, for an interval of 95%.
 Z = 1.959964
@@ -67,77 +63,46 @@ def compare(
     settings: Settings,
     untrained: Weights,
     trained: Weights,
+    head: Head,
     tell: Callable[[str], None] = lambda name: None,
 ) -> list[Row]:
-    """The table: everything gets the same head, trained in the same way on the same pairs."""
+    """The table: everything gets the same kind of head, trained in the same way on the same pairs.
+
+    Args:
+        objective: what was to be learned.
+        data: the pairs.
+        settings: how it was trained.
+        untrained: the weights before.
+        trained: the weights after.
+        head: that of the trained weights.
+        tell: is told which line is being computed.
+    """
     train, test = data.parts["train"], data.parts["held-out"]
     guess = {"classify": "majority", "regression": "mean", "match": "chance"}[objective.name]
-    known: list[tuple[str, Callable[[], Representation]]] = [
+    others: list[tuple[str, Callable[[], Representation]]] = [
         ("text only", lambda: Means(data, text=True, image=False)),
         ("image only", lambda: Means(data, text=False, image=True)),
         ("both side by side", lambda: Means(data, text=True, image=True)),
         ("this fusion, untrained", lambda: Fusion(untrained, settings.device, learned=False)),
-        ("this fusion, trained", lambda: Fusion(trained, settings.device, learned=False)),
     ]
     rows = [row(guess, objective.guess(test, train))]
-    for name, make in known:
+    for name, make in others:
         tell(name)
-        rows.append(row(name, _held_out(objective, make(), data, settings).scores))
-    return rows
+        represent = make()
+        fitted = _head_for(objective, represent, data, settings)
+        rows.append(row(name, objective.measure(fitted, represent, data, test).scores))
+    fusion = Fusion(trained, settings.device, learned=False)
+    return [*rows, row("this fusion, trained", objective.measure(head, fusion, data, test).scores)]
 
 
-def _held_out(objective: Objective, represent: Representation, data: Data, settings: Settings) -> Measured:
+def _head_for(objective: Objective, represent: Representation, data: Data, settings: Settings) -> Head:
+    device = "cpu" if isinstance(represent, Means) else settings.device
     if isinstance(objective, Supervised):
-        return probe(objective, vectors(represent, data, settings.device), data)
-    assert isinstance(objective, Match)
+        head = objective.fitted(vectors(represent, data, ("train", "validation"), device), data)[1]
+        return {name: nn.Parameter(tensor.to(device)) for name, tensor in head.items()}
     keeper = InMemory()
-    fit(
-        represent,
-        objective,
-        data,
-        replace(settings, device="cpu" if isinstance(represent, Means) else settings.device),
-        keeper,
-    )
-    head = {name: torch.nn.Parameter(tensor) for name, tensor in keeper.head.items()}
-    return objective.measure(head, represent, data, data.parts["held-out"])
-
-
-def probe(objective: Supervised, x: torch.Tensor, data: Data) -> Measured:
-    """How held-out pairs come out under a linear head on ``x [pairs, width]``.
-
-    Trained to the end (L-BFGS: Nocedal 1980) on standardised vectors, with the penalty that suits the validation part.
-    """
-    train, validation, test = (data.parts[part] for part in ("train", "validation", "held-out"))
-    x = (x - x[train].mean(0)) / (x[train].std(0) + 1e-6)
-    found = []
-    for penalty in PENALTIES:
-        weight = torch.zeros(objective.outputs, x.shape[1], requires_grad=True)
-        bias = torch.zeros(objective.outputs, requires_grad=True)
-        _minimise(objective, x[train], objective.targets[train], weight, bias, penalty)
-        with torch.no_grad():
-            outputs = F.linear(x, weight, bias)
-        chosen_by = objective.measured(outputs[validation], objective.targets[validation]).loss
-        found.append((chosen_by, objective.measured(outputs[test], objective.targets[test])))
-    return min(found, key=lambda pair: pair[0])[1]
-
-
-def _minimise(
-    objective: Supervised,
-    x: torch.Tensor,
-    targets: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    penalty: float,
-) -> None:
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
-
-    def closure() -> float:
-        optimizer.zero_grad()
-        loss = objective.loss_of(F.linear(x, weight, bias), targets) + penalty * weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return float(loss.detach())
-
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    fit(represent, objective, data, replace(settings, device=device), keeper)
+    return keeper.head
 
 
 def verdict(rows: list[Row]) -> str:
