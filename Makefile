@@ -16,9 +16,9 @@ help:  ## list the targets
 
 demo: .venv/installed  ## fuse the sample pair, show what came out, and fuse 24 more
 	@mkdir -p $(OUT)
-	$(BIN)/fusecli fuse sample_data/regions.npy sample_data/text.npy -o $(OUT)/fused.npy -a $(OUT)/attention.npy
+	$(BIN)/fusecli fuse sample_data/regions.npy sample_data/text.npy -w sample_data/fusion.safetensors -o $(OUT)/fused.npy -a $(OUT)/attention.npy
 	@$(BIN)/fusecli inspect sample_data/regions.npy sample_data/text.npy $(OUT)/fused.npy $(OUT)/attention.npy
-	$(BIN)/fusecli batch sample_data/pairs/images sample_data/pairs/texts -o $(OUT)/pairs --overwrite
+	$(BIN)/fusecli batch sample_data/pairs/images sample_data/pairs/texts -w sample_data/fusion.safetensors -o $(OUT)/pairs --overwrite
 
 test: .venv/installed  ## run all tests
 	$(BIN)/python -m pytest

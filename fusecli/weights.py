@@ -87,17 +87,23 @@ class Config:
         return self.residual or self.method == "gated"
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 1
 
 
+def _is_depth(value: Any) -> bool:
+    return _is_count(value) and value <= MAX_LAYERS
+
+
+#: More are a damaged file: the tensors of all of them would be listed before one is looked for.
+MAX_LAYERS = 1024
 _COUNT = _is_count, "a whole number from 1"
 _SWITCH = (lambda value: type(value) is bool), "true or false"
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_heads": _COUNT,
     "residual": _SWITCH,
     "gate": ((lambda value: value in GATES), " or ".join(GATES)),
-    "num_layers": _COUNT,
+    "num_layers": (_is_depth, f"a whole number from 1 to {MAX_LAYERS}"),
     "dim_feedforward": ((lambda value: value is None or _is_count(value)), _COUNT[1]),
     "self_attention": _SWITCH,
     "dropout": ((lambda value: type(value) in (int, float) and 0 <= value < 1), "a number from 0 to below 1"),

@@ -224,6 +224,7 @@ def test_identity_needs_no_training() -> None:
         ({"method": "gated", "gate": "relu"}, "sigmoid or tanh"),
         ({"method": "transformer", "dropout": 1.0}, "dropout"),
         ({"method": "transformer", "num_layers": 0}, "num_layers"),
+        ({"method": "transformer", "num_layers": 10**9}, "from 1 to 1024"),
         ({"num_layers": 2}, "num_layers is an option of transformer"),
     ],
 )

@@ -239,12 +239,13 @@ class Match:
     The score of a text and an image is the cosine, times a learned factor, between the mean text and the mean of
     what the fusion makes of both, each under a linear map of its own. The loss is a cross-entropy over the images of a
     group (van den Oord et al. 2018, equation 4), which is hard: a pair of the batch, drawn, and those whose texts are
-    closest to its own. A pair scores 1 if its image comes first among those of its part.
+    closest to its own. A pair scores 1 if its image comes first among those of `pool` pairs of its part: the same number
+    whatever the size of the data, or scores could not be compared.
     """
 
     name, score_name = "match", "recall@1"
-    #: Width that text and fusion are compared in; pairs of a group.
-    space, group = 256, 16
+    #: Width that text and fusion are compared in; pairs of a group; pairs that are measured.
+    space, group, pool = 256, 16, 200
 
     def __init__(self, text_dim: int) -> None:
         self._text_dim = text_dim
@@ -293,6 +294,7 @@ class Match:
     def measure(self, head: Head, represent: Representation, data: Data, part: list[int]) -> Measured:
         """See `Objective`."""
         device = str(head["logit_scale"].device)
+        part = self._pooled(part)
         with torch.no_grad():
             text = torch.cat(
                 [
@@ -310,11 +312,16 @@ class Match:
 
     def guess(self, part: list[int], train: list[int]) -> torch.Tensor:
         """See `Objective`: chance."""
-        return torch.full((len(part),), 1 / len(part))
+        count = len(self._pooled(part))
+        return torch.full((count,), 1 / count)
 
     def facts(self) -> dict[str, Any]:
         """See `Objective`."""
         return {}
+
+    def _pooled(self, part: list[int]) -> list[int]:
+        count = min(len(part), self.pool)
+        return [part[k * len(part) // count] for k in range(count)]  # evenly spread
 
     def _text(
         self, head: Head, batch: Batch, hidden: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
