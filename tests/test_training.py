@@ -196,12 +196,79 @@ def test_three_pairs_are_too_few(run: Run, lesson: list[str], tmp_path: Path) ->
         (("--validation", 0.5, "--held-out", 0.5), "nothing is left"),
         (("--method", "concat", "--gate", "tanh"), "gate is an option of gated"),
         (("--resume",), "no unfinished run"),
-        (("--labels", "f.safetensors"), "also an input"),
+        (("--labels", "f.log.jsonl"), "also an input"),
+        (("--task", "regression"), "there are no labels"),
+        (("--resume", "--overwrite"), "leave out either"),
+        (("-w", "w.safetensors", "--no-layer-norm"), "the checkpoint brings its own"),
+        (("-w", "w.safetensors", "--dropout", 0), "the checkpoint brings its own"),
+        (("--num-heads", 5), "heads do not divide"),
     ],
 )
 def test_options_that_contradict_each_other(options: Any, told: str, run: Run, lesson: list[str]) -> None:
     sides = () if "--manifest" in options else ("img", "txt")
     assert told in run("train", *sides, "-o", "f.safetensors", *options, code=2).stderr.decode()
+
+
+def test_an_output_among_the_inputs_is_refused(run: Run, lesson: list[str]) -> None:
+    told = run("train", "img", "txt", "-o", f"img/{lesson[0]}.safetensors", code=2).stderr.decode()
+    assert "among the inputs" in told
+
+
+def test_a_training_that_betters_nothing_leaves_a_finished_checkpoint(
+    run: Run, lesson: list[str], tmp_path: Path
+) -> None:
+    _train(run, "--labels", "labels.csv", "--epochs", 2)
+    before = (tmp_path / "f.safetensors").read_bytes()
+    _train(run, "--labels", "labels.csv", "--lr", 1e30, code=1)
+    assert (tmp_path / "f.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("other", ["labels", "features"])
+def test_other_data_are_no_run_to_go_on_with(other: str, run: Run, lesson: list[str], tmp_path: Path) -> None:
+    command = [*FUSECLI, "train", "img", "txt", "-o", "f.safetensors", *map(str, QUICK), "--labels", "labels.csv"]
+    with subprocess.Popen([*command, "--epochs", "50"], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        assert "--resume" in process.stderr.read()
+    assert process.returncode == 130
+    if other == "labels":
+        text = (tmp_path / "labels.csv").read_text()
+        (tmp_path / "labels.csv").write_text(text.replace(",x,", ",w,").replace(",y,", ",x,").replace(",w,", ",y,"))
+    else:
+        np.save(tmp_path / f"img/{lesson[0]}.npy", np.ones((2, D), np.float32))
+    told = _train(run, "--labels", "labels.csv", "--epochs", 50, "--resume", code=2)
+    assert "another one" in told
+    assert other in told
+
+
+@pytest.mark.parametrize("size", [1e60, 3e38])
+def test_numbers_too_large_are_no_perfect_match(size: float, run: Run, lesson: list[str], tmp_path: Path) -> None:
+    for id in lesson:
+        np.save(tmp_path / f"img/{id}.npy", np.full((2, D), size, np.float64 if size > 1e39 else np.float32))
+    run("train", "img", "txt", "-o", "f.safetensors", *QUICK, code=3)
+    assert "too large" in _train(run, "--labels", "labels.csv", code=3)
+
+
+def test_a_damaged_state_is_told_of(run: Run, lesson: list[str], tmp_path: Path) -> None:
+    (tmp_path / "f.state.pt").write_bytes(b"junk" * 99)
+    told = _train(run, "--labels", "labels.csv", "--resume", code=3)
+    assert "not the state of a training" in told
+    assert "torch" not in told
+
+
+def test_points_in_time_can_be_learned(run: Run, lesson: list[str], tmp_path: Path) -> None:
+    tables = []
+    for offset in (0, 1_700_000_000):
+        lines = [f"{id},{offset + 20 * (k % 3)}" for k, id in enumerate(lesson)]
+        (tmp_path / "labels.csv").write_text("id,label\n" + "\n".join(lines) + "\n")
+        tables.append(_scores(_train(run, "--labels", "labels.csv", "--task", "regression", "--epochs", 1)))
+    assert tables[0] == pytest.approx(tables[1], abs=1e-3)
+
+
+def test_no_pair_is_left(run: Run, lesson: list[str], tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("id,label\nnobody,x\n")
+    assert "no pair is left" in _train(run, "--labels", "labels.csv", "--allow-missing", code=3)
 
 
 def test_a_checkpoint_can_be_trained_further(run: Run, lesson: list[str], tmp_path: Path) -> None:

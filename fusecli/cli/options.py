@@ -76,7 +76,7 @@ def method_options(method: Method, **options: Any) -> dict[str, Any]:
     from fusecli.weights import Config
 
     given: dict[str, Any] = {name: str(value) if isinstance(value, Gate) else value for name, value in options.items()}
-    given = {name: value for name, value in given.items() if value not in (None, False)}
+    given = {name: value for name, value in given.items() if value is not None and value is not False}
     try:
         Config(str(method), **given)
     except CheckpointError as error:

@@ -20,14 +20,13 @@ from fusecli.cli.options import (
     GateName,
     Json,
     Method,
-    MethodName,
     NumLayers,
     Quiet,
     Residual,
     SelfAttention,
     method_options,
 )
-from fusecli.errors import InputError, ShapeError, UsageError
+from fusecli.errors import CheckpointError, InputError, OutputError, ShapeError, UsageError
 
 #: Ids that are shown of many.
 FIRST = 5
@@ -72,7 +71,7 @@ def train(
     weights: Annotated[
         str | None, typer.Option("--weights", "-w", metavar="FILE", help="Checkpoint to begin with, method and all.")
     ] = None,
-    method: MethodName = Method.gated,
+    method: Annotated[Method | None, typer.Option("--method", "-m", help="How to fuse.  [default: gated]")] = None,
     feature_dim: Annotated[
         int | None, typer.Option(min=1, max=2**20, help="D, the width of the fusion.  [default: the text's]")
     ] = None,
@@ -84,8 +83,9 @@ def train(
     self_attention: SelfAttention = False,
     dropout: Dropout = None,
     layer_norm: Annotated[
-        bool, typer.Option("--layer-norm/--no-layer-norm", help="Bring text and image to one scale first.")
-    ] = True,
+        bool | None,
+        typer.Option("--layer-norm/--no-layer-norm", help="Bring text and image to one scale first.  [default: yes]"),
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the pairs, at most.")] = 20,
     batch_size: Annotated[int, typer.Option(min=2, help="Pairs of a step.")] = 64,
     lr: Annotated[float, typer.Option(min=0, help="Highest learning rate (AdamW, warm-up, cosine).")] = 1e-4,
@@ -124,16 +124,19 @@ def train(
 
     fusecli train images/ texts/ --labels labels.csv -o fusion.safetensors
     """
+    from fusecli.pairs import refuse_same_file
     from fusecli.training import labels as labelled
     from fusecli.training.loop import Settings
-    from fusecli.training.run import train_on
+    from fusecli.training.run import files_of, train_on
 
     sources = Sources(images, texts, manifest, image_key, text_key, image_pattern, text_pattern)
-    _check(sources, output, labels, objective, weights, validation + held_out)
+    _check(sources, output, labels, task, class_weights, objective, weights, validation + held_out)
     given = _method_options(locals())
     pairs = find_pairs(sources, [output], None)
     known = labelled.read_labels(labels, label_column) if labels else None
     ids = _usable(pairs, known, allow_missing, quiet)
+    if manifest:
+        refuse_same_file([output, *files_of(output)], [place.path for id in ids for place in pairs.places(id)])
     balanced = class_weights is not None
     lesson = partial(labelled.objective, known, labels, str(task), text_dropout, label_smoothing, balanced)
     first = partial(_first_weights, weights, feature_dim, seed, given)
@@ -144,7 +147,8 @@ def train(
                 output, ids, pairs.places, lesson, first, settings, (validation, held_out), reporter, resume, overwrite
             )
     except KeyboardInterrupt:
-        note("interrupted; start the same command with --resume to go on", quiet)
+        go_on = os.path.exists(files_of(output)[-1])
+        note(f"interrupted; {'start the same command with --resume to go on' if go_on else 'nothing is kept'}", quiet)
         raise typer.Exit(130) from None
     if json:
         emit({"output": output, **result.facts()})
@@ -157,29 +161,50 @@ def _method_options(given: dict[str, Any]) -> dict[str, Any]:
     names = ("num_heads", "residual", "gate", "num_layers", "dim_feedforward", "self_attention", "dropout")
     options = {name: given[name] for name in names}
     if given["weights"] is None:
-        return method_options(given["method"], layer_norm=given["layer_norm"], **options)
-    extra = [name for name, value in options.items() if value not in (None, False)]
-    if extra or given["feature_dim"]:
-        where = "--" + (extra[0] if extra else "feature_dim").replace("_", "-")
+        layer_norm = given["layer_norm"] is not False
+        return method_options(given["method"] or Method.gated, layer_norm=layer_norm, **options)
+    options |= {"method": given["method"], "feature_dim": given["feature_dim"]}
+    options["layer_norm"] = None if given["layer_norm"] is None else True
+    extra = [name for name, value in options.items() if value is not None and value is not False]
+    if extra:
+        where = "--" + extra[0].replace("_", "-")
         raise UsageError("the checkpoint brings its own", where=where, hint="leave out either")
     return {}
 
 
 def _check(
-    sources: Sources, output: str, labels: str | None, objective: str | None, weights: str | None, kept: float
+    sources: Sources,
+    output: str,
+    labels: str | None,
+    task: Task,
+    class_weights: str | None,
+    objective: str | None,
+    weights: str | None,
+    kept: float,
 ) -> None:
     from fusecli.pairs import refuse_same_file
+    from fusecli.training.run import files_of
 
     check_sources(sources)
     if not output.endswith(".safetensors"):
         raise UsageError("checkpoints are .safetensors files", where="--output", found=output or "nothing")
     if sources.manifest == "-":
         raise UsageError("pairs are read more than once, so they cannot come on stdin", where="--manifest")
+    if labels is None and (task is not Task.classify or class_weights):
+        raise UsageError("there are no labels", where="--task or --class-weights", hint="add --labels FILE")
+    if class_weights and task is Task.regression:
+        raise UsageError("numbers have no classes", where="--class-weights", hint="leave it out")
     if labels and objective:
         raise UsageError("labels are to be told, not matched", where="--objective", hint="leave out either")
     if kept >= 1:
         raise UsageError("nothing is left to train on", where="--validation and --held-out", found=f"{kept:g}")
-    refuse_same_file([output], [*(path for path in sources.paths() if os.path.isfile(path)), labels, weights])
+    outputs = [output, *files_of(output)]
+    refuse_same_file(outputs, [*(path for path in sources.paths() if os.path.isfile(path)), labels, weights])
+    folders = [os.path.realpath(path) + os.sep for path in sources.paths() if os.path.isdir(path)]
+    if os.path.realpath(output).startswith(tuple(folders)):
+        raise UsageError("output would lie among the inputs", where=output, hint="write to another place")
+    if os.path.isdir(output) or not os.path.isdir(os.path.dirname(output) or "."):
+        raise OutputError("no place for a file", where=output, hint="name a file in a folder that exists")
 
 
 def _usable(pairs: Any, labels: dict[str, str] | None, allow_missing: bool, quiet: bool) -> list[str]:
@@ -203,6 +228,8 @@ def _usable(pairs: Any, labels: dict[str, str] | None, allow_missing: bool, quie
             note(f"{len(some):,} ids {what}: {', '.join(some[:FIRST])}{', …' if len(some) > FIRST else ''}", quiet)
     if told and not allow_missing:
         raise InputError("not every id has all", found=", ".join(told), hint="--allow-missing passes over them")
+    if not ids:
+        raise InputError("no pair is left to train on", found=", ".join(told) or "no pairs")
     return ids
 
 
@@ -220,7 +247,10 @@ def _first_weights(
         return loaded
     dim = feature_dim or text_dim
     widths = {"text_dim": text_dim, "image_dim": image_dim}
-    return checkpoint.orthogonal(dim, seed=seed, **widths, **{"num_heads": 8, **options})
+    try:
+        return checkpoint.orthogonal(dim, seed=seed, **widths, **{"num_heads": 8, **options})
+    except CheckpointError as error:
+        raise UsageError(error.what, found=error.found, wanted=error.wanted) from None
 
 
 class Reporter:

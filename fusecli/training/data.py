@@ -7,16 +7,17 @@ import math
 import queue
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import torch
 
-from fusecli.arrays import cast
+from fusecli.arrays import cast, first_nonfinite
 from fusecli.collections import Place
-from fusecli.errors import InputError, OutputError, ShapeError
+from fusecli.errors import InputError, OutputError, ShapeError, ValuesError
 from fusecli.formats import NumpyArray
 from fusecli.pairs import read_finite
 from fusecli.places import features_at
@@ -51,10 +52,13 @@ class Rows:
         self.dtype = np.float16 if low else np.float32
         self.starts = [0]
         self.width = 0
+        self.checksum = 0
         try:
             with tempfile.TemporaryFile(dir=folder) as file:
                 for array in arrays:
-                    file.write(np.ascontiguousarray(array, self.dtype).data)
+                    rows = np.ascontiguousarray(array, self.dtype)
+                    self.checksum = zlib.crc32(rows.data, self.checksum)
+                    file.write(rows.data)
                     self.starts.append(self.starts[-1] + len(array))
                     self.width = array.shape[1]
                 file.flush()
@@ -153,7 +157,15 @@ def _arrays(places: list[Place], side: str, tell: Callable[[int], None] | None) 
             )
         if tell:
             tell(done + 1)
-        yield cast(read_finite(stored), "float32")
+        try:
+            rows = read_finite(stored)
+        except ValuesError as error:
+            raise ValuesError(error.what, where=error.where, found=error.found, wanted=error.wanted) from None
+        with np.errstate(over="ignore"):
+            rows = cast(rows, "float32")
+        if first_nonfinite(rows) is not None:
+            raise ValuesError("numbers too large for float32", where=stored.where, hint="scale the features down")
+        yield rows
 
 
 def batches(data: Data, which: Sequence[int], size: int, generator: torch.Generator | None) -> list[list[int]]:
@@ -208,7 +220,7 @@ def load(data: Data, which: list[int], images: Sequence[int] | None = None) -> B
     return Batch(which, *data.images.padded(which if images is None else images), *data.texts.padded(which))
 
 
-def ahead(make: Callable[[list[int]], Made], items: Sequence[list[int]]) -> Iterator[Made]:
+def ahead(make: Callable[[list[int]], Made], items: Sequence[list[int]]) -> Generator[Made]:
     """``make(item)`` for each item, in order, made by a thread while the last one is worked on."""
     ready: queue.Queue[Made | BaseException] = queue.Queue(AHEAD)
     ended = threading.Event()

@@ -106,9 +106,10 @@ def numbers(labels: dict[str, str], data: Data, text_dropout: float, where: str)
         if not math.isfinite(value):
             raise InputError("not a number", where=f"{where}, id {id}", found=labels[id][:80], wanted="a finite number")
         values.append(value)
-    targets = torch.tensor(values, dtype=torch.float64).float()
-    if not float(targets[data.parts["train"]].std()):
-        raise InputError(
-            "all labels are the same, so there is nothing to tell apart", where=where, found=str(values[0])
-        )
+    targets = torch.tensor(values, dtype=torch.float64)
+    for part, which in data.parts.items():
+        spread = float(targets[which].std())
+        if not 0 < spread < math.inf:
+            what = f"the labels of the pairs for {part} cannot be told apart"
+            raise InputError(what, where=where, found=f"a standard deviation of {spread:g}")
     return Numbers(targets, data.parts["train"], text_dropout)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from fusecli.errors import TrainingError
+from fusecli.errors import TrainingError, ValuesError
 from fusecli.training.data import Batch, Data, ahead, batches, load
 from fusecli.training.objective import Head, Objective
 from fusecli.training.represent import Fusion, Representation
@@ -96,22 +96,22 @@ def fit(
     Raises:
         TrainingError: the loss is no number any more; the best weights so far have been kept.
     """
-    torch.manual_seed(settings.seed)
-    fresh = objective.head(represent.width)
-    head = {name: nn.Parameter(tensor.detach().to(settings.device)) for name, tensor in fresh.items()}
+    head = fresh_head(objective, represent, settings)
     run = _Run(represent, objective, data, settings, head)
     if state:
         run.restore(state)
     progress = run.progress
     if not state and represent.parameters():  # what training does not better is kept as it was
-        measured, judged = objective.judge(head, represent, data)
-        progress.best_loss = measured.loss
-        keeper.best(represent, judged, progress)
+        progress.best_loss = objective.judge(head, represent, data)[0].loss
+        if not math.isfinite(progress.best_loss):
+            raise ValuesError("features give no finite numbers", hint="scale them down")
         keeper.state(run.state())
     while progress.epoch < settings.epochs and progress.epoch - progress.best_epoch < settings.patience:
         began = time.perf_counter()
         loss = run.epoch(tell)
         measured, judged = objective.judge(head, represent, data)
+        if not math.isfinite(measured.loss):
+            raise run.diverged(progress.epoch + 1, run.steps, measured.loss)
         progress.epoch += 1
         record = {
             "epoch": progress.epoch,
@@ -128,6 +128,17 @@ def fit(
         keeper.state(run.state())
         tell_epoch(record)
     return progress
+
+
+def fresh_head(objective: Objective, represent: Representation, settings: Settings) -> dict[str, nn.Parameter]:
+    """The head that a training begins with."""
+    torch.manual_seed(settings.seed)
+    fresh = objective.head(represent.width)
+    return {name: nn.Parameter(tensor.detach().to(settings.device)) for name, tensor in fresh.items()}
+
+
+class StateError(Exception):
+    """A saved state is not one of this run."""
 
 
 class _Run:
@@ -163,11 +174,12 @@ class _Run:
         torch.manual_seed(seed)
         made = batches(self._data, self._data.parts["train"], settings.batch_size, torch.Generator().manual_seed(seed))
         total = 0.0
-        with _training(self._represent):
-            for step, batch in enumerate(ahead(partial(load, self._data), made), 1):
+        loaded = ahead(partial(load, self._data), made)
+        with _training(self._represent), contextlib.closing(loaded):  # its thread ends here, whatever happens
+            for step, batch in enumerate(loaded, 1):
                 loss = self._step(batch.to(settings.device))
                 if not math.isfinite(loss):
-                    raise self._diverged(epoch, step, loss)
+                    raise self.diverged(epoch, step, loss)
                 total += loss * len(batch.which)
                 tell(epoch, step, len(made), loss)
         return total / len(self._data.parts["train"])
@@ -186,9 +198,10 @@ class _Run:
         self.schedule.step()
         return float(loss.detach())
 
-    def _diverged(self, epoch: int, step: int, loss: float) -> TrainingError:
+    def diverged(self, epoch: int, step: int, loss: float) -> TrainingError:
+        """What to say of a loss that is no number."""
         best = self.progress.best_epoch
-        kept = f"the best weights are kept, those after {best} epochs"
+        kept = f"the best weights are kept, of epoch {best}" if best else "no epoch bettered the weights before it"
         where = f"epoch {epoch}, step {step} of {self.steps}"
         hint = f"a lower --lr than {self._settings.lr:g}, or --layer-norm"
         return TrainingError(f"the training diverged; {kept}", where=where, found=f"loss {loss}", hint=hint)
@@ -205,15 +218,18 @@ class _Run:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a saved state."""
-        if isinstance(self._represent, Fusion):
-            self._represent.restore(state["fusion"])
-        with torch.no_grad():
-            for name, tensor in self._head.items():
-                tensor.copy_(state["head"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        vars(self.progress).update(state["progress"])
+        """Go back to a saved state; `StateError` if it is none of this run."""
+        try:
+            if isinstance(self._represent, Fusion):
+                self._represent.restore(state["fusion"])
+            with torch.no_grad():
+                for name, tensor in self._head.items():
+                    tensor.copy_(state["head"][name])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.progress.__dict__.update(Progress(**state["progress"]).__dict__)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise StateError(str(error)) from None
 
 
 @contextlib.contextmanager

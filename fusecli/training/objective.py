@@ -7,6 +7,7 @@ part of the data. `probe` gives any representation the same head, trained in the
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from fusecli.errors import ValuesError
 from fusecli.training.data import Batch, Data, batches, load
 from fusecli.training.represent import EVALUATED, Representation, masked_mean
 
@@ -56,6 +58,9 @@ class Objective(Protocol):
     def guess(self, part: list[int], train: list[int]) -> torch.Tensor:
         """Scores of the best answer that looks at no features."""
 
+    def checksum(self) -> str:
+        """Of the labels of all pairs."""
+
     def facts(self) -> dict[str, Any]:
         """What has to be known to use a head."""
 
@@ -73,7 +78,7 @@ def vectors(represent: Representation, data: Data, parts: tuple[str, ...], devic
 #: Share of a pair's vector that the head does not see in training.
 HEAD_DROPOUT, MATCH_DROPOUT = 0.5, 0.1
 #: Strengths of the penalty on squared weights that a head is tried with; the validation part chooses.
-PENALTIES = (1e-3, 1e-2, 1e-1)
+PENALTIES = (1e-3, 1e-2, 3e-2, 1e-1)
 #: Iterations that a head is given: more hardly change anything.
 ITERATIONS = 50
 
@@ -106,6 +111,10 @@ class Supervised:
         x = F.dropout(represent.own(batch), HEAD_DROPOUT)
         return self.loss_of(_applied(head, x), self.targets[batch.which].to(x.device))
 
+    def checksum(self) -> str:
+        """See `Objective`."""
+        return f"{zlib.crc32(self.targets.numpy().data):08x}"
+
     def judge(self, head: Head, represent: Representation, data: Data) -> tuple[Measured, Head]:
         """See `Objective`."""
         x = vectors(represent, data, ("train", "validation"), str(head["head.weight"].device))
@@ -120,6 +129,8 @@ class Supervised:
         train, validation = data.parts["train"], data.parts["validation"]
         mean, std = x[train].mean(0), x[train].std(0) + 1e-6
         x = (x - mean) / std
+        if not torch.isfinite(x).all():
+            raise ValuesError("numbers too large to learn from", hint="scale the features down")
         found: list[tuple[Measured, Head]] = []
         for penalty in PENALTIES:
             fresh = self.head(x.shape[1])
@@ -136,7 +147,7 @@ class Supervised:
 
         def closure() -> float:
             optimizer.zero_grad()
-            loss = self.loss_of(_applied(head, x), targets) + penalty * head["head.weight"].square().sum()
+            loss = self.loss_of(_applied(head, x), targets, 0.0) + penalty * head["head.weight"].square().sum()
             loss.backward()  # type: ignore[no-untyped-call]
             return float(loss.detach())
 
@@ -151,8 +162,8 @@ class Supervised:
                 outputs[which] = _applied(head, represent.own(load(data, which).to(device))).float().cpu()
         return self.measured(outputs[part], self.targets[part])
 
-    def loss_of(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The loss in training."""
+    def loss_of(self, outputs: torch.Tensor, targets: torch.Tensor, smoothing: float | None = None) -> torch.Tensor:
+        """The loss in training; of classes, with the ``smoothing`` that was asked for unless told otherwise."""
         raise NotImplementedError
 
     def measured(self, outputs: torch.Tensor, targets: torch.Tensor) -> Measured:
@@ -181,10 +192,11 @@ class Classes(Supervised):
         self.names, self.outputs = names, len(names)
         self._smoothing, self._weights = smoothing, weights
 
-    def loss_of(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def loss_of(self, outputs: torch.Tensor, targets: torch.Tensor, smoothing: float | None = None) -> torch.Tensor:
         """See `Supervised`."""
         weights = None if self._weights is None else self._weights.to(outputs.device)
-        return F.cross_entropy(outputs, targets, weights, label_smoothing=self._smoothing)
+        smoothing = self._smoothing if smoothing is None else smoothing
+        return F.cross_entropy(outputs, targets, weights, label_smoothing=smoothing)
 
     def measured(self, outputs: torch.Tensor, targets: torch.Tensor) -> Measured:
         """See `Supervised`."""
@@ -212,10 +224,11 @@ class Numbers(Supervised):
     name, score_name, outputs = "regression", "R²", 1
 
     def __init__(self, targets: torch.Tensor, train: list[int], text_dropout: float) -> None:
+        # In float64: points in time, say, are all alike in float32 before their mean is taken off.
         self.mean, self.std = float(targets[train].mean()), float(targets[train].std())
-        super().__init__((targets - self.mean) / self.std, text_dropout)
+        super().__init__(((targets - self.mean) / self.std).float(), text_dropout)
 
-    def loss_of(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def loss_of(self, outputs: torch.Tensor, targets: torch.Tensor, smoothing: float | None = None) -> torch.Tensor:
         """See `Supervised`."""
         return F.mse_loss(outputs[:, 0], targets)
 
@@ -239,8 +252,8 @@ class Match:
     The score of a text and an image is the cosine, times a learned factor, between the mean text and the mean of
     what the fusion makes of both, each under a linear map of its own. The loss is a cross-entropy over the images of a
     group (van den Oord et al. 2018, equation 4), which is hard: a pair of the batch, drawn, and those whose texts are
-    closest to its own. A pair scores 1 if its image comes first among those of `pool` pairs of its part: the same number
-    whatever the size of the data, or scores could not be compared.
+    closest to its own. A pair scores 1 if its image comes first among those of `pool` pairs of its part: the same
+    number whatever the size of the data, or scores could not be compared.
     """
 
     name, score_name = "match", "recall@1"
@@ -287,6 +300,10 @@ class Match:
             free = free[~torch.isin(free, groups[-1])]
         return torch.stack(groups)
 
+    def checksum(self) -> str:
+        """See `Objective`: there are none."""
+        return ""
+
     def judge(self, head: Head, represent: Representation, data: Data) -> tuple[Measured, Head]:
         """See `Objective`."""
         return self.measure(head, represent, data, data.parts["validation"]), head
@@ -306,8 +323,8 @@ class Match:
             columns = [(text * self._fused(head, beside(image).to(device))).sum(1) for image in part]
             scores = torch.stack(columns, 1).cpu() * _factor(head).cpu()  # [texts, images]
         true = torch.arange(len(part))
-        # Equal scores count as beaten: a representation that cannot tell images apart scores nothing.
-        rank = (scores >= scores.diagonal()[:, None]).sum(1)
+        # Equal scores count as beaten: a representation that cannot tell images apart scores nothing, nor does NaN.
+        rank = (~(scores < scores.diagonal()[:, None])).sum(1)
         return Measured(float(F.cross_entropy(scores, true)), (rank <= 1).float())
 
     def guess(self, part: list[int], train: list[int]) -> torch.Tensor:

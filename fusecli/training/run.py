@@ -17,10 +17,10 @@ from torch import nn
 from fusecli import checkpoint
 from fusecli.arrays import to_device
 from fusecli.collections import Place
-from fusecli.errors import FileError, TrainingError, UsageError
+from fusecli.errors import FileError, OutputError, TrainingError, UsageError
 from fusecli.formats import open_sink
 from fusecli.training.data import Data, read, require_enough
-from fusecli.training.loop import Progress, Settings, fit
+from fusecli.training.loop import Progress, Settings, StateError, fit, fresh_head
 from fusecli.training.objective import Head, Objective
 from fusecli.training.represent import Fusion, Representation
 from fusecli.training.table import Row, compare, verdict
@@ -49,6 +49,11 @@ class Reporter(Protocol):
 def beside(output: str, suffix: str) -> str:
     """The name of a file that belongs to a checkpoint."""
     return output.removesuffix(".safetensors") + suffix
+
+
+def files_of(output: str) -> list[str]:
+    """What is written beside a checkpoint; the state last."""
+    return [beside(output, suffix) for suffix in (HEAD, LOG, STATE)]
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,8 @@ def begin(output: str, resume: bool, overwrite: bool) -> None:
     Raises:
         UsageError: there is one, or none to go on with.
     """
+    if resume and overwrite:
+        raise UsageError("to go on and to start afresh", where="--resume --overwrite", hint="leave out either")
     state = beside(output, STATE)
     there = os.path.exists(state)
     if resume and not there:
@@ -150,16 +157,24 @@ def train(
         **{name: value for name, value in asdict(settings).items() if name != "device"},
         "pairs": hashlib.sha256("\n".join(data.ids).encode("utf-8", "surrogateescape")).hexdigest()[:12],
         "parts": {part: len(which) for part, which in data.parts.items()},
+        "features": f"{data.images.checksum:08x}{data.texts.checksum:08x}",
+        "labels": objective.checksum(),
     }
     keeper = _Files(output, objective, facts)
     state = keeper.begin(resume)
     fusion = Fusion(untrained, settings.device)
     try:
         progress = fit(fusion, objective, data, settings, keeper, reporter.step, reporter.epoch, state)
+    except StateError:
+        raise keeper.damaged() from None
     except TrainingError:
         keeper.end()  # it would diverge again
         raise
-    del fusion, state
+    del state
+    if not progress.best_epoch:  # what training does not better is left as it was
+        fusion = Fusion(untrained, settings.device)
+        fresh = fresh_head(objective, fusion, settings)
+        keeper.best(fusion, objective.judge(fresh, fusion, data)[1], progress)
     trained = checkpoint.load(output)
     head = _read_head(beside(output, HEAD), settings.device)
     rows = compare(objective, data, settings, untrained, trained, head, reporter.comparing)
@@ -196,9 +211,8 @@ class _Files:
             with open(self._state, "rb") as file:
                 state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
             facts = json.loads(state["facts"])
-        except Exception as error:  # torch raises a dozen kinds for a bad file
-            found = str(error).split("\n")[0]
-            raise FileError("not the state of a training", where=self._state, found=found, hint="--overwrite") from None
+        except Exception:  # torch raises a dozen kinds for a bad file
+            raise self.damaged() from None
         other = [name for name in self._facts if json.loads(json.dumps(self._facts[name])) != facts.get(name)]
         if other:
             found = ", ".join(f"{name} {facts.get(name)}" for name in other)
@@ -208,6 +222,10 @@ class _Files:
                 "the run to go on with is another one", where=self._state, found=found, wanted=wanted, hint=hint
             )
         return state
+
+    def damaged(self) -> FileError:
+        """What to say of a state that cannot be used."""
+        return FileError("not the state of a training", where=self._state, hint="start afresh with --overwrite")
 
     def best(self, represent: Representation, head: Head, progress: Progress) -> None:
         """See `Keeper`."""
@@ -235,8 +253,11 @@ class _Files:
 
     def log(self, record: dict[str, Any]) -> None:
         """Add a line."""
-        with open(self._log, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self._log, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise OutputError("cannot be written", where=self._log, found=error.strerror) from None
 
     def end(self) -> None:
         """The run is over."""

@@ -45,7 +45,7 @@ def row(name: str, scores: torch.Tensor) -> Row:
     if ((scores == 0) | (scores == 1)).all():
         middle = (mean + Z * Z / (2 * n)) / (1 + Z * Z / n)
         half = Z / (1 + Z * Z / n) * math.sqrt(mean * (1 - mean) / n + Z * Z / (4 * n * n))
-        return Row(name, mean, middle - half, middle + half, scores)
+        return Row(name, mean, max(0.0, middle - half), min(1.0, middle + half), scores)
     return Row(name, mean, *resampled(scores), scores)
 
 
