@@ -21,7 +21,7 @@ class Seen:
 
     Args:
         weights: the fusion.
-        image: ``[M, Di]``; ``[Di]`` and ``[1, M, Di]`` are read as that. In training also a batch ``[B, M, Di]``.
+        image: ``[M, Di]``; ``[Di]`` and ``[1, M, Di]`` are read as that. With a mask, a batch ``[B, M, Di]``.
         template: an array of the kind (and device) to compute with: the text, or a part of it.
         n: rows that the text has in all blocks together; the plan depends on it.
         dtype: ``"float32"`` or ``"float64"``, what to compute in.
@@ -53,11 +53,10 @@ class Seen:
             tensors = weights.at(template, dtype)
             self._norm = tensors["text_norm.weight"], tensors["text_norm.bias"]
         if row is None:
-            batch = training and len(image.shape) == 3 and mask is not None
-            image = image if batch else as_rows(image, "image", weights.image_dim)
+            image = image if mask is not None else as_rows(image, "image", weights.image_dim)
             self.m = image.shape[-2]
             image = cast(like(image, template), dtype)
-            if self.m == 1 and not training and one_row_is_enough(weights):
+            if self.m == 1 and not training and mask is None and one_row_is_enough(weights):
                 row = single(weights, image[0], lambda x, weight: weight @ x)  # [D]
             elif weights.config.layer_norm:
                 image = layer_norm(image, tensors["image_norm.weight"], tensors["image_norm.bias"])
@@ -92,7 +91,7 @@ class Seen:
     def meet(self, text: Array, *, need_weights: bool = False, mask: Array = None) -> Met:
         """Fuse one block of text rows ``[n, Dt]``, of any float dtype.
 
-        In training it may be a batch ``[B, N, Dt]``, with ``mask [B, N]`` true for rows that are no padding.
+        It may be a batch ``[B, N, Dt]`` if the images are, with ``mask [B, N]`` true for rows that are no padding.
 
         Returns:
             Fused rows ``[n, D]`` and, if asked for, attention ``[H, n, M]`` and the mean gate ``[n]`` where there is

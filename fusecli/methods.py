@@ -49,7 +49,7 @@ class Met(NamedTuple):
 class View:
     """One image and how it is looked at.
 
-    In training it is a batch: ``image [B, M, Di]``, ``mask [B, M]`` true for rows that are no padding.
+    With a ``mask [B, M]``, true for rows that are no padding, it is a batch: ``image [B, M, Di]``.
     """
 
     weights: Weights
@@ -74,7 +74,7 @@ class View:
     def plan(self, m: int) -> attention.Plan:
         """How to attend to ``m`` rows of the fusion's width."""
         dim = self.weights.dim
-        if self.training:
+        if self.training or self.mask is not None:
             return DIRECT
         return attention.plan(self.n, m, dim, dim, dim, self.weights.config.num_heads)
 
@@ -89,7 +89,7 @@ class Method(Protocol):
         """Compute what depends on the image alone."""
 
     def meet(self, text: Array, mask: Array, need_weights: bool) -> Met:
-        """Fuse text rows ``[n, Dt]`` (in training ``[B, N, Dt]``, with ``mask [B, N]``)."""
+        """Fuse text rows ``[n, Dt]`` (of a batch ``[B, N, Dt]``, with ``mask [B, N]``)."""
 
 
 class Attend:
@@ -114,7 +114,7 @@ class Attend:
         else:
             maps = weights.folded(view.template, view.dtype)
             widths = weights.dim, weights.text_dim, weights.image_dim
-            plan = attention.plan(view.n, len(image), *widths, self._heads)
+            plan = DIRECT if view.mask is not None else attention.plan(view.n, len(image), *widths, self._heads)
         self._side = attention.see(image, maps, self._heads, plan, view.mask)
 
     def meet(self, text: Array, need_weights: bool) -> tuple[Array, Array | None]:

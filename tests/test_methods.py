@@ -140,10 +140,11 @@ def test_a_padded_batch_gives_what_each_pair_gives(method: str, options: dict[st
     for k, (m, n) in enumerate(sizes):
         images[k, :m], texts[k, :n] = torch.from_numpy(image[:m]), torch.from_numpy(text[:n])
         image_mask[k, :m], text_mask[k, :n] = True, True
-    seen = Seen(weights, images, texts, 9, "float32", training=True, mask=image_mask)
-    fused = seen.meet(texts, mask=text_mask).fused
-    for k, (m, n) in enumerate(sizes):
-        np.testing.assert_allclose(fused[k, :n], fuse(weights, image[:m], text[:n]), atol=1e-5)
+    for training in (True, False):
+        seen = Seen(weights, images, texts, 9, "float32", training=training, mask=image_mask)
+        fused = seen.meet(texts, mask=text_mask).fused
+        for k, (m, n) in enumerate(sizes):
+            np.testing.assert_allclose(fused[k, :n], fuse(weights, image[:m], text[:n]), atol=1e-5)
 
 
 @EVERY

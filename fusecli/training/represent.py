@@ -97,6 +97,7 @@ class Fusion:
         self.width = weights.dim
         self._drop: float = 0.0
         self._weights = Weights(self.config, self.named)
+        self._frozen: Weights | None = None
 
     def parameters(self) -> list[nn.Parameter]:
         """See `Representation`."""
@@ -104,7 +105,8 @@ class Fusion:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Here dropout is at work."""
+        """Here weights change, and dropout is at work."""
+        self._frozen = None
         self._drop = self.config.dropout if self.config.method == "transformer" and self._learned else 0.0
         try:
             yield
@@ -118,11 +120,19 @@ class Fusion:
     def _fused(self, batch: Batch) -> torch.Tensor:
         drop = partial(nn.functional.dropout, p=self._drop) if self._drop else lambda x: x
         n = batch.texts.shape[1]
+        learning = self._learned and torch.is_grad_enabled()
+        weights = self._weights if learning else self.frozen()
         seen = Seen(
-            self._weights, batch.images, batch.texts, n, "float32", training=True, mask=batch.image_mask, drop=drop
+            weights, batch.images, batch.texts, n, "float32", training=learning, mask=batch.image_mask, drop=drop
         )
         fused: torch.Tensor = seen.meet(batch.texts, mask=batch.text_mask).fused
         return fused
+
+    def frozen(self) -> Weights:
+        """The weights as they are now, of which nothing is learned: they are folded, and take fewer operations."""
+        if self._frozen is None:
+            self._frozen = Weights(self.config, {name: tensor.detach() for name, tensor in self.named.items()})
+        return self._frozen
 
     def each(self, batch: Batch, which: torch.Tensor) -> torch.Tensor:
         """See `Representation`. The image is projected once; its texts follow one another as one long text."""
@@ -137,8 +147,8 @@ class Fusion:
         return masked_mean(fused, mask.flatten(0, 1)).reshape(size, count, -1)
 
     def beside(self, data: Data, texts: list[int]) -> Callable[[int], torch.Tensor]:
-        """See `Representation`. Weights that are not learned from any more are folded: the fewest operations."""
-        frozen = Weights(self.config, {name: tensor.detach() for name, tensor in self.named.items()})
+        """See `Representation`."""
+        frozen = self.frozen()
         rows = torch.cat([torch.from_numpy(data.texts[at]).float() for at in texts]).to(self._device)
         lengths = torch.tensor([data.texts.length(at) for at in texts])
 
@@ -159,6 +169,7 @@ class Fusion:
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take over saved weights."""
+        self._frozen = None
         with torch.no_grad():
             for name, tensor in self.named.items():
                 tensor.copy_(tensors[name])
