@@ -73,7 +73,7 @@ def test_a_fusion_learns_what_neither_side_knows(method: str, run: Run, lesson: 
 
 
 def test_what_is_trained_gives_the_same_numbers_everywhere(run: Run, lesson: list[str], tmp_path: Path) -> None:
-    _train(run, "--labels", "labels.csv", "--method", "attention", "--epochs", 2, "--no-layer-norm")
+    _train(run, "--labels", "labels.csv", "--method", "attention", "--epochs", 2)
     weights = fusecli.load(tmp_path / "f.safetensors")
     run("batch", "img", "txt", "-w", "f.safetensors", "-o", "out", "-q")
     run("fuse", f"img/{lesson[0]}.npy", f"txt/{lesson[0]}.npy", "-w", "f.safetensors", "-o", "one.npy", "-q")

@@ -84,7 +84,10 @@ def train(
     dropout: Dropout = None,
     layer_norm: Annotated[
         bool | None,
-        typer.Option("--layer-norm/--no-layer-norm", help="Bring text and image to one scale first.  [default: yes]"),
+        typer.Option(
+            "--layer-norm/--no-layer-norm",
+            help="Bring text and image to one scale first.  [default: all but attention]",
+        ),
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the pairs, at most.")] = 20,
     batch_size: Annotated[int, typer.Option(min=2, help="Pairs of a step.")] = 64,
@@ -161,8 +164,10 @@ def _method_options(given: dict[str, Any]) -> dict[str, Any]:
     names = ("num_heads", "residual", "gate", "num_layers", "dim_feedforward", "self_attention", "dropout")
     options = {name: given[name] for name in names}
     if given["weights"] is None:
-        layer_norm = given["layer_norm"] is not False
-        return method_options(given["method"] or Method.gated, layer_norm=layer_norm, **options)
+        method, layer_norm = given["method"] or Method.gated, given["layer_norm"]
+        if layer_norm is None:  # the article's module has none, and what is trained for it has to fit it
+            layer_norm = method is not Method.attention
+        return method_options(method, layer_norm=layer_norm, **options)
     options |= {"method": given["method"], "feature_dim": given["feature_dim"]}
     options["layer_norm"] = None if given["layer_norm"] is None else True
     extra = [name for name, value in options.items() if value is not None and value is not False]
