@@ -202,7 +202,8 @@ def stored_as(weights: Weights, dtype: str) -> Weights:
     Raises:
         OutputError: a number is too large for it.
     """
-    tensors = {name: convert(tensor, dtype) for name, tensor in weights.tensors.items()}
+    with np.errstate(over="ignore"):  # what does not fit is looked for
+        tensors = {name: convert(tensor, dtype) for name, tensor in weights.tensors.items()}
     for name, tensor in tensors.items():
         if first_nonfinite(to_numpy(tensor)) is not None:
             raise OutputError(f"weights do not fit {dtype}", where=name, hint="--dtype float32")

@@ -236,8 +236,8 @@ def ahead(make: Callable[[list[int]], Made], items: Sequence[list[int]]) -> Gene
                 return
 
     thread = threading.Thread(target=fill, daemon=True)
-    thread.start()
     try:
+        thread.start()
         for _ in items:
             made = ready.get()
             if isinstance(made, BaseException):
