@@ -89,7 +89,11 @@ class Layers:
     @property
     def scale(self) -> float:
         """``1 / sqrt(d)``."""
-        return float((len(self.out_proj[0]) // self.num_heads) ** -0.5)
+        return _scale(len(self.out_proj[0]), self.num_heads)
+
+
+def _scale(dim: int, num_heads: int) -> float:
+    return float((dim // num_heads) ** -0.5)
 
 
 def fold(layers: Layers) -> Maps:
@@ -115,7 +119,7 @@ def unfolded(in_proj: tuple[Array, Array], out_proj: tuple[Array, Array], num_he
     Autograd reaches every layer through them.
     """
     dim = len(out_proj[0])
-    scale = float((dim // num_heads) ** -0.5)
+    scale = _scale(dim, num_heads)
     weight, bias = in_proj
     out, out_bias = out_proj
     return Maps(weight[:dim] * scale, bias[:dim] * scale, weight[dim:], out, out @ bias[2 * dim :] + out_bias)

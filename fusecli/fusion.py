@@ -67,8 +67,7 @@ class Seen:
     @property
     def rows_alike(self) -> bool:
         """Whether all fused rows are the same vector."""
-        config = self.weights.config
-        return self._one_row and config.method == "attention" and not config.residual
+        return self._one_row and self.weights.config.can_forget_text
 
     @property
     def only_adds(self) -> bool:

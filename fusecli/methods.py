@@ -71,12 +71,11 @@ class View:
         """Weight and bias of a layer."""
         return self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
 
-    def plan(self, m: int) -> attention.Plan:
-        """How to attend to ``m`` rows of the fusion's width."""
-        dim = self.weights.dim
+    def plan(self, m: int, text_dim: int, image_dim: int) -> attention.Plan:
+        """How to let the text attend to ``m`` rows, given the widths that the maps begin with."""
         if self.training or self.mask is not None:
             return DIRECT
-        return attention.plan(self.n, m, dim, dim, dim, self.weights.config.num_heads)
+        return attention.plan(self.n, m, self.weights.dim, text_dim, image_dim, self.weights.config.num_heads)
 
 
 DIRECT = attention.Plan(attention.Order.DIRECT, attention.Order.DIRECT, 0)
@@ -110,11 +109,9 @@ class Attend:
             self._text_proj = layers.text
             image = linear(image, *layers.image)  # [M, D]
             maps = attention.unfolded(layers.in_proj, layers.out_proj, self._heads)
-            plan = DIRECT
         else:
             maps = weights.folded(view.template, view.dtype)
-            widths = weights.dim, weights.text_dim, weights.image_dim
-            plan = DIRECT if view.mask is not None else attention.plan(view.n, len(image), *widths, self._heads)
+        plan = view.plan(image.shape[-2], weights.text_dim, weights.image_dim)
         self._side = attention.see(image, maps, self._heads, plan, view.mask)
 
     def meet(self, text: Array, need_weights: bool) -> tuple[Array, Array | None]:
@@ -240,7 +237,8 @@ class Transformer:
             return attention.unfolded(in_proj, view.layer(f"{name}.out_proj"), heads)
 
         maps = make() if view.training else view.weights.kept(name, view.template, view.dtype, make)
-        return attention.see(rows, maps, heads, view.plan(rows.shape[-2]), mask)
+        dim = view.weights.dim
+        return attention.see(rows, maps, heads, view.plan(rows.shape[-2], dim, dim), mask)
 
     def meet(self, text: Array, mask: Array, need_weights: bool) -> Met:
         """See `Method`. The attention is that of the last layer."""

@@ -82,6 +82,11 @@ class Config:
         return "num_heads" in OPTIONS[self.method]
 
     @property
+    def can_forget_text(self) -> bool:
+        """Whether nothing of the text is left in the result where there is but one image row."""
+        return self.method == "attention" and not self.residual
+
+    @property
     def adds_text(self) -> bool:
         """Whether the text itself is part of the result, so that it has to have the width ``D``."""
         return self.residual or self.method == "gated"

@@ -130,7 +130,7 @@ def batch(
     except KeyboardInterrupt:
         note(INTERRUPTED, quiet)
         raise typer.Exit(130) from None
-    if summary.one_row and loaded.config.method == "attention" and not loaded.config.residual:
+    if summary.one_row and loaded.config.can_forget_text:
         note(f"{summary.one_row:,} of them: {ONE_ROW}", quiet)
     if manifest == "-" and not (summary.fused or summary.skipped or summary.failures or summary.missed):
         raise InputError("no pairs came", where="<stdin>", wanted="lines with id,image,text")

@@ -128,7 +128,7 @@ def fuse(
 
 
 def _tell_of_one_row(config: Any, quiet: bool) -> None:
-    if config.method == "attention" and not config.residual:
+    if config.can_forget_text:
         note(ONE_ROW, quiet)
     elif config.residual or (config.method == "gated" and config.gate == "tanh"):
         note(KEPT_TEXT, quiet)

@@ -66,7 +66,26 @@ Dropout = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-def method_options(method: Method, **options: Any) -> dict[str, Any]:
+#: The parameters of commands that are options of methods.
+METHOD_OPTIONS = (
+    "num_heads",
+    "residual",
+    "gate",
+    "num_layers",
+    "dim_feedforward",
+    "self_attention",
+    "dropout",
+    "layer_norm",
+)
+
+
+def given_options(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Those of a command's ``parameters`` that are options of methods, and were given."""
+    found = {name: parameters[name] for name in METHOD_OPTIONS}
+    return {name: value for name, value in found.items() if value is not None and value is not False}
+
+
+def method_options(method: Method, parameters: dict[str, Any]) -> dict[str, Any]:
     """Method and options as `fusecli.Config` takes them; those that were not given are left out.
 
     Raises:
@@ -75,8 +94,9 @@ def method_options(method: Method, **options: Any) -> dict[str, Any]:
     from fusecli.errors import CheckpointError, UsageError
     from fusecli.weights import Config
 
-    given: dict[str, Any] = {name: str(value) if isinstance(value, Gate) else value for name, value in options.items()}
-    given = {name: value for name, value in given.items() if value is not None and value is not False}
+    given: dict[str, Any] = {
+        name: str(value) if isinstance(value, Gate) else value for name, value in given_options(parameters).items()
+    }
     try:
         Config(str(method), **given)
     except CheckpointError as error:

@@ -91,8 +91,8 @@ def explain(summary: Any, request: Any, allow_missing: bool, quiet: bool) -> int
     from fusecli.batch.run import state_folder
 
     rows = [("fused", summary.fused, ""), ("skipped", summary.skipped, "done before")]
-    rows += [("failed", count, f"{cause}: {_shown(ids, count)}") for cause, (count, ids) in summary.failed.items()]
-    rows += [("no " + side, count, _shown(ids, count)) for side, (count, ids) in summary.missing.items()]
+    rows += [("failed", count, f"{cause}: {shown(ids, count)}") for cause, (count, ids) in summary.failed.items()]
+    rows += [("no " + side, count, shown(ids, count)) for side, (count, ids) in summary.missing.items()]
     for name, count, told in rows:
         if count or name == "fused":
             note(f"{name:9} {count:>9,}  {printable(told)}".rstrip(), quiet)
@@ -105,7 +105,8 @@ def explain(summary: Any, request: Any, allow_missing: bool, quiet: bool) -> int
     return _code(summary, request, allow_missing, quiet)
 
 
-def _shown(ids: list[str], count: int) -> str:
+def shown(ids: list[str], count: int) -> str:
+    """The first of ``count`` ids, long ones cut."""
     return ", ".join(id if len(id) < 60 else f"{id[:60]}…" for id in ids) + (", …" if count > len(ids) else "")
 
 

@@ -24,8 +24,10 @@ from fusecli.cli.options import (
     Quiet,
     Residual,
     SelfAttention,
+    given_options,
     method_options,
 )
+from fusecli.cli.progress import shown
 from fusecli.errors import CheckpointError, InputError, OutputError, ShapeError, UsageError
 
 #: Ids that are shown of many.
@@ -127,6 +129,7 @@ def train(
 
     fusecli train images/ texts/ --labels labels.csv -o fusion.safetensors
     """
+    parameters = locals()
     from fusecli.pairs import refuse_same_file
     from fusecli.training import labels as labelled
     from fusecli.training.loop import Settings
@@ -134,7 +137,7 @@ def train(
 
     sources = Sources(images, texts, manifest, image_key, text_key, image_pattern, text_pattern)
     _check(sources, output, labels, task, class_weights, objective, weights, validation + held_out)
-    given = _method_options(locals())
+    given = _method_options(parameters)
     pairs = find_pairs(sources, [output], None)
     known = labelled.read_labels(labels, label_column) if labels else None
     ids = _usable(pairs, known, allow_missing, quiet)
@@ -159,18 +162,17 @@ def train(
         _show(result, output, quiet)
 
 
-def _method_options(given: dict[str, Any]) -> dict[str, Any]:
+def _method_options(parameters: dict[str, Any]) -> dict[str, Any]:
     """Method and options from the command's parameters; none where a checkpoint brings its own."""
-    names = ("num_heads", "residual", "gate", "num_layers", "dim_feedforward", "self_attention", "dropout")
-    options = {name: given[name] for name in names}
-    if given["weights"] is None:
-        method, layer_norm = given["method"] or Method.gated, given["layer_norm"]
+    method, layer_norm = parameters["method"] or Method.gated, parameters["layer_norm"]
+    if parameters["weights"] is None:
         if layer_norm is None:  # the article's module has none, and what is trained for it has to fit it
             layer_norm = method is not Method.attention
-        return method_options(method, layer_norm=layer_norm, **options)
-    options |= {"method": given["method"], "feature_dim": given["feature_dim"]}
-    options["layer_norm"] = None if given["layer_norm"] is None else True
-    extra = [name for name, value in options.items() if value is not None and value is not False]
+        return method_options(method, parameters | {"layer_norm": layer_norm})
+    asked = {name: parameters[name] for name in ("method", "feature_dim")}
+    extra = [*given_options(parameters), *(name for name, value in asked.items() if value is not None)]
+    if layer_norm is False:  # that was given too
+        extra.append("layer_norm")
     if extra:
         where = "--" + extra[0].replace("_", "-")
         raise UsageError("the checkpoint brings its own", where=where, hint="leave out either")
@@ -230,7 +232,7 @@ def _usable(pairs: Any, labels: dict[str, str] | None, allow_missing: bool, quie
     told = [f"{len(some):,} {what}" for what, some in lacking.items() if some]
     for what, some in lacking.items():
         if some:
-            note(f"{len(some):,} ids {what}: {', '.join(some[:FIRST])}{', …' if len(some) > FIRST else ''}", quiet)
+            note(f"{len(some):,} ids {what}: {shown(some[:FIRST], len(some))}", quiet)
     if told and not allow_missing:
         raise InputError("not every id has all", found=", ".join(told), hint="--allow-missing passes over them")
     if not ids:

@@ -60,6 +60,7 @@ def init(
 
     Random ones are drawn as PyTorch draws them, the same on every machine.
     """
+    parameters = locals()
     from fusecli import checkpoint
     from fusecli.errors import UsageError
 
@@ -70,17 +71,7 @@ def init(
             found=f"D={feature_dim}, Dt={text_dim or feature_dim}, Di={image_dim or feature_dim}",
         )
     heads = num_heads or (1 if identity else 8)
-    options = method_options(
-        method,
-        num_heads=num_heads,
-        residual=residual,
-        gate=gate,
-        num_layers=num_layers,
-        dim_feedforward=dim_feedforward,
-        self_attention=self_attention,
-        dropout=dropout,
-        layer_norm=layer_norm,
-    )
+    options = method_options(method, parameters)
     options.pop("num_heads", None)
     if identity and method is Method.transformer:
         raise UsageError("a transformer has no identity", where="--identity", hint="choose another --method")

@@ -10,7 +10,8 @@ import threading
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
@@ -48,24 +49,32 @@ class Rows:
     Float16 where everything is, else float32. The system keeps in memory what there is room for.
     """
 
-    def __init__(self, arrays: Iterable[NumpyArray], folder: str, low: bool) -> None:
-        self.dtype = np.float16 if low else np.float32
-        self.starts = [0]
-        self.width = 0
-        self.checksum = 0
+    def __init__(self, arrays: Callable[[], Iterable[NumpyArray]], folder: str) -> None:
         try:
             with tempfile.TemporaryFile(dir=folder) as file:
-                for array in arrays:
-                    rows = np.ascontiguousarray(array, self.dtype)
-                    self.checksum = zlib.crc32(rows.data, self.checksum)
-                    file.write(rows.data)
-                    self.starts.append(self.starts[-1] + len(array))
-                    self.width = array.shape[1]
+                # In float16 until something wider comes, most often first of all; then once more.
+                if not self._fill(file, arrays(), np.dtype(np.float16)):
+                    file.seek(0)
+                    file.truncate()
+                    self._fill(file, arrays(), np.dtype(np.float32))
                 file.flush()
                 # Copy-on-write: torch wants memory that could be written to.
                 self._all = np.memmap(file, self.dtype, "c", shape=(self.starts[-1], self.width))
         except OSError as error:
             raise OutputError("no room to keep the features", where=folder, found=error.strerror) from None
+
+    def _fill(self, file: IO[bytes], arrays: Iterable[NumpyArray], dtype: np.dtype[Any]) -> bool:
+        """Write all ``arrays``; False as soon as ``dtype`` does not hold one."""
+        self.dtype, self.starts, self.width, self.checksum = dtype, [0], 0, 0
+        for array in arrays:
+            if array.dtype.itemsize > dtype.itemsize:
+                return False
+            rows = np.ascontiguousarray(array, dtype)
+            self.checksum = zlib.crc32(rows.data, self.checksum)
+            file.write(rows.data)
+            self.starts.append(self.starts[-1] + len(array))
+            self.width = array.shape[1]
+        return True
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -131,7 +140,7 @@ def read(
     ids = sorted(ids)
     found = [places(id) for id in ids]
     images, texts = (
-        Rows(_arrays([pair[at] for pair in found], side, tell if at else None), folder, _all_low(found, at))
+        Rows(partial(_arrays, [pair[at] for pair in found], side, tell if at else None), folder)
         for at, side in enumerate(("image", "text"))
     )
     parts: dict[str, list[int]] = {part: [] for part in PARTS}
@@ -140,11 +149,8 @@ def read(
     return Data(ids, images, texts, parts)
 
 
-def _all_low(found: list[tuple[Place, Place]], at: int) -> bool:
-    return all(features_at(pair[at], ("image", "text")[at]).dtype == "float16" for pair in found)
-
-
 def _arrays(places: list[Place], side: str, tell: Callable[[int], None] | None) -> Iterator[NumpyArray]:
+    """The features at ``places``, those that are not float16 in float32."""
     first: tuple[int, str] | None = None
     for done, place in enumerate(places):
         stored = features_at(place, side)
@@ -161,8 +167,9 @@ def _arrays(places: list[Place], side: str, tell: Callable[[int], None] | None) 
             rows = read_finite(stored)
         except ValuesError as error:
             raise ValuesError(error.what, where=error.where, found=error.found, wanted=error.wanted) from None
-        with np.errstate(over="ignore"):
-            rows = cast(rows, "float32")
+        if rows.dtype != np.float16:
+            with np.errstate(over="ignore"):
+                rows = cast(rows, "float32")
         if first_nonfinite(rows) is not None:
             raise ValuesError("numbers too large for float32", where=stored.where, hint="scale the features down")
         yield rows
@@ -184,17 +191,6 @@ def batches(data: Data, which: Sequence[int], size: int, generator: torch.Genera
     if len(made) > 1 and len(made[-1]) == 1:  # one pair alone has nothing to be told from
         made[-2] += made.pop()
     return [made[at] for at in torch.randperm(len(made), generator=generator).tolist()]
-
-
-def padding(data: Data, made: list[list[int]]) -> float:
-    """The share of rows in ``made`` batches that are padding."""
-    real = full = 0
-    for batch in made:
-        for side in (data.images, data.texts):
-            lengths = [side.length(at) for at in batch]
-            real += sum(lengths)
-            full += max(lengths) * len(lengths)
-    return 1 - real / full
 
 
 @dataclass(frozen=True)

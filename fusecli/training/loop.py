@@ -227,7 +227,7 @@ class _Run:
                     tensor.copy_(state["head"][name])
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
-            self.progress.__dict__.update(Progress(**state["progress"]).__dict__)
+            self.progress = Progress(**state["progress"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise StateError(str(error)) from None
 

@@ -65,10 +65,9 @@ class Objective(Protocol):
         """What has to be known to use a head."""
 
 
-def vectors(represent: Representation, data: Data, parts: tuple[str, ...], device: str) -> torch.Tensor:
-    """The vectors ``[pairs, width]``, those of ``parts`` filled in."""
+def vectors(represent: Representation, data: Data, wanted: list[int], device: str) -> torch.Tensor:
+    """The vectors ``[pairs, width]``, those of the pairs ``wanted`` filled in."""
     found = torch.zeros(len(data.ids), represent.width)
-    wanted = [at for part in parts for at in data.parts[part]]
     with torch.no_grad():
         for which in batches(data, wanted, EVALUATED, None):
             found[which] = represent.own(load(data, which).to(device)).float().cpu()
@@ -117,10 +116,12 @@ class Supervised:
 
     def judge(self, head: Head, represent: Representation, data: Data) -> tuple[Measured, Head]:
         """See `Objective`."""
-        x = vectors(represent, data, ("train", "validation"), str(head["head.weight"].device))
-        return self.fitted(x, data)
+        device = str(head["head.weight"].device)
+        x = vectors(represent, data, data.parts["train"] + data.parts["validation"], device)
+        measured, best = self._fitted(x, data)
+        return measured, {name: nn.Parameter(tensor.to(device)) for name, tensor in best.items()}
 
-    def fitted(self, x: torch.Tensor, data: Data) -> tuple[Measured, Head]:
+    def _fitted(self, x: torch.Tensor, data: Data) -> tuple[Measured, Head]:
         """The best linear head on ``x [pairs, width]``, and how the pairs for validation come out under it.
 
         Trained to the end (L-BFGS: Liu and Nocedal 1989) on standardised vectors, with the penalty that suits the pairs
@@ -156,11 +157,9 @@ class Supervised:
     def measure(self, head: Head, represent: Representation, data: Data, part: list[int]) -> Measured:
         """See `Objective`."""
         device = str(head["head.weight"].device)
-        outputs = torch.empty(len(data.ids), self.outputs)
+        x = vectors(represent, data, part, device)[part]
         with torch.no_grad():
-            for which in batches(data, part, EVALUATED, None):
-                outputs[which] = _applied(head, represent.own(load(data, which).to(device))).float().cpu()
-        return self.measured(outputs[part], self.targets[part])
+            return self.measured(_applied(head, x.to(device)).cpu(), self.targets[part])
 
     def loss_of(self, outputs: torch.Tensor, targets: torch.Tensor, smoothing: float | None = None) -> torch.Tensor:
         """The loss in training; of classes, with the ``smoothing`` that was asked for unless told otherwise."""

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from fusecli.training.data import Data
-from fusecli.training.loop import InMemory, Settings, fit
-from fusecli.training.objective import Head, Objective, Supervised, vectors
+from fusecli.training.loop import InMemory, Settings, fit, fresh_head
+from fusecli.training.objective import Head, Objective, Supervised
 from fusecli.training.represent import Fusion, Means, Representation
 from fusecli.weights import Weights
 
@@ -97,11 +96,11 @@ def compare(
 
 def _head_for(objective: Objective, represent: Representation, data: Data, settings: Settings) -> Head:
     device = "cpu" if isinstance(represent, Means) else settings.device
+    settings = replace(settings, device=device)
     if isinstance(objective, Supervised):
-        head = objective.fitted(vectors(represent, data, ("train", "validation"), device), data)[1]
-        return {name: nn.Parameter(tensor.to(device)) for name, tensor in head.items()}
+        return objective.judge(fresh_head(objective, represent, settings), represent, data)[1]
     keeper = InMemory()
-    fit(represent, objective, data, replace(settings, device=device), keeper)
+    fit(represent, objective, data, settings, keeper)
     return keeper.head
 
 
