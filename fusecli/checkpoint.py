@@ -217,6 +217,12 @@ def fingerprint(weights: Weights) -> str:
     return hashlib.sha256(to_bytes(weights)).hexdigest()[:12]
 
 
+def dump_facts(weights: Weights, mean: bool) -> dict[str, Any]:
+    """What a dump of attention says of these weights; with ``mean``, it is over heads. See `fusecli.dumps`."""
+    config = weights.config
+    return {"method": config.method, "num_heads": config.num_heads, "mean": mean, "weights": fingerprint(weights)}
+
+
 def init(
     feature_dim: int = 768,
     num_heads: int = 8,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
@@ -114,6 +114,7 @@ class Output:
     fused: Opener
     attention: Opener | None = None
     attention_mean: bool = False  # [N, M] instead of [H, N, M]
+    attention_dtype: str | None = None  # None: what the pair is computed in
     dtype: str | None = None  # None: the text's
     finite: bool = True  # refuse NaN and Inf
     stream: bool = False  # what has gone out cannot be taken back
@@ -131,13 +132,15 @@ def gate_of(shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
     return "gate", (shape[-2],)
 
 
-def to_file(path: str, format: str | None = None, gate: bool = False) -> Opener:
+def to_file(
+    path: str, format: str | None = None, gate: bool = False, metadata: Mapping[str, str] | None = None
+) -> Opener:
     """Results into one file, in ``format`` or by its suffix; ``-`` is standard output; with ``gate``, room for that."""
 
     @contextmanager
     def opener(name: str, shape: tuple[int, ...], dtype: str) -> Iterator[tuple[Sink, int]]:
         second = gate_of(shape) if gate else None
-        header: bytes = format_of(path, format).header(name, shape, dtype, {}, second)
+        header: bytes = format_of(path, format).header(name, shape, dtype, metadata or {}, second)
         with open_sink(path) as sink:
             sink.put(0, header)
             yield sink, len(header)
@@ -162,6 +165,12 @@ class Fused:
     m: int
     dim: int
     dtype: str
+
+
+def pair_id(image: str, text: str) -> str:
+    """What a single pair is called: the stem of its files, of both where they differ."""
+    stems = [os.path.splitext(os.path.basename(path))[0] if path != "-" else "stdin" for path in (image, text)]
+    return stems[0] if stems[0] == stems[1] else " + ".join(stems)
 
 
 def refuse_same_file(outputs: Sequence[str | None], inputs: Sequence[str | None]) -> None:
@@ -242,7 +251,8 @@ def fuse_pair(
         into = _Blocks(seen, text, output, to_device, seconds, fused)
         if output.attention:
             shape = (n, seen.m) if output.attention_mean else (weights.config.num_heads, n, seen.m)
-            with _Opened(output.attention, "attention", shape, compute, finite) as into.attention:
+            dtype_of_weights = output.attention_dtype or compute
+            with _Opened(output.attention, "attention", shape, dtype_of_weights, finite) as into.attention:
                 into.do_all(blocks, first)
         else:
             into.do_all(blocks, first)

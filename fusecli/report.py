@@ -9,6 +9,7 @@ import numpy as np
 
 from fusecli import checkpoint
 from fusecli.arrays import dtype_name
+from fusecli.dumps import About
 from fusecli.formats import FLOATS, NumpyArray, Stored, open_tensors
 
 #: Bytes read at once, in whole rows: many rows are described in little memory.
@@ -39,6 +40,8 @@ def describe(path: str, num_heads: int | None = None) -> dict[str, Any]:
     if len(named) == 1 and stochastic[named[0]] and len(rows[named[0]]["shape"]) in (2, 3):
         *heads, n, m = rows[named[0]]["shape"]
         kind = {"kind": "attention", "heads": heads[0] if heads else "mean", "text_rows": n, "image_rows": m}
+        about = About.of(next(iter(tensors.values())).source).facts
+        kind |= {name: about[name] for name in ("method", "weights") if name in about}
     return {"file": path, **kind, "tensors": rows}
 
 

@@ -39,7 +39,8 @@ def gather(store: PartStore, results: Callable[[], Iterator[Result]]) -> None:
         def results() -> Iterator[Result]:
             return ((id, piece) for id, piece in every() if piece)
 
-        header = safetensors.header_of_many((id, p.shape, p.dtype) for id, p in results() if p)
+        told = store.label.of_many(id for id, _ in results()) if store.label else {}
+        header = safetensors.header_of_many(((id, p.shape, p.dtype) for id, p in results() if p), told)
         hole = b""
     else:
         shape, dtype = _common(store, results())

@@ -32,6 +32,7 @@ class Options:
 
     dtype: str | None = None
     attention_mean: bool = False
+    attention_dtype: str | None = None
     allow_nonfinite: bool = False
 
     def facts(self) -> dict[str, Any]:

@@ -166,9 +166,11 @@ class Ledger:
 
 def require_same_run(old: dict[str, Any] | None, new: dict[str, Any], output: str) -> None:
     """Raise `UsageError` with the difference if an output was begun with other weights or options."""
-    if old is None or old == new:
+    if old is None:
         return
     names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    if not names:
+        return
     raise UsageError(
         "was begun with other weights or options",
         where=output,

@@ -18,8 +18,9 @@ from fusecli.batch.local import Pool, Stop
 from fusecli.batch.plan import Shard, item_size
 from fusecli.batch.store import STATE, FolderStore, PartStore, Piece, Store
 from fusecli.batch.worker import work
-from fusecli.checkpoint import fingerprint
+from fusecli.checkpoint import dump_facts, fingerprint
 from fusecli.collections import SUFFIXES
+from fusecli.dumps import Label, Tokens
 from fusecli.errors import OutputError, UsageError
 from fusecli.formats import safetensors
 from fusecli.pairs import takes_gate
@@ -49,6 +50,13 @@ class Request:
     retry_failed: bool = False
     overwrite: bool = False
     fail_fast: bool = False
+    tokens: Tokens | None = None  # for the dumps of attention
+    grid: tuple[int, int] | None = None  # likewise
+
+    def label(self) -> Label:
+        """What dumps of attention say of themselves."""
+        facts = dump_facts(self.weights, self.options.attention_mean)
+        return Label(facts, self.tokens, self.grid)
 
     def run_facts(self) -> dict[str, Any]:
         """All that decides the bytes of the results, as the ledger has it."""
@@ -61,6 +69,7 @@ class Request:
             "suffix": self.suffix,
             "attention": self.attention and os.path.relpath(self.attention, self.output),
             **self.options.facts(),
+            "grid": self.grid and "{}x{}".format(*self.grid),
             **self.facts,
         }
 
@@ -221,11 +230,13 @@ def _forget(folder: str) -> None:
 
 def _job(request: Request, folder: str) -> Job:
     def store(path: str, kind: str) -> Store:
+        named = (path if is_one_file(path) else request.suffix).endswith(safetensors.SUFFIXES)
+        label = request.label() if named and kind == "attention" else None
         if is_one_file(path):
-            return PartStore(path, folder, kind)
+            return PartStore(path, folder, kind, label)
         temporary = f"{path}/{STATE}/{f'tmp-{request.shard}' if request.shard else 'tmp'}"
         gate = kind == "attention" and takes_gate(request.weights, request.suffix)
-        return FolderStore(path, request.suffix, temporary, gate)
+        return FolderStore(path, request.suffix, temporary, gate, label)
 
     mover = (lambda x: x) if request.device == "cpu" else to_device(request.device)
     attention = store(request.attention, "attention") if request.attention else None

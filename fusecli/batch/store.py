@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, NamedTuple, Protocol
 
+from fusecli.dumps import Label
 from fusecli.errors import FusecliError, OutputError
 from fusecli.formats import FLOATS, FileSink, Replacing, Sink, format_of, itemsize, safetensors
 from fusecli.pairs import gate_of
@@ -102,6 +103,7 @@ class FolderStore:
     suffix: str
     temporary: str  # folder on the same file system
     gate: bool = False  # each result has gates behind it
+    label: Label | None = None  # what each result says of itself, in a format that has room for it
     _there: dict[str, dict[str, bool]] = field(default_factory=dict)  # what was in a folder at first: is it a link?
     _count: Iterator[int] = field(default_factory=count)
 
@@ -115,7 +117,7 @@ class FolderStore:
         # process leaves behind is not in the user's way.
         temporary = f"{self.temporary}/{os.getpid()}-{next(self._count)}"
         self._make_room(target)
-        header = self._header(target, name, shape, dtype)
+        header = self._header(id, name, shape, dtype)
         return _NewFile(target, temporary, header, Piece(shape, dtype), told)
 
     def is_input(self, id: str, path: str) -> bool:
@@ -152,15 +154,17 @@ class FolderStore:
         """See `Store`: size and header are looked at."""
         path = f"{self.path}/{id}{self.suffix}"
         try:
-            header = self._header(path, name, piece.shape, piece.dtype)
+            header = self._header(id, name, piece.shape, piece.dtype)
         except FusecliError:  # never written by us
             return False
         size, start = look_into(path, len(header))
         behind = math.prod(gate_of(piece.shape)[1]) * itemsize(piece.dtype) if self.gate else 0
         return size == len(header) + piece.nbytes + behind and start == header
 
-    def _header(self, path: str, name: str, shape: tuple[int, ...], dtype: str) -> bytes:
-        header: bytes = format_of(path).header(name, shape, dtype, {}, gate_of(shape) if self.gate else None)
+    def _header(self, id: str, name: str, shape: tuple[int, ...], dtype: str) -> bytes:
+        told = self.label.of_one(id, shape) if self.label else {}
+        second = gate_of(shape) if self.gate else None
+        header: bytes = format_of(f"x{self.suffix}").header(name, shape, dtype, told, second)
         return header
 
 
@@ -204,6 +208,7 @@ class PartStore:
     path: str  # of the file that they become
     folder: str  # of the parts
     kind: str  # "fused" or "attention"
+    label: Label | None = None  # what the file says of itself, in a format that has room for it
     _lock: Any = field(default_factory=threading.Lock)
     _fd: int = -1
     _owner: int = 0

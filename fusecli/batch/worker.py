@@ -96,6 +96,7 @@ def _fuse(job: Job, task: Task, image: Stored, row: Any, shared: float) -> Outco
         partial(job.fused.open, task.id, told=pieces),
         attention,
         attention_mean=job.options.attention_mean,
+        attention_dtype=job.options.attention_dtype,
         dtype=job.options.dtype,
         finite=not job.options.allow_nonfinite,
         gate=isinstance(job.attention, FolderStore) and job.attention.gate,

@@ -11,18 +11,21 @@ from typing import Annotated, Any
 import typer
 
 from fusecli.cli.console import note
-from fusecli.cli.fuse import ONE_ROW, load_weights
+from fusecli.cli.fuse import ONE_ROW, check_attention_options, load_weights
 from fusecli.cli.options import (
     AllowNonfinite,
+    AttentionDtype,
     AttentionMean,
     Debug,
     Device,
     Dtype,
+    GridSize,
     NumHeads,
     Quiet,
     Residual,
     Seed,
     Weights,
+    to_grid,
 )
 
 
@@ -43,6 +46,12 @@ def batch(
         str | None, typer.Option("--attention", "-a", metavar="OUT", help="Also write the attention, likewise.")
     ] = None,
     attention_mean: AttentionMean = False,
+    attention_dtype: AttentionDtype = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="JSON lines with id and tokens, kept in .safetensors of attention."),
+    ] = None,
+    grid: GridSize = None,
     residual: Residual = False,
     manifest: Annotated[
         str | None,
@@ -92,9 +101,12 @@ def batch(
     from fusecli.errors import InputError, UsageError
 
     output, attention = _without_slash(output), attention and _without_slash(attention)
-    sources = Sources(images, texts, manifest, image_key, text_key, image_pattern, text_pattern)
+    sources = Sources(images, texts, manifest, image_key, text_key, image_pattern, text_pattern, tokens)
     check_sources(sources)
-    _check_outputs(output, attention, attention_mean, suffix, weights, sources)
+    _check_outputs(output, attention, suffix, weights, sources)
+    dumped = attention and (attention if batches.is_one_file(attention) else suffix)
+    given = {"attention-mean": attention_mean, "attention-dtype": attention_dtype, "tokens": tokens, "grid": grid}
+    check_attention_options(dumped, given)
     if overwrite and retry_failed:
         raise UsageError("--overwrite forgets what has failed", where="--retry-failed", hint="leave one of them out")
     if dtype == "bfloat16" and (output if output.endswith((".npy", ".safetensors")) else suffix).endswith(".npy"):
@@ -109,7 +121,7 @@ def batch(
         output=output,
         attention=attention,
         suffix=suffix,
-        options=Options(dtype, attention_mean, allow_nonfinite),
+        options=Options(dtype, attention_mean, attention_dtype, allow_nonfinite),
         facts=sources.seen_from(output),
         workers=workers or os.cpu_count() or 1,
         device=device,
@@ -118,6 +130,8 @@ def batch(
         retry_failed=retry_failed,
         overwrite=overwrite,
         fail_fast=fail_fast,
+        tokens=_read_tokens(tokens) if tokens else None,
+        grid=to_grid(grid),
     )
     if dry_run:
         _tell_plan(request, find_pairs(sources, [output, attention], part), quiet)
@@ -150,16 +164,17 @@ class Sources:
     text_key: str | None
     image_pattern: str | None
     text_pattern: str | None
+    tokens: str | None = None
 
     def paths(self) -> list[str]:
         """The places that are read."""
-        return [path for path in (self.images, self.texts, self.manifest) if path and path != "-"]
+        return [path for path in (self.images, self.texts, self.manifest, self.tokens) if path and path != "-"]
 
     def seen_from(self, output: str) -> dict[str, str | None]:
         """For the ledger, paths as seen from the output: moved together, they are still the same."""
         facts = asdict(self) | {"texts": self.texts or self.images}
         start = os.path.realpath(output)
-        for name in ("images", "texts", "manifest"):
+        for name in ("images", "texts", "manifest", "tokens"):
             if facts[name] not in (None, "-"):
                 real = os.path.realpath(facts[name])
                 lasts = os.path.isfile(real) or os.path.isdir(real)  # a pipe is another one each time
@@ -188,16 +203,12 @@ def check_sources(sources: Sources) -> None:
             raise UsageError("no pattern", where=f"--{side}-pattern", found=pattern, wanted="{id} in it once") from None
 
 
-def _check_outputs(
-    output: str, attention: str | None, attention_mean: bool, suffix: str, weights: str | None, sources: Sources
-) -> None:
+def _check_outputs(output: str, attention: str | None, suffix: str, weights: str | None, sources: Sources) -> None:
     from fusecli.collections import SUFFIXES
     from fusecli.errors import UsageError
 
     if not output:
         raise UsageError("no output", hint="add -o FOLDER")
-    if attention_mean and attention is None:
-        raise UsageError("needs a place to write to", where="--attention-mean", hint="add --attention FOLDER")
     if suffix not in SUFFIXES:
         raise UsageError("unknown format", where="--suffix", found=suffix, wanted=" or ".join(SUFFIXES))
     inputs = {os.path.realpath(path) for path in (*sources.paths(), weights) if path}
@@ -225,6 +236,17 @@ def _check_output(path: str, inputs: set[str], folders: list[str]) -> None:
         raise UsageError("is a file or a pipe", where=path, wanted="a folder, .safetensors or .npy")
     if path.endswith(SUFFIXES) and real.startswith(tuple(folders)):
         raise UsageError("output would lie among the inputs", where=path, hint=elsewhere)
+
+
+def _read_tokens(path: str) -> Any:
+    from fusecli.dumps import read_tokens
+    from fusecli.errors import FileError
+
+    tokens = read_tokens(path)
+    if tokens.one is not None:
+        wanted = 'JSON lines {"id": "…", "tokens": ["…"]}'
+        raise FileError("tokens of one pair, while many are to be fused", where=path, wanted=wanted)
+    return tokens
 
 
 def _without_slash(path: str) -> str:

@@ -14,16 +14,19 @@ import typer
 from fusecli.cli.console import emit, note
 from fusecli.cli.options import (
     AllowNonfinite,
+    AttentionDtype,
     AttentionMean,
     Debug,
     Device,
     Dtype,
+    GridSize,
     Json,
     NumHeads,
     Quiet,
     Residual,
     Seed,
     Weights,
+    to_grid,
 )
 
 ONE_ROW = (
@@ -54,6 +57,12 @@ def fuse(
         str | None, typer.Option("--attention", "-a", metavar="FILE", help="Also write the attention [H, N, M].")
     ] = None,
     attention_mean: AttentionMean = False,
+    attention_dtype: AttentionDtype = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="JSON or a token a line, kept in a .safetensors of attention."),
+    ] = None,
+    grid: GridSize = None,
     residual: Residual = False,
     image_key: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the tensor in IMAGE.")] = None,
     text_key: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the tensor in TEXT.")] = None,
@@ -76,12 +85,17 @@ def fuse(
     import numpy as np
 
     from fusecli import pairs
-    from fusecli.errors import OutputError
+    from fusecli.errors import OutputError, UsageError
     from fusecli.formats import is_stream
 
     started = time.perf_counter()
-    _check_options(output, attention, attention_mean, json)
-    pairs.refuse_same_file([output, attention], [image, text, weights])
+    _check_streams(output, attention, json)
+    if tokens == "-" and "-" in (image, text):
+        raise UsageError("standard input brings features already", where="--tokens -", hint="name a file")
+    given = {"attention-mean": attention_mean, "attention-dtype": attention_dtype, "tokens": tokens, "grid": grid}
+    check_attention_options(attention, given)
+    pairs.refuse_same_file([output, attention], [image, text, weights, tokens])
+    size = to_grid(grid)
     stored_image = pairs.find_features(image, "image", image_key)
     stored_text = pairs.find_features(text, "text", text_key)
     loaded = load_weights(weights, num_heads, seed, residual, attention, lambda line: note(line, quiet))
@@ -90,10 +104,15 @@ def fuse(
     if stored_image.shape[0] == 1:
         _tell_of_one_row(loaded.config, quiet)
     gate = attention is not None and pairs.takes_gate(loaded, attention)
+    told = None
+    if attention and attention.endswith(".safetensors"):
+        shape = (stored_text.shape[0], stored_image.shape[0])
+        told = _metadata(loaded, attention_mean, tokens, size, pairs.pair_id(image, text), shape)
     form = pairs.Output(
         pairs.to_file(output, format),
-        pairs.to_file(attention, gate=gate) if attention else None,
+        pairs.to_file(attention, gate=gate, metadata=told) if attention else None,
         attention_mean=attention_mean,
+        attention_dtype=attention_dtype,
         dtype=dtype,
         finite=not allow_nonfinite,
         stream=is_stream(output),
@@ -127,6 +146,18 @@ def fuse(
         note(f"{output}: [{done.n}, {done.dim}] {done.dtype} from {done.m} image and {done.n} text rows", quiet)
 
 
+def _metadata(
+    weights: Any, mean: bool, tokens: str | None, size: tuple[int, int] | None, id: str, shape: tuple[int, int]
+) -> Any:
+    from fusecli.checkpoint import dump_facts
+    from fusecli.dumps import Label, read_tokens
+
+    words = read_tokens(tokens) if tokens else None
+    if words:
+        words.require(id)
+    return Label(dump_facts(weights, mean), words, size).of_one(id, shape)
+
+
 def _tell_of_one_row(config: Any, quiet: bool) -> None:
     if config.can_forget_text:
         note(ONE_ROW, quiet)
@@ -134,11 +165,24 @@ def _tell_of_one_row(config: Any, quiet: bool) -> None:
         note(KEPT_TEXT, quiet)
 
 
-def _check_options(output: str, attention: str | None, attention_mean: bool, json: bool) -> None:
+def check_attention_options(attention: str | None, given: dict[str, Any]) -> None:
+    """Raise `UsageError` if options ``given`` by name say something of ``attention`` that it cannot hold."""
     from fusecli.errors import UsageError
 
-    if attention_mean and attention is None:
-        raise UsageError("needs a file to write to", where="--attention-mean", hint="add --attention FILE")
+    for name, value in given.items():
+        if value and attention is None:
+            raise UsageError("needs attention to be written", where=f"--{name}", hint="add --attention OUT")
+        if value and name in ("tokens", "grid") and not str(attention).endswith(".safetensors"):
+            hint = f"write .safetensors, or give --{name} to fusecli show"
+            raise UsageError("only .safetensors has room for it", where=f"--{name}", found=attention, hint=hint)
+        if value == "bfloat16" and str(attention).endswith(".npy"):
+            hint = "write .safetensors, or take float16"
+            raise UsageError(".npy cannot name bfloat16", where=f"--{name}", found=attention, hint=hint)
+
+
+def _check_streams(output: str, attention: str | None, json: bool) -> None:
+    from fusecli.errors import UsageError
+
     if output != "-" and _is_our_terminal(output):
         output = "-"
     if "-" in (output, attention) and sys.stdout is not None and sys.stdout.isatty():

@@ -39,6 +39,10 @@ Weights = Annotated[
     typer.Option("--weights", "-w", metavar="FILE", envvar="FUSECLI_WEIGHTS", help="Checkpoint of the fusion."),
 ]
 AttentionMean = Annotated[bool, typer.Option("--attention-mean", help="Write its mean over heads, [N, M].")]
+AttentionDtype = Annotated[DtypeName | None, typer.Option(help="Dtype of the attention.  [default: float32]")]
+GridSize = Annotated[
+    str | None, typer.Option("--grid", metavar="HxW", help="How the image rows lie in the picture, if it is no square.")
+]
 Residual = Annotated[bool, typer.Option("--residual", help="Add the text to the result (Dt = D).")]
 Dtype = Annotated[DtypeName | None, typer.Option(help="Dtype of the output.  [default: the text's]")]
 NumHeads = Annotated[
@@ -77,6 +81,21 @@ METHOD_OPTIONS = (
     "dropout",
     "layer_norm",
 )
+
+
+def to_grid(text: str | None) -> tuple[int, int] | None:
+    """Height and width from what was given for ``--grid``.
+
+    Raises:
+        UsageError: it is no grid.
+    """
+    from fusecli.errors import UsageError
+    from fusecli.grid import parse_grid
+
+    try:
+        return parse_grid(text) if text is not None else None
+    except ValueError:
+        raise UsageError("no grid", where="--grid", found=text, wanted="height x width", hint="--grid 7x9") from None
 
 
 def given_options(parameters: dict[str, Any]) -> dict[str, Any]:

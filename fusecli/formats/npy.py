@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -82,7 +83,7 @@ def _check_length(source: Source, offset: int, shape: tuple[int, ...], dtype: st
         )
 
 
-def header(name: str, shape: tuple[int, ...], dtype: str, metadata: dict[str, str], second: object = None) -> bytes:
+def header(name: str, shape: tuple[int, ...], dtype: str, metadata: Mapping[str, str], second: object = None) -> bytes:
     """What stands before the data; ``name``, ``metadata`` and a second array have no place in this format.
 
     Raises:

@@ -12,7 +12,7 @@ import math
 import re
 import struct
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -195,36 +195,43 @@ def metadata(source: Source) -> dict[str, str]:
 
 
 def header(
-    name: str, shape: tuple[int, ...], dtype: str, metadata: dict[str, str], second: Second | None = None
+    name: str, shape: tuple[int, ...], dtype: str, metadata: Mapping[str, str], second: Second | None = None
 ) -> bytes:
     """What stands before the data of a file with one tensor, or with a ``second`` of the same dtype behind it.
 
     Raises:
         UsageError: the format has no name for ``dtype``.
     """
-    strings = f'"{METADATA}":{json.dumps(metadata, separators=(",", ":"))},' if metadata else ""
     entry, end = _described(name, shape, dtype, 0)
     more = "," + _described(*second, dtype, end)[0] if second else ""
-    return _framed(bytearray((strings + entry + more).encode()))
+    return _framed(bytearray((_strings(metadata) + entry + more).encode()))
 
 
 #: Name and shape of a tensor behind another.
 Second: TypeAlias = tuple[str, tuple[int, ...]]
 
 
-def header_of_many(tensors: Iterable[tuple[str, tuple[int, ...], str]]) -> bytes:
+def header_of_many(
+    tensors: Iterable[tuple[str, tuple[int, ...], str]], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """What stands before the data of a file with many tensors ``(name, shape, dtype)``, in their order.
 
     Raises:
         UsageError: the format has no name for a dtype, or the header would be longer than the format allows.
     """
-    text = bytearray()
+    text = bytearray(_strings(metadata or {}).encode())
     at = 0
     for name, shape, dtype in tensors:
         entry, at = _described(name, shape, dtype, at)
-        text += b"," if text else b""
         text += entry.encode()
+        text += b","
+    del text[-1:]
     return _framed(text)
+
+
+def _strings(metadata: Mapping[str, str]) -> str:
+    """The file's own strings, as the first member of its header."""
+    return f'"{METADATA}":{json.dumps(dict(metadata), separators=(",", ":"))},' if metadata else ""
 
 
 def _described(name: str, shape: tuple[int, ...], dtype: str, at: int) -> tuple[str, int]:

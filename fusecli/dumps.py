@@ -1,0 +1,181 @@
+"""What a dump of attention says of itself: metadata of a ``.safetensors``, one key ``fusecli`` with JSON.
+
+::
+
+    {"format": 1, "kind": "attention", "method": "gated", "num_heads": 8, "mean": false, "weights": "0f3a…",
+     "grid": [16, 16], "skip_rows": 0, "ids": ["1f947"], "tokens": [["<s>", "1st", "place", "medal", "</s>"]]}
+
+``ids`` are the pairs in it and ``tokens`` the words of each, null where they are not known; a dump of one pair is a
+list of one. ``grid`` is there where it is known, or where ``M`` is ``g²`` or ``g² + 1``. What is not known is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fusecli.errors import FileError, ShapeError
+from fusecli.formats import Source, open_source, read_bytes, safetensors, sniff
+from fusecli.grid import grid_of
+
+#: The one key of our metadata, and the version of what it holds.
+KEY, FORMAT = "fusecli", 1
+#: A file of tokens that is longer was not meant.
+MAX_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The words of text rows: of one pair, or of many by id."""
+
+    path: str
+    one: list[str] | None = None
+    many: Mapping[str, list[str]] = field(default_factory=dict)
+
+    def of(self, id: str) -> list[str] | None:
+        """The words of a pair, None where the file has none for it."""
+        return self.one if self.one is not None else self.many.get(id)
+
+    def require(self, id: str) -> None:
+        """Raise `FileError` where the file has no words for a pair."""
+        if self.of(id) is None:
+            found = ", ".join(list(self.many)[:5]) + (", …" if len(self.many) > 5 else "")
+            raise FileError("no tokens for this pair", where=self.path, found=found, wanted=id)
+
+
+def read_tokens(path: str) -> Tokens:
+    """Tokens from a file: a JSON list, one token a line, or JSON lines ``{"id": …, "tokens": […]}`` for many pairs.
+
+    Raises:
+        FileError: it cannot be read, or is none of these.
+    """
+    source = open_source(path)
+    raw = read_bytes(source, 0, MAX_BYTES)
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FileError("no UTF-8", where=source.name, found=f"byte {error.start}", wanted="tokens as text") from None
+    if text.lstrip().startswith("{"):
+        return Tokens(source.name, many=_by_id(text, source.name))
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not _are_tokens(value):
+        value = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+    if not value:
+        raise FileError("no tokens in it", where=source.name, wanted="a JSON list, or one token a line")
+    return Tokens(source.name, one=value)
+
+
+def _by_id(text: str, where: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        record = record if isinstance(record, dict) else {}
+        if not isinstance(record.get("id"), str | int) or not _are_tokens(record.get("tokens")):
+            wanted = '{"id": "…", "tokens": ["…"]}'
+            raise FileError("bad line", where=f"{where}, line {number}", found=repr(line[:80]), wanted=wanted)
+        id = str(record["id"])
+        if id in found:
+            raise FileError("an id comes twice", where=f"{where}, line {number}", found=repr(id))
+        found[id] = record["tokens"]
+    return found
+
+
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(token, str) for token in value)
+
+
+def require_tokens(tokens: list[str] | None, n: int, where: str) -> None:
+    """Raise `ShapeError` if there are tokens, and not one for each of ``n`` text rows."""
+    if tokens is not None and len(tokens) != n:
+        found, wanted = f"{len(tokens)} tokens", f"{n}, one for each text row"
+        hint = "the tokenizer's own tokens, with those it adds at the ends"
+        raise ShapeError("tokens do not match the text", where=where, found=found, wanted=wanted, hint=hint)
+
+
+@dataclass(frozen=True)
+class Label:
+    """What is to be written into dumps.
+
+    ``facts`` are those of the weights (``method``, ``num_heads``, ``weights``) and ``mean``.
+    """
+
+    facts: Mapping[str, Any]
+    tokens: Tokens | None = None
+    grid: tuple[int, int] | None = None
+
+    def of_one(self, id: str, shape: tuple[int, ...]) -> dict[str, str]:
+        """Metadata of one pair's attention of ``shape [..., N, M]``.
+
+        Raises:
+            ShapeError: the tokens are not ``N``, or the grid is not of ``M`` rows.
+        """
+        n, m = shape[-2:]
+        words = self.tokens.of(id) if self.tokens else None
+        require_tokens(words, n, f"{self.tokens.path}, {id}" if self.tokens else "")
+        grid = grid_of(m, self.grid, where=id)
+        placed = {"grid": [grid.height, grid.width], "skip_rows": grid.skip} if grid else {}
+        return self._metadata(placed | {"ids": [id]}, [words])
+
+    def of_many(self, ids: Iterable[str]) -> dict[str, str]:
+        """Metadata of a packed file of these pairs."""
+        ids = list(ids)
+        placed = {"grid": list(self.grid)} if self.grid else {}
+        words = [self.tokens.of(id) if self.tokens else None for id in ids]
+        return self._metadata(placed | {"ids": ids}, words)
+
+    def _metadata(self, more: dict[str, Any], words: list[list[str] | None]) -> dict[str, str]:
+        told = {"tokens": words} if any(words) else {}
+        value = {"format": FORMAT, "kind": "attention", **self.facts, **more, **told}
+        return {KEY: json.dumps(value, separators=(",", ":"))}
+
+
+@dataclass(frozen=True)
+class About:
+    """What a dump says of itself, as far as it does."""
+
+    facts: dict[str, Any] = field(default_factory=dict)  # method, num_heads, weights, mean
+    grid: tuple[int, int] | None = None
+    skip: int | None = None
+    tokens: Mapping[str, list[str]] = field(default_factory=dict)
+    ids: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, source: Source) -> About:
+        """From a file; of one that says nothing, or nonsense, nothing is known.
+
+        Raises:
+            FileError: it cannot be read.
+        """
+        if sniff(source) != "safetensors":
+            return cls()
+        try:
+            value = json.loads(safetensors.metadata(source).get(KEY, ""))
+        except (ValueError, RecursionError):
+            return cls()
+        if not isinstance(value, dict) or value.get("kind") != "attention":
+            return cls()
+        return cls._from(value)
+
+    @classmethod
+    def _from(cls, value: dict[str, Any]) -> About:
+        size, skip, ids, words = (value.get(name) for name in ("grid", "skip_rows", "ids", "tokens"))
+        sane = isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
+        ids = ids if isinstance(ids, list) and all(isinstance(id, str) for id in ids) else []
+        words = words if isinstance(words, list) and len(words) == len(ids) else [None] * len(ids)
+        return cls(
+            {name: value[name] for name in ("method", "num_heads", "weights", "mean") if name in value},
+            (size[0], size[1]) if sane and isinstance(size, list) else None,
+            skip if type(skip) is int and skip >= 0 else None,
+            {id: told for id, told in zip(ids, words, strict=True) if _are_tokens(told)},
+            ids,
+        )

@@ -1,0 +1,93 @@
+"""Where image rows lie in the picture: a grid of patches, row by row, and the rows before it."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from fusecli.errors import ShapeError
+
+#: Rows before the patches in models that are in use: none, a class row, a class row and four registers (DINOv3).
+USUAL_SKIPS = (0, 1, 5)
+
+
+class Grid(NamedTuple):
+    """``height x width`` patches after ``skip`` rows of another kind (class row, registers)."""
+
+    height: int
+    width: int
+    skip: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}"
+
+    @property
+    def rows(self) -> int:
+        """Image rows in all, ``M``."""
+        return self.skip + self.height * self.width
+
+    def cell(self, row: int) -> tuple[int, int] | None:
+        """Line and column of an image row, both from 0; None for a row before the grid."""
+        return divmod(row - self.skip, self.width) if row >= self.skip else None
+
+
+def grid_of(
+    m: int, size: tuple[int, int] | None = None, skip: int | None = None, where: str | None = None
+) -> Grid | None:
+    """The grid that ``m`` image rows form; None where there is none and none was asked for.
+
+    Args:
+        m: image rows.
+        size: height and width; else a square with ``skip`` rows before it, else ``m = g²`` or ``m = g² + 1``
+            (a class row), as vision transformers have them.
+        skip: rows before the grid; else a class row where one is left over.
+        where: what the rows are of, for the message.
+
+    Raises:
+        ShapeError: ``m`` rows are no such grid; the message says which would fit.
+    """
+    if size is not None:
+        before = m - size[0] * size[1] if skip is None else skip
+        grid = Grid(*size, before)
+        if grid.rows == m and (skip is not None or before in (0, 1)):
+            return grid
+        wanted = f"{size[0]}x{size[1]}" + (f" after {skip} rows" if skip else "")
+        raise no_grid(m, where, wanted, hint=f"--skip-rows {before}" if before > 1 and skip is None else None)
+    for before in (0, 1) if skip is None else (skip,):
+        side = math.isqrt(max(m - before, 0))
+        if side > 1 and side * side == m - before:
+            return Grid(side, side, before)
+    if skip is not None:
+        raise no_grid(m, where, f"a square after {skip} rows")
+    return None
+
+
+def no_grid(m: int, where: str | None, wanted: str = "g² or g² + 1 rows", hint: str | None = None) -> ShapeError:
+    """The error that says which grids ``m`` rows would fit."""
+    hint = hint or ", or ".join(fitting(m))
+    return ShapeError("the image rows are no such grid", where=where, found=f"M = {m}", wanted=wanted, hint=hint)
+
+
+def fitting(m: int, most: int = 4) -> list[str]:
+    """Options that would make a grid of ``m`` rows, the squarest first, a line of cells at last."""
+    found: list[tuple[float, int, str]] = []
+    for skip in USUAL_SKIPS:
+        rest = m - skip
+        for height in range(2, math.isqrt(max(rest, 0)) + 1):
+            if rest % height == 0:
+                width = rest // height
+                option = f"--grid {height}x{width}" + (f" --skip-rows {skip}" if skip > 1 else "")
+                found.append((width / height, skip, option))
+    return [option for stretched, _, option in sorted(found) if stretched <= 4][:most] or [f"--grid 1x{m}"]
+
+
+def parse_grid(text: str) -> tuple[int, int]:
+    """Height and width from ``7x9``.
+
+    Raises:
+        ValueError: it is not like that.
+    """
+    height, mark, width = text.lower().partition("x")
+    if not mark or not (height.isdecimal() and width.isdecimal()) or len(text) > 20 or not int(height) * int(width):
+        raise ValueError(text)
+    return int(height), int(width)

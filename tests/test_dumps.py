@@ -1,0 +1,172 @@
+"""Dumps of attention say what they are; tokens and grids that do not fit are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from fusecli.errors import FileError, ShapeError
+from fusecli.grid import Grid, fitting, grid_of, parse_grid
+from tests.batches import IDS, batch
+from tests.conftest import Run
+
+
+def about(path: Path) -> Any:
+    with safe_open(path, "np") as file:
+        return json.loads(file.metadata()["fusecli"])
+
+
+def tokens_file(folder: Path, many: dict[str, tuple[Any, Any]]) -> Path:
+    path = folder / "tokens.jsonl"
+    lines = [json.dumps({"id": id, "tokens": [f"<{k}>" for k in range(len(text))]}) for id, (_, text) in many.items()]
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    "tokens", ['["<s>", "é", "\\ud800", "金", "</s>"]', "<s>\né\n\n金\n</s>\n", "<s>\r\né\r\n\r\n金\r\n</s>"]
+)
+def test_a_dump_of_one_pair_tells_method_heads_grid_tokens_and_weights(
+    run: Run, tmp_path: Path, pair: Any, tokens: str
+) -> None:
+    run("init", "-o", "w.safetensors", "-q")
+    (tmp_path / "tokens").write_text(tokens)
+    run(
+        "fuse",
+        "regions.npy",
+        "txt.npy",
+        "-w",
+        "w.safetensors",
+        "-o",
+        "o.npy",
+        "-a",
+        "a.safetensors",
+        "--tokens",
+        "tokens",
+    )
+    told = about(tmp_path / "a.safetensors")
+    fingerprint = json.loads(run("inspect", "--json", "w.safetensors").stdout)["fingerprint"]
+    assert (told["method"], told["num_heads"], told["weights"], told["mean"]) == ("attention", 8, fingerprint, False)
+    assert (told["ids"], told["grid"], told["skip_rows"]) == (["regions + txt"], [4, 4], 0)
+    assert told["tokens"][0] == ["<s>", "é", "\ud800" if tokens[0] == "[" else "", "金", "</s>"]
+
+
+def test_each_dump_of_a_batch_tells_of_its_pair(run: Run, tmp_path: Path, many: dict[str, tuple[Any, Any]]) -> None:
+    path = tokens_file(tmp_path, many)
+    batch(run, "img", "txt", "-o", "out", "--suffix", ".safetensors", "-a", "att", "--tokens", path)
+    for id, (image, text) in many.items():
+        told = about(tmp_path / "att" / f"{id}.safetensors")
+        assert told["ids"] == [id]
+        assert told["tokens"] == [[f"<{k}>" for k in range(len(text))]]
+        assert told.get("grid") == {4: [2, 2], 5: [2, 2]}.get(len(image))
+    batch(run, "img", "txt", "-o", "out", "--suffix", ".safetensors", "-a", "att", "--tokens", path)  # all there
+
+
+def test_a_packed_dump_tells_of_all_its_pairs(run: Run, tmp_path: Path, many: dict[str, tuple[Any, Any]]) -> None:
+    path = tokens_file(tmp_path, many)
+    batch(run, "img", "txt", "-o", "out.safetensors", "-a", "att.safetensors", "--tokens", path)
+    told = about(tmp_path / "att.safetensors")
+    assert dict(zip(told["ids"], map(len, told["tokens"]), strict=True)) == {id: len(many[id][1]) for id in IDS}
+    with safe_open(tmp_path / "att.safetensors", "np") as file:
+        assert sorted(file.keys()) == sorted(told["ids"])
+
+
+def test_one_bad_list_of_tokens_fails_its_pair_alone(
+    run: Run, tmp_path: Path, many: dict[str, tuple[Any, Any]]
+) -> None:
+    path = tokens_file(tmp_path, many | {"b": (None, [1] * 9)})
+    done = batch(
+        run, "img", "txt", "-o", "out", "--suffix", ".safetensors", "-a", "att", "--tokens", path, "--json", code=4
+    )
+    failed = [record for record in map(json.loads, done.stdout.splitlines()) if record["status"] == "failed"]
+    assert [record["id"] for record in failed] == ["b"]
+    assert "9 tokens" in failed[0]["message"]
+    assert not (tmp_path / "out" / "b.safetensors").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_attention_has_the_dtype_asked_for(run: Run, tmp_path: Path, pair: Any, dtype: str) -> None:
+    run("fuse", "regions.npy", "txt.npy", "-o", "o.npy", "-a", "a.npy", "-q")
+    run("fuse", "regions.npy", "txt.npy", "-o", "o.npy", "-a", "b.npy", "--attention-dtype", dtype, "-q")
+    wanted = np.load(tmp_path / "a.npy").astype(dtype)
+    assert np.array_equal(np.load(tmp_path / "b.npy"), wanted)
+    assert np.load(tmp_path / "b.npy").dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--tokens", "four"], 3, "4 tokens"),
+        (["--tokens", "other.jsonl"], 3, "no tokens for this pair"),
+        (["--tokens", "empty"], 3, "no tokens"),
+        (["--tokens", "latin"], 3, "no UTF-8"),
+        (["--tokens", "broken.jsonl"], 3, "line 2"),
+        (["--tokens", "absent"], 3, "absent"),
+        (["--grid", "3x4"], 3, "--skip-rows 4"),
+        (["--grid", "4"], 2, "7x9"),
+        (["--tokens", "four", "-a", "a.npy"], 2, "fusecli show"),
+        (["--attention-dtype", "bfloat16", "-a", "a.npy"], 2, "float16"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    run: Run, tmp_path: Path, pair: Any, options: list[str], code: int, words: str
+) -> None:
+    (tmp_path / "four").write_text("a\nb\nc\nd")
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    (tmp_path / "other.jsonl").write_text('{"id": "x", "tokens": ["a"]}')
+    (tmp_path / "broken.jsonl").write_text('{"id": "x", "tokens": ["a"]}\n{"id": "y"}')
+    done = run("fuse", "regions.npy", "txt.npy", "-o", "o.npy", "-a", "a.safetensors", *options, "-q", code=code)
+    assert words in done.stderr.decode()
+    assert not {"o.npy", "a.npy", "a.safetensors"} & {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("m", "size", "skip", "grid"),
+    [
+        (49, None, None, Grid(7, 7, 0)),
+        (50, None, None, Grid(7, 7, 1)),
+        (63, (7, 9), None, Grid(7, 9, 0)),
+        (64, (7, 9), None, Grid(7, 9, 1)),
+        (261, None, 5, Grid(16, 16, 5)),
+        (261, (16, 16), 5, Grid(16, 16, 5)),
+        (1, None, None, None),
+        (2, None, None, None),
+        (63, None, None, None),
+    ],
+)
+def test_image_rows_form_the_grid_that_encoders_make(m: int, size: Any, skip: int | None, grid: Grid | None) -> None:
+    assert grid_of(m, size, skip) == grid
+
+
+@pytest.mark.parametrize(
+    ("m", "size", "skip"), [(63, (7, 8), None), (49, (7, 7), 1), (63, None, 1), (261, (16, 16), 4)]
+)
+def test_what_is_no_grid_is_told_with_those_that_fit(m: int, size: Any, skip: int | None) -> None:
+    with pytest.raises(ShapeError, match=f"M = {m}") as error:
+        grid_of(m, size, skip)
+    for option in str(error.value.hint).split(", or "):
+        words = option.split()
+        given = dict(zip(words[::2], words[1::2], strict=True))
+        wanted = parse_grid(given["--grid"]) if "--grid" in given else size
+        assert grid_of(m, wanted, int(given["--skip-rows"]) if "--skip-rows" in given else None)
+
+
+def test_the_squarest_grids_come_first() -> None:
+    assert fitting(63)[0] == "--grid 7x9"
+    assert "--grid 16x16 --skip-rows 5" in fitting(261)
+    assert fitting(67) == ["--grid 6x11"]  # a class row; else a prime
+    assert fitting(3) == ["--grid 1x3"]
+
+
+def test_a_file_of_tokens_says_each_id_once(tmp_path: Path) -> None:
+    from fusecli.dumps import read_tokens
+
+    (tmp_path / "t").write_text('{"id": 1, "tokens": ["a"]}\n\n{"id": "1", "tokens": ["b"]}')
+    with pytest.raises(FileError, match="line 3"):
+        read_tokens(str(tmp_path / "t"))
