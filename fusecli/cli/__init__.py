@@ -17,6 +17,7 @@ from fusecli.cli.console import complain
 from fusecli.cli.fuse import fuse
 from fusecli.cli.inspect import inspect
 from fusecli.cli.light import LightCommand, LightGroup
+from fusecli.cli.show import show
 from fusecli.cli.train import train
 from fusecli.cli.weights import convert, init
 from fusecli.errors import FusecliError
@@ -30,7 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich takes longer to import than the help to read
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (fuse, batch, train, init, convert, inspect):
+for command in (fuse, batch, train, init, convert, inspect, show):
     app.command(cls=LightCommand)(command)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fusecli.cli.console import note, printable
@@ -84,6 +85,23 @@ class Progress:
             return ""
         seconds = (time.monotonic() - self._start) * (self._pairs - done) / done
         return f", {seconds:,.0f} s left"
+
+
+def counted(ids: list[str], quiet: bool) -> Iterator[str]:
+    """``ids`` one by one, with a bar on a terminal, and a line now and then elsewhere."""
+    if not quiet and sys.stderr is not None and sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import track
+
+        tracked: Iterable[str] = track(ids, "", console=Console(stderr=True), transient=True)
+        yield from tracked
+        return
+    last = time.monotonic()
+    for at, id in enumerate(ids):
+        if time.monotonic() - last > EVERY:
+            last = time.monotonic()
+            note(f"{at:,} of {len(ids):,} pairs", quiet)
+        yield id
 
 
 def explain(summary: Any, request: Any, allow_missing: bool, quiet: bool) -> int:

@@ -1,0 +1,208 @@
+"""``fusecli show``: attention that one can look at."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from fusecli.cli.console import emit, note, printable
+from fusecli.cli.options import Debug, GridSize, Quiet, to_grid
+
+
+class Heads(StrEnum):
+    """Which heads are shown."""
+
+    mean = "mean"
+    all = "all"
+
+
+class Scale(StrEnum):
+    """What a colour is a share of, as `fusecli.heatmap.maps` has them."""
+
+    token = "token"
+    all = "all"
+    contrast = "contrast"
+
+
+class Fit(StrEnum):
+    """What an encoder does with a picture of another shape, as `fusecli.heatmap.picture` has them."""
+
+    contain = "contain"
+    cover = "cover"
+    stretch = "stretch"
+
+
+def show(
+    attention: Annotated[
+        str, typer.Argument(metavar="ATTENTION", help="A dump of attention [H, N, M], or a folder or file of many.")
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", metavar="OUT", help="A .png, .svg or .html, or a folder for a report of many."),
+    ] = None,
+    id: Annotated[str | None, typer.Option("--id", metavar="ID", help="This pair of many.")] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="JSON, a token a line, or JSON lines with id and tokens.  [default: the dump's]"
+        ),
+    ] = None,
+    token: Annotated[
+        list[str] | None,
+        typer.Option("--token", metavar="TOKEN", help="This token alone, by its word or number; repeatable."),
+    ] = None,
+    head: Annotated[int | None, typer.Option("--head", metavar="N", help="This head alone, counted from 0.")] = None,
+    heads: Annotated[Heads, typer.Option("--heads", help="Each head by itself, or their mean.")] = Heads.mean,
+    grid: GridSize = None,
+    skip_rows: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Image rows before the grid: class row, registers.")
+    ] = None,
+    scale: Annotated[
+        Scale,
+        typer.Option(help="Full colour: the token's largest weight, the largest of all, or the token's own range."),
+    ] = Scale.token,
+    image: Annotated[str | None, typer.Option(metavar="PICTURE", help="The picture, to lay the maps over.")] = None,
+    images: Annotated[str | None, typer.Option(metavar="FOLDER", help="Pictures by id, for a report.")] = None,
+    fit: Annotated[Fit, typer.Option(help="How the encoder fitted the picture: padded, cut or stretched.")] = Fit.cover,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier report.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one machine-readable object on stdout.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show which part of the picture each token looked at.
+
+    fusecli show attention.safetensors --image photo.jpg -o map.html
+    """
+    from fusecli.dumps import read_tokens
+    from fusecli.heatmap.dump import Wanted, open_dumps
+    from fusecli.heatmap.view import ONE_ROW, look_at
+
+    _check_options(locals())
+    wanted = Wanted(read_tokens(tokens) if tokens else None, to_grid(grid), skip_rows)
+    dumps = open_dumps(attention)
+    if output and _is_folder(output):
+        _report(dumps, output, wanted, images, str(fit), overwrite, quiet)
+        return
+    dump = dumps.open(id, wanted)
+    view = look_at(dump, head, heads is Heads.all, token)
+    if json:
+        emit(view.facts())
+    if output:
+        _draw(view, output, image, str(fit), str(scale))
+        note(f"{output}: {view.title}", quiet)
+    elif dump.m == 1 and not json:
+        print(f"{printable(dump.stored.where)}: {ONE_ROW[0]}; {ONE_ROW[1]}")
+    elif not json:
+        _print(view, str(scale))
+
+
+def _check_options(given: dict[str, Any]) -> None:
+    from fusecli.errors import UsageError
+
+    output, attention = given["output"], given["attention"]
+    if given["head"] is not None and given["heads"] is Heads.all:
+        raise UsageError("one head and all heads", where="--head", hint="leave one of them out")
+    folder = bool(output) and _is_folder(output)
+    if given["image"] and (not output or folder):
+        hint = "--images FOLDER, with a picture for each id" if folder else "add -o map.html, map.png or map.svg"
+        raise UsageError("nothing to lay a picture under", where="--image", hint=hint)
+    if given["images"] and not folder:
+        raise UsageError("pictures of many pairs, for a report", where="--images", hint="add -o report/")
+    alone = {
+        "--id": given["id"],
+        "--token": given["token"],
+        "--head": given["head"] is not None,
+        "--json": given["json"],
+    }
+    for name, value in alone.items():
+        if folder and value:
+            raise UsageError("a report shows all there is", where=name, hint="leave it out, or write -o map.html")
+    if output == "-" or output == "":
+        raise UsageError("pictures and pages go to files", where="-o", hint="-o map.html")
+    if output and os.path.realpath(output) in (os.path.realpath(path) for path in (attention, given["image"]) if path):
+        raise UsageError("output is also an input", where=output, hint="write to another file")
+
+
+def _is_folder(output: str) -> bool:
+    """Whether a report is asked for: a name without suffix, or a folder that is there."""
+    return output.endswith("/") or os.path.isdir(output) or not os.path.splitext(output)[1]
+
+
+def _draw(view: Any, output: str, image: str | None, fit: str, scale: str) -> None:
+    from fusecli.errors import UsageError
+
+    suffix = os.path.splitext(output)[1].lower()
+    if suffix in (".html", ".htm"):
+        from fusecli.heatmap.page import write_page
+
+        write_page(view, output, image, fit, scale)
+    elif suffix in (".png", ".svg"):
+        from fusecli.heatmap.figure import write_figure
+
+        for line in write_figure(view, output, image, fit, scale):
+            note(line, False)
+    else:
+        hint = "-o report/ for a folder" if not suffix else None
+        raise UsageError(
+            "cannot tell what to draw", where=output, found=suffix, wanted=".png, .svg or .html", hint=hint
+        )
+
+
+def _report(dumps: Any, output: str, wanted: Any, images: str | None, fit: str, overwrite: bool, quiet: bool) -> None:
+    from fusecli.cli.progress import counted
+    from fusecli.heatmap.report import write_report
+
+    done = write_report(dumps, output, wanted, images, fit, overwrite, lambda ids: counted(ids, quiet))
+    for line in done.failed[:5]:
+        note(line, False)
+    more = f", {len(done.failed):,} failed" if done.failed else ""
+    bare = f", {done.bare:,} without a picture" if done.bare and images else ""
+    note(f"{output}: {done.pages:,} pages{bare}{more}; open {os.path.join(output, 'index.html')}", quiet)
+    if done.failed:
+        raise typer.Exit(4)
+
+
+def _print(view: Any, scale: str) -> None:
+    """On a terminal maps, elsewhere a plain table."""
+    from rich.console import Console
+
+    from fusecli.cli.tiles import Painter
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.begin_capture()
+    if console.is_terminal:
+        _legend(console, view, scale)
+        Painter(console).paint(view, scale)
+        print(console.end_capture(), end="", flush=True)
+    else:
+        console.end_capture()
+        print("\n".join(_table(view)), flush=True)
+
+
+def _legend(console: Any, view: Any, scale: str) -> None:
+    import math
+
+    full = {"token": "the token's largest weight", "all": "the largest weight of all"}
+    tell = f"0 to {full[scale]}" if scale in full else "the token's smallest to its largest weight"
+    console.print(printable(f"{view.dump.id}: {view.title}"), markup=False)
+    console.print(
+        f"colour: {tell}; below: entropy of at most {math.log2(view.dump.m):.2f} bits, then row:weight", markup=False
+    )
+
+
+def _table(view: Any) -> list[str]:
+    from rich.cells import cell_len
+
+    grid = view.dump.grid
+    rows = [("token", "bits", "strongest image rows" + (" (line,column)" if grid else ""))]
+    for look in view.looks:
+        top = []
+        for row, weight in look.top:
+            cell = grid.cell(row) if grid else None
+            top.append(f"{row}{' ({},{})'.format(*cell) if cell else ''} {weight:.4f}")
+        rows.append((printable(look.label), f"{look.bits:.3f}", "  ".join(top)))
+    widths = [max(cell_len(row[at]) for row in rows) for at in (0, 1)]
+    return [f"{a}{' ' * (widths[0] - cell_len(a))}  {b:>{widths[1]}}  {c}".rstrip() for a, b, c in rows]

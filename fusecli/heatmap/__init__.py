@@ -1,0 +1,1 @@
+"""Attention ``[H, N, M]`` becomes something to look at: numbers, pictures, pages."""

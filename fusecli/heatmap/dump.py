@@ -1,0 +1,247 @@
+"""Dumps of attention where they lie, one pair of them at a time, checked as they are read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fusecli.collections import Folder
+from fusecli.dumps import About, Tokens, require_tokens
+from fusecli.errors import FileError, InputError, ShapeError, ValuesError
+from fusecli.formats import NumpyArray, Stored, open_tensors
+from fusecli.grid import Grid, grid_of
+
+#: How far the sum of a row may be from 1: what rounding to that dtype can do, and a little more.
+TOLERANCE = {"float16": 4e-3, "bfloat16": 2e-2}
+#: What subword tokenizers put before or after the letters of a token.
+MARKS = ("▁", "Ġ", "##", "</w>", "@@")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a user says of dumps that they do not say themselves."""
+
+    tokens: Tokens | None = None
+    size: tuple[int, int] | None = None  # of the grid
+    skip: int | None = None  # rows before it
+
+
+@dataclass(frozen=True)
+class Dump:
+    """The attention of one pair."""
+
+    id: str
+    stored: Stored  # [H, N, M], or [N, M] where it is a mean over heads
+    facts: dict[str, Any]  # of the weights, as far as they are known
+    words: list[str] | None
+    grid: Grid | None
+    gate: NumpyArray | None  # [N]
+
+    @property
+    def num_heads(self) -> int | None:
+        """``H``; None where the dump is a mean over heads."""
+        return self.stored.shape[0] if len(self.stored.shape) == 3 else None
+
+    @property
+    def n(self) -> int:
+        """Text rows."""
+        return self.stored.shape[-2]
+
+    @property
+    def m(self) -> int:
+        """Image rows."""
+        return self.stored.shape[-1]
+
+    @property
+    def tokens(self) -> list[str]:
+        """The words of the text rows, their numbers where they are not known."""
+        return self.words if self.words is not None else [str(at) for at in range(self.n)]
+
+    def head(self, head: int) -> NumpyArray:
+        """Weights ``[N, M]`` float64 of one head, counted from 0.
+
+        Raises:
+            ShapeError: there is no such head.
+            ValuesError: these are no weights that sum to 1.
+        """
+        if self.num_heads is None:
+            hint = "fuse again without --attention-mean"
+            raise ShapeError("is a mean over heads", where=self.stored.where, found=f"head {head} asked for", hint=hint)
+        if not 0 <= head < self.num_heads:
+            wanted = f"0 to {self.num_heads - 1}"
+            hint = f"--head {self.num_heads - 1}, or --heads all"
+            raise ShapeError("no such head", where=self.stored.where, found=f"head {head}", wanted=wanted, hint=hint)
+        return self._checked(self.stored.read(slice(head, head + 1))[0], f", head {head}")
+
+    def mean(self) -> NumpyArray:
+        """Weights ``[N, M]`` float64, the mean over heads; raises as `head` does."""
+        if self.num_heads is None:
+            return self._checked(self.stored.read(), "")
+        total = self.head(0)
+        for head in range(1, self.num_heads):
+            total += self.head(head)
+        return total / self.num_heads
+
+    def positions(self, token: str) -> list[int]:
+        """The text rows that are ``token``, with or without a tokenizer's marks, or the row of that number.
+
+        Raises:
+            FileError: there is none.
+        """
+        exact = [at for at, word in enumerate(self.tokens) if word == token]
+        found = exact or [at for at, word in enumerate(self.tokens) if _bare(word) == token]
+        if not found and token.isascii() and token.isdecimal() and len(token) < 10 and int(token) < self.n:
+            found = [int(token)]
+        if not found:
+            from difflib import get_close_matches
+
+            near = get_close_matches(token, [_bare(word) for word in self.tokens], 3, 0.5) or self.tokens[:10]
+            wanted = f"one of {', '.join(near)}" + ("" if self.words else f" … {self.n - 1}: no tokens are known")
+            hint = None if self.words else "--tokens FILE"
+            raise FileError("no such token", where=self.stored.where, found=repr(token), wanted=wanted, hint=hint)
+        return found
+
+    def _checked(self, block: NumpyArray, where: str) -> NumpyArray:
+        where = f"{self.stored.where}{where}"
+        rows = block.astype(np.float64)
+        if not np.isfinite(rows).all():
+            raise ValuesError("not finite", where=where, wanted="weights that sum to 1 in each row")
+        sums = rows.sum(-1)
+        off = np.abs(sums - 1) > TOLERANCE.get(self.stored.dtype, 1e-3)
+        if (rows < 0).any():
+            found = f"{list(self.stored.shape)} {self.stored.dtype} with negative numbers: features, by the look of it"
+            raise _no_attention(where, found)
+        if off.any():
+            at = int(off.argmax())
+            hint = "take the weights after the softmax and before any dropout, [H, N, M]"
+            found = f"{sums[at]:.6g} in text row {at} ({int(off.sum())} of {len(off)} rows are off)"
+            raise ValuesError(
+                "rows do not sum to 1", where=where, found=found, wanted="1 over the M image rows", hint=hint
+            )
+        return rows
+
+
+def _bare(word: str) -> str:
+    for mark in MARKS:
+        word = word.removeprefix(mark).removesuffix(mark)
+    return word
+
+
+def _no_attention(where: str, found: str) -> ValuesError:
+    wanted, hint = "weights [H, N, M] or [N, M]", "write them with fusecli fuse … --attention FILE"
+    return ValuesError("is no attention", where=where, found=found, wanted=wanted, hint=hint)
+
+
+@dataclass(frozen=True)
+class Dumps:
+    """The dumps of one pair or of many."""
+
+    path: str
+    ids: list[str]
+    many: bool
+    _open: Callable[[str], tuple[str, dict[str, Stored], About]]
+
+    def open(self, id: str | None, wanted: Wanted) -> Dump:
+        """The dump of a pair, of the only one without ``id``.
+
+        Raises:
+            FileError: there is no such pair, or more than one to choose from.
+            ShapeError: what is wanted does not fit it.
+            ValuesError: it is no attention.
+        """
+        if id is None and len(self.ids) > 1:
+            found = f"{len(self.ids):,} pairs"
+            hint = f"--id {self.ids[0]}, or -o report/ for all of them"
+            raise FileError("holds more than one pair", where=self.path, found=found, wanted="one", hint=hint)
+        id = self.ids[0] if id is None else id
+        if id not in self.ids:
+            found = f"{', '.join(self.ids[:5])}{', …' if len(self.ids) > 5 else ''}"
+            raise FileError("no such pair", where=self.path, found=found, wanted=id)
+        name, tensors, about = self._open(id)
+        return _dump(id, tensors[name], tensors.get("gate"), about, wanted)
+
+
+def _dump(id: str, stored: Stored, gate: Stored | None, about: About, wanted: Wanted) -> Dump:
+    stored = _as_weights(stored)
+    n, m = stored.shape[-2:]
+    if wanted.tokens:
+        wanted.tokens.require(id)
+    words = wanted.tokens.of(id) if wanted.tokens else about.tokens.get(id)
+    require_tokens(words, n, wanted.tokens.path if wanted.tokens else stored.where)
+    size, skip = wanted.size, wanted.skip
+    if size is None and skip is None:
+        known = about.grid is not None and m - about.grid[0] * about.grid[1] in (about.skip, 0, 1)
+        size, skip = (about.grid, about.skip) if known else (None, None)
+    grid = grid_of(m, size, skip, stored.where) if m > 1 else None
+    shares = gate.read() if gate is not None and gate.shape == (n,) and stored.name == "attention" else None
+    return Dump(id, stored, about.facts, words, grid, shares)
+
+
+def _as_weights(stored: Stored) -> Stored:
+    stored.require_float()
+    shape = stored.shape[1:] if len(stored.shape) == 4 and stored.shape[0] == 1 else stored.shape
+    if len(shape) not in (2, 3) or 0 in shape:
+        raise _no_attention(stored.where, f"{list(stored.shape)} {stored.dtype}")
+    return replace(stored, shape=shape)
+
+
+def open_dumps(path: str) -> Dumps:
+    """The dumps at ``path``: a file of one pair, a packed or stacked file of many, or a folder of files.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
+    if os.path.isdir(path):
+        return _of_folder(path)
+    tensors = open_tensors(path)
+    first = next(iter(tensors.values()), None)
+    if first is None:
+        raise FileError("no tensors in it", where=path)
+    if any(name.endswith(("image_proj.weight", "text_proj.weight")) for name in tensors):
+        raise _no_attention(path, "a checkpoint")
+    about = About.of(first.source)
+    if len(tensors) == 1 or "attention" in tensors:
+        name = "attention" if "attention" in tensors else next(iter(tensors))
+        if len(tensors[name].shape) == 4 and tensors[name].shape[0] > 1:
+            return _of_stack(path, tensors[name], about)
+        named = name if name not in ("", "attention") else os.path.splitext(os.path.basename(path))[0]
+        return Dumps(path, about.ids if len(about.ids) == 1 else [named], False, lambda _: (name, tensors, about))
+    return Dumps(path, sorted(tensors), True, lambda name: (name, tensors, about))
+
+
+def _of_stack(path: str, stored: Stored, about: About) -> Dumps:
+    """``[B, H, N, M]``: a pair a row."""
+    if stored.fortran:
+        raise FileError("a stack in Fortran order has no rows to read", where=path, wanted="C order")
+    size = stored.nbytes // stored.shape[0]
+
+    def row(id: str) -> tuple[str, dict[str, Stored], About]:
+        return "", {"": replace(stored, name=id, shape=stored.shape[1:], offset=stored.offset + int(id) * size)}, about
+
+    return Dumps(path, [str(at) for at in range(stored.shape[0])], True, row)
+
+
+def _of_folder(path: str) -> Dumps:
+    folder = Folder.open(path.rstrip("/") or "/")
+    if not len(folder):
+        raise FileError("no dumps in it", where=path, wanted="files .npy or .safetensors")
+
+    def one(id: str) -> tuple[str, dict[str, Stored], About]:
+        inside = open_dumps(folder.place(id).path)
+        if inside.many:
+            raise FileError("holds more than one pair", where=inside.path, hint="show that file by itself")
+        return inside._open(inside.ids[0])
+
+    return Dumps(path, list(folder), True, one)
+
+
+def try_open(dumps: Dumps, id: str, wanted: Wanted) -> Dump | InputError:
+    """The dump of one of many pairs, or what is wrong with it."""
+    try:
+        return dumps.open(id, wanted)
+    except InputError as error:
+        return error

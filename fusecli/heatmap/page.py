@@ -1,0 +1,126 @@
+"""A dump as one ``.html`` that needs nothing else: picture, numbers and what draws them."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from fusecli.errors import UsageError
+from fusecli.formats import NumpyArray
+from fusecli.heatmap.dump import Dump
+from fusecli.heatmap.figure import write_whole
+from fusecli.heatmap.labels import printed
+from fusecli.heatmap.maps import VIRIDIS, entropy
+from fusecli.heatmap.picture import for_page, load_picture
+from fusecli.heatmap.view import View, require_map
+
+#: Numbers of all heads, and of their mean, that a page carries at most.
+MOST_OF_HEADS, MOST = 2**24, 2**25
+
+
+def write_page(view: View, output: str, image: str | None, fit: str, scale: str) -> None:
+    """Write the page of a view: its tokens, with all heads to choose from.
+
+    Raises:
+        FileError: the picture cannot be read.
+        ShapeError, ValuesError: the image rows form no grid.
+        MissingPackageError: there is a picture, and Pillow is not installed.
+        UsageError: there is too much for one page.
+    """
+    rows = sorted({look.row for look in view.looks})
+    if len(rows) * view.dump.m > MOST:
+        found = f"{len(rows):,} tokens of {view.dump.m:,} image rows"
+        raise UsageError("too much for one page", where=output, found=found, hint="choose some with --token")
+    picture = for_page(image, load_picture(image)) if image else None
+    first = view.heads if isinstance(view.heads, int) else -1
+    mean = view.weights if view.heads == "mean" else view.dump.mean()[rows]
+    write_whole(output, page(view.dump, rows, mean, view.title, picture, fit, scale, first))
+
+
+def page(
+    dump: Dump,
+    rows: list[int],
+    mean: NumpyArray,
+    line: str,
+    picture: tuple[str, bytes] | None,
+    fit: str,
+    scale: str = "token",
+    head: int = -1,
+    nav: list[tuple[str, str]] | None = None,
+) -> bytes:
+    """The bytes of a page.
+
+    Args:
+        dump: the attention.
+        rows: text rows that are shown.
+        mean: weights ``[rows, M]`` over heads.
+        line: what it is, for people.
+        picture: its MIME type and bytes.
+        fit: how the picture lies under the map at first.
+        scale: what a full colour is at first.
+        head: the head at first, -1 for the mean.
+        nav: names and places of other pages.
+    """
+    grid = require_map(dump)
+    heads = dump.num_heads or 0
+    whole = heads * mean.size <= MOST_OF_HEADS
+    each = np.stack([dump.head(at)[rows] for at in range(heads)]) if heads and whole else None  # [H, N, M]
+    grain = "Numbers of the mean are exact to 1/65,535 of the token's largest, those of a head to 1/255."
+    if heads and not whole:
+        grain = "The heads are left out: together they would be too large for a page."
+    data: dict[str, Any] = {
+        "title": printed(dump.id),
+        "line": line,
+        "grain": grain,
+        "tokens": [printed(dump.tokens[row]) for row in rows],
+        "grid": [grid.height, grid.width],
+        "skip": grid.skip,
+        "m": dump.m,
+        "heads": heads,
+        "head": head if each is not None else -1,
+        "scale": scale,
+        "fit": fit,
+        "colours": [f"#{stop}" for stop in VIRIDIS],
+        "bits": [round(float(bits), 4) for bits in entropy(mean)],
+        "gate": None if dump.gate is None else [round(float(dump.gate[row]), 4) for row in rows],
+        "picture": None if picture is None else f"data:{picture[0]};base64,{base64.b64encode(picture[1]).decode()}",
+        "nav": nav or [],
+        **_packed("mean", mean, "<u2"),
+        **(_packed("each", each, "u1") if each is not None else {}),
+    }
+    return filled("page.html", {"title": html.escape(printed(dump.id)), "data": as_json(data)})
+
+
+def filled(template: str, values: dict[str, str]) -> bytes:
+    """A template of this package with ``{{name}}`` replaced."""
+    text = re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], _template(template))
+    return text.encode("utf-8", "backslashreplace")
+
+
+@lru_cache
+def _template(name: str) -> str:
+    return files("fusecli.heatmap").joinpath(name).read_text("utf-8")
+
+
+def as_json(value: Any) -> str:
+    """JSON that no HTML parser finds a tag in."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c").replace("&", "\\u0026")
+
+
+def _packed(name: str, weights: NumpyArray, dtype: str) -> dict[str, Any]:
+    """Weights as unsigned integers in base64, each row a share of its own largest."""
+    top = weights.max(-1, keepdims=True)
+    most = np.iinfo(dtype).max
+    steps = np.divide(weights, top, out=np.zeros_like(weights), where=top > 0) * most
+    numbers = np.rint(steps).astype(dtype)
+    return {
+        name: base64.b64encode(numbers.tobytes()).decode(),
+        f"{name}_max": [float(f"{value:.6g}") for value in top.ravel()],
+    }

@@ -1,0 +1,103 @@
+"""The picture under a map, as the encoder saw it."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+from fusecli.errors import FileError, MissingPackageError
+from fusecli.grid import Grid
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+#: What encoders do with a picture of another shape than their grid: pad it on white, cut its middle out, stretch it.
+FITS = ("contain", "cover", "stretch")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+#: Longer sides than this are made smaller for a page, in pixels.
+LONGEST = 1280
+#: Files of up to so many bytes go into a page as they are.
+SMALL = 2**18
+#: Formats that every browser shows.
+MIME = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
+
+
+def need(package: str) -> MissingPackageError:
+    """The error for a package of the extra that is not there."""
+    return MissingPackageError("is needed for this", where=package, hint="pip install 'fusecli[plot]'")
+
+
+def load_picture(path: str) -> Image.Image:
+    """The picture in a file, upright, RGB; what is transparent becomes white.
+
+    Raises:
+        FileError: it cannot be read, or is no picture.
+        MissingPackageError: Pillow is not installed.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise need("Pillow") from None
+    try:
+        with open(path, "rb") as file, Image.open(file) as opened:
+            opened.draft("RGB", (2 * LONGEST, 2 * LONGEST))  # JPEG can be read at a half, a quarter, an eighth
+            upright = ImageOps.exif_transpose(opened)
+            if upright.has_transparency_data:
+                layer = upright.convert("RGBA")
+                upright = Image.new("RGBA", layer.size, "white")
+                upright.alpha_composite(layer)
+            return upright.convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise whatever they stumble over
+        found = getattr(error, "strerror", None) or str(error).partition(":")[0] or type(error).__name__
+        raise FileError("no picture that can be read", where=path, found=found, wanted="PNG, JPEG, WebP, …") from None
+
+
+def panel_size(grid: Grid, picture: Image.Image | None, fit: str, longest: int) -> tuple[int, int]:
+    """Width and height in pixels of the area that the grid covers, its longer side ``longest``.
+
+    A stretched picture keeps its own shape, and the cells are stretched instead; else cells are squares. There is at
+    least a pixel a cell.
+    """
+    width, height = picture.size if picture and fit == "stretch" else (grid.width, grid.height)
+    by = longest / max(width, height)
+    return max(round(width * by), grid.width, 24), max(round(height * by), grid.height, 24)
+
+
+def fitted(picture: Image.Image, size: tuple[int, int], fit: str) -> Image.Image:
+    """The picture on an area of ``size`` (width, height) that the grid covers, by one of `FITS`."""
+    from PIL import Image, ImageOps
+
+    best = Image.Resampling.LANCZOS
+    if fit == "contain":
+        return ImageOps.pad(picture, size, best, color="white")
+    return ImageOps.fit(picture, size, best) if fit == "cover" else picture.resize(size, best)
+
+
+def grey(picture: Image.Image) -> Image.Image:
+    """The picture without its colours, so that what is coloured is the map."""
+    return picture.convert("L").convert("RGB")
+
+
+def for_page(path: str, picture: Image.Image) -> tuple[str, bytes]:
+    """MIME type and bytes of a picture that is to be part of a page: the file itself if it is small and known."""
+    from PIL import Image
+
+    with open(path, "rb") as file:
+        raw = file.read(SMALL + 1)
+    with Image.open(io.BytesIO(raw)) as opened:
+        mime = MIME.get(opened.format or "")
+        turned = opened.getexif().get(0x0112, 1) != 1
+    if mime and len(raw) <= SMALL and max(picture.size) <= LONGEST and not turned:
+        return mime, raw
+    small = picture.copy()
+    small.thumbnail((LONGEST, LONGEST))
+    return "image/jpeg", as_jpeg(small)
+
+
+def as_jpeg(picture: Any, quality: int = 85) -> bytes:
+    """The bytes of a JPEG file."""
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=quality)
+    return out.getvalue()

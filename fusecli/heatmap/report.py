@@ -1,0 +1,180 @@
+"""A report of many pairs: a folder with an index of thumbnails, and a page for each pair."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fusecli.errors import FileError, InputError, OutputError, UsageError
+from fusecli.formats import NumpyArray
+from fusecli.heatmap.dump import Dumps, Wanted
+from fusecli.heatmap.figure import OPACITY
+from fusecli.heatmap.labels import printed
+from fusecli.heatmap.maps import colours, entropy, on_grid, shades
+from fusecli.heatmap.page import as_json, filled, page
+from fusecli.heatmap.picture import SUFFIXES, as_jpeg, fitted, for_page, grey, load_picture, panel_size
+from fusecli.heatmap.view import look_at, require_map
+
+#: What tells a report of ours from other folders, in its index.
+MARK = b'content="fusecli report"'
+#: Longer side of a thumbnail, in pixels.
+THUMB = 128
+#: Letters of a caption that are kept for the index.
+CAPTION = 80
+
+
+@dataclass
+class Done:
+    """What became of the pairs."""
+
+    pages: int = 0
+    bare: int = 0  # without a picture
+    failed: list[str] = field(default_factory=list)  # messages
+
+
+def write_report(
+    dumps: Dumps,
+    output: str,
+    wanted: Wanted,
+    images: str | None,
+    fit: str,
+    overwrite: bool = False,
+    counted: Callable[[list[str]], Iterable[str]] = iter,
+) -> Done:
+    """Write a report into the folder ``output``, which appears when it is whole.
+
+    Args:
+        dumps: the attention of the pairs.
+        output: a folder that is not there, or is empty.
+        wanted: what the dumps do not say themselves.
+        images: a folder of pictures, each named by its id.
+        fit: how the encoder fitted them.
+        overwrite: an earlier report may be replaced.
+        counted: passes ids on, and tells the user how far it is.
+
+    Raises:
+        InputError: no pair can be shown.
+        OutputError: the folder cannot be written.
+        UsageError: there is something in it.
+    """
+    output = output.rstrip("/") or "/"
+    _require_free(output, overwrite)
+    pictures = _pictures(images) if images else {}
+    target = os.path.realpath(output)
+    building = f"{os.path.dirname(target)}/.{os.path.basename(target)}.fusecli-{os.getpid()}"
+    try:
+        for name in ("pairs", "thumbs"):
+            os.makedirs(f"{building}/{name}")
+        done = _write_all(dumps, building, wanted, pictures, fit, counted)
+        _put_in_place(building, target)
+    except OSError as error:
+        raise OutputError("cannot be written", where=error.filename or output, found=error.strerror) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return done
+
+
+def _write_all(
+    dumps: Dumps,
+    folder: str,
+    wanted: Wanted,
+    pictures: dict[str, str],
+    fit: str,
+    counted: Callable[[list[str]], Iterable[str]],
+) -> Done:
+    done = Done()
+    listed: list[tuple[str, str, float, str]] = []
+    first: InputError | None = None
+    digits = len(str(len(dumps.ids)))
+    for at, id in enumerate(counted(dumps.ids), 1):
+        name = f"{at:0{digits}}"
+        try:
+            listed.append(_write_one(dumps, id, folder, name, wanted, pictures.get(id), fit))
+        except InputError as error:
+            first = first or error
+            done.failed.append(f"{id}: {error}")
+        else:
+            done.pages += 1
+            done.bare += id not in pictures
+    if not listed:
+        raise first or FileError("no dumps in it", where=dumps.path)
+    _write(f"{folder}/index.html", filled("index.html", {"data": as_json(listed)}))
+    return done
+
+
+def _write_one(
+    dumps: Dumps, id: str, folder: str, name: str, wanted: Wanted, image: str | None, fit: str
+) -> tuple[str, str, float, str]:
+    """Page and thumbnail of one pair; returns what the index has of it."""
+    dump = dumps.open(id, wanted)
+    grid = require_map(dump)
+    view = look_at(dump)
+    picture = load_picture(image) if image else None
+    embedded = for_page(image, picture) if image and picture else None
+    back = [("all pairs", "../index.html")]
+    whole = page(dump, list(range(dump.n)), view.weights, view.title, embedded, fit, nav=back)
+    size = panel_size(grid, picture, fit, THUMB)
+    under = np.asarray(grey(fitted(picture, size, fit))) if picture else None
+    mean = shades(on_grid(view.weights.mean(0, keepdims=True), grid))[0]
+    _write(f"{folder}/thumbs/{name}.jpg", _thumbnail(mean, size, under))
+    _write(f"{folder}/pairs/{name}.html", whole)
+    caption = " ".join(map(printed, dump.words or []))
+    share = float(entropy(view.weights).mean()) / math.log2(dump.m)
+    return printed(id), caption[:CAPTION] + ("…" if len(caption) > CAPTION else ""), round(share, 4), name
+
+
+def _thumbnail(cells: NumpyArray, size: tuple[int, int], under: NumpyArray | None) -> bytes:
+    from PIL import Image
+
+    map = Image.fromarray(colours(cells)).resize(size, Image.Resampling.NEAREST)
+    drawn = map if under is None else Image.blend(Image.fromarray(under), map, OPACITY)
+    drawn.thumbnail((THUMB, THUMB))
+    return as_jpeg(drawn, 80)
+
+
+def _pictures(folder: str) -> dict[str, str]:
+    """Paths of pictures by id: the path below the folder without its suffix."""
+    if not os.path.isdir(folder):
+        raise FileError("no such folder", where=folder, wanted="pictures by id, in a folder")
+    found: dict[str, str] = {}
+    for root, _, names in sorted(os.walk(folder)):
+        for name in sorted(names):
+            path = os.path.join(root, name)
+            stem, suffix = os.path.splitext(os.path.relpath(path, folder))
+            if suffix.lower() in SUFFIXES:
+                found.setdefault(stem, path)
+    return found
+
+
+def _require_free(output: str, overwrite: bool) -> None:
+    if not os.path.lexists(output) or (os.path.isdir(output) and not os.listdir(output)):
+        return
+    try:
+        with open(f"{output}/index.html", "rb") as file:
+            ours = MARK in file.read(2048)
+    except OSError:
+        ours = False
+    if not ours:
+        raise UsageError("is no report, and is not touched", where=output, hint="write to a new folder")
+    if not overwrite:
+        raise UsageError("there is a report already", where=output, hint="--overwrite, or write to a new folder")
+
+
+def _put_in_place(building: str, target: str) -> None:
+    if os.path.lexists(target):
+        old = f"{building}-old"
+        os.rename(target, old)
+        os.rename(building, target)
+        shutil.rmtree(old)
+    else:
+        os.rename(building, target)
+
+
+def _write(path: str, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
