@@ -29,7 +29,7 @@ def run(tmp_path: Path) -> Run:
     """Run the command in ``tmp_path``; without ``code`` any exit is accepted."""
 
     def call(*args: Any, code: int | None = 0, **options: Any) -> subprocess.CompletedProcess[bytes]:
-        env = {key: value for key, value in os.environ.items() if key != "FUSECLI_WEIGHTS"}
+        env = {key: value for key, value in os.environ.items() if key != "FUSECLI_WEIGHTS"} | options.pop("env", {})
         done = subprocess.run(
             [*FUSECLI, *map(str, args)],
             cwd=tmp_path,

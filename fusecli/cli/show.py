@@ -187,10 +187,9 @@ def _legend(console: Any, view: Any, scale: str) -> None:
 
     full = {"token": "the token's largest weight", "all": "the largest weight of all"}
     tell = f"0 to {full[scale]}" if scale in full else "the token's smallest to its largest weight"
-    console.print(printable(f"{view.dump.id}: {view.title}"), markup=False)
-    console.print(
-        f"colour: {tell}; below: entropy of at most {math.log2(view.dump.m):.2f} bits, then row:weight", markup=False
-    )
+    told = f"{view.dump.id}: {view.title}", f"colour: {tell}"
+    for line in (*told, f"below: entropy of at most {math.log2(view.dump.m):.2f} bits, then row:weight"):
+        console.print(printable(line), markup=False)
 
 
 def _table(view: Any) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ class Dump:
         """Image rows."""
         return self.stored.shape[-1]
 
-    @property
+    @cached_property
     def tokens(self) -> list[str]:
         """The words of the text rows, their numbers where they are not known."""
         return self.words if self.words is not None else [str(at) for at in range(self.n)]

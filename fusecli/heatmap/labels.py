@@ -28,7 +28,7 @@ class Labels:
     def __init__(self, words: list[str], as_text: bool) -> None:
         from matplotlib.font_manager import fontManager
 
-        self._as_text = as_text
+        self.as_text = as_text
         self._plain = _default_font()
         rest = {c for word in words for c in printed(word)} - _letters(self._plain)
         rest = {c for c in rest if ord(c) not in SILENT}
@@ -48,7 +48,7 @@ class Labels:
 
     def missing(self) -> list[str]:
         """What to tell of letters that no font has; nothing where words stay words."""
-        if self._as_text or not self._lost:
+        if self.as_text or not self._lost:
             return []
         shown = " ".join(sorted(self._lost)[:8])
         return [f"no font here has {shown}, so they are written as U+…; install fonts-noto-cjk, fonts-noto-color-emoji"]
@@ -56,7 +56,7 @@ class Labels:
     def put(self, axes: Any, x: float, y: float, text: str, width: float, weight: str) -> None:
         """Place ``text`` with its foot at ``y``, cut to ``width`` pixels."""
         text = printed(text)
-        if not self._as_text:
+        if not self.as_text:
             text = "".join(f"U+{ord(c):04X}" if c in self._lost else c for c in text)
             if self._bitmaps and any(c in _letters(path) for path in self._bitmaps for c in text if ord(c) > 127):
                 self._paint(axes, x, y, text, width)

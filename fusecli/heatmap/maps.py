@@ -9,10 +9,13 @@ from fusecli.grid import Grid
 
 #: What a shade is a share of: the token's largest weight, the largest of all tokens, or the token's own range.
 SCALES = ("token", "all", "contrast")
-#: Nine equally spaced colours of viridis (Smith and van der Walt, 2015, CC0), which stay apart in grey and to
+#: 17 equally spaced colours of viridis (Smith and van der Walt, 2015, CC0), which stay apart in grey and to
 #: colour-blind eyes.
-VIRIDIS = ("440154", "472d7b", "3b528b", "2c728e", "21918c", "28ae80", "5ec962", "addc30", "fde725")
-_STOPS = np.array([[int(stop[at : at + 2], 16) for at in (0, 2, 4)] for stop in VIRIDIS], np.float64)  # [9, 3]
+VIRIDIS = (
+    *("440154", "48186a", "472d7b", "424086", "3b528b", "33638d", "2c728e", "26828e", "21918c", "1fa088", "28ae80"),
+    *("3fbc73", "5ec962", "84d44b", "addc30", "d8e219", "fde725"),
+)
+_STOPS = np.array([[int(stop[at : at + 2], 16) for at in (0, 2, 4)] for stop in VIRIDIS], np.float64)  # [17, 3]
 
 
 def entropy(weights: NumpyArray) -> NumpyArray:

@@ -101,3 +101,12 @@ def as_jpeg(picture: Any, quality: int = 85) -> bytes:
     out = io.BytesIO()
     picture.save(out, "JPEG", quality=quality)
     return out.getvalue()
+
+
+def as_png(pixels: Any) -> bytes:
+    """The bytes of a PNG file of ``[height, width, 3]`` uint8."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
