@@ -4,7 +4,7 @@ BIN := .venv/bin
 OUT := demo-out
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types weights bench clean
+.PHONY: help demo map test lint types weights bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -16,9 +16,16 @@ help:  ## list the targets
 
 demo: .venv/installed  ## fuse the sample pair, show what came out, and fuse 24 more
 	@mkdir -p $(OUT)
-	$(BIN)/fusecli fuse sample_data/regions.npy sample_data/text.npy -w sample_data/fusion.safetensors -o $(OUT)/fused.npy -a $(OUT)/attention.npy
-	@$(BIN)/fusecli inspect sample_data/regions.npy sample_data/text.npy $(OUT)/fused.npy $(OUT)/attention.npy
+	$(BIN)/fusecli fuse sample_data/regions.npy sample_data/text.npy -w sample_data/fusion.safetensors -o $(OUT)/fused.npy -a $(OUT)/attention.safetensors --tokens sample_data/tokens.json
+	@$(BIN)/fusecli inspect sample_data/regions.npy sample_data/text.npy $(OUT)/fused.npy $(OUT)/attention.safetensors
+	$(BIN)/fusecli show $(OUT)/attention.safetensors
+	$(BIN)/fusecli show $(OUT)/attention.safetensors --image sample_data/image.png --fit contain -o $(OUT)/map.html
 	$(BIN)/fusecli batch sample_data/pairs/images sample_data/pairs/texts -w sample_data/fusion.safetensors -o $(OUT)/pairs --overwrite
+
+map: .venv/installed  ## draw the README's map of the sample picture
+	@mkdir -p $(OUT)
+	$(BIN)/fusecli fuse sample_data/patches.npy sample_data/text.npy -w sample_data/fusion.safetensors -o $(OUT)/fused.npy -a $(OUT)/patches.safetensors --tokens sample_data/tokens.json
+	$(BIN)/fusecli show $(OUT)/patches.safetensors --image sample_data/image.png --fit contain -o docs/map.png
 
 test: .venv/installed  ## run all tests
 	$(BIN)/python -m pytest

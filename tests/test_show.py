@@ -360,3 +360,19 @@ def test_thousands_of_tokens_or_rows_are_shown(run: Run, tmp_path: Path, shape: 
         assert run("show", "a.npy", env=terminal(kind)).stdout.count(b"\n") >= shape[1]
     for output in ("m.html", "m.png"):
         run("show", "a.npy", "--grid", {4000: "50x80", 256: "16x16", 16: "4x4"}[shape[-1]], "-o", output, "-q")
+
+
+def test_a_report_never_takes_the_place_of_something_else(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "dumps").mkdir()
+    plant(tmp_path / "dumps" / "a.npy", [0], 4)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "index.html").write_text("mine")
+    run("show", "dumps", "-o", "precious", "--overwrite", code=2)
+    assert (tmp_path / "precious" / "index.html").read_text() == "mine"
+    run("show", "dumps", "-o", "report/", "-q")
+    assert "--overwrite" in run("show", "dumps", "-o", "report", code=2).stderr.decode()
+    np.save(tmp_path / "dumps" / "c.npy", np.ones((2, 2, 1), np.float32))
+    told = run("show", "dumps", "-o", "report", "--overwrite", code=4).stderr.decode()
+    assert "nothing to see" in told
+    assert len(list((tmp_path / "report" / "pairs").iterdir())) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dumps", "precious", "report"]
