@@ -57,17 +57,10 @@ def write_figure(view: View, output: str, image: str | None, fit: str, scale: st
         MissingPackageError: matplotlib or Pillow is not installed.
         UsageError: there are too many maps for one picture.
     """
-    grid = require_map(view.dump)
-    try:
-        import matplotlib as mpl
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise need("matplotlib") from None
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which font it takes instead is no news
-
+    _require_matplotlib()
     from fusecli.heatmap.labels import Labels
 
+    grid = require_map(view.dump)
     picture = load_picture(image) if image else None
     count = len(view.looks)
     longest = min(LARGEST, max(SMALLEST, int(math.sqrt(AIM / count))))
@@ -77,7 +70,26 @@ def write_figure(view: View, output: str, image: str | None, fit: str, scale: st
         found = f"{count:,} maps of {grid}"
         raise UsageError("too much for one picture", where=output, found=found, hint="--token TOKEN, or -o map.html")
     under = np.asarray(grey(fitted(picture, (width, height), fit))) if picture else None
-    labels = Labels([view.title, view.dump.id, *(look.label for look in view.looks)], as_text=output.endswith(".svg"))
+    words = [view.title, view.dump.id, *(look.label for look in view.looks)]
+    labels = Labels(words, as_text=output.lower().endswith(".svg"))
+    write_whole(output, _drawn(view, layout, labels, _composed(view.shades(scale), layout, under), scale))
+    return labels.missing()
+
+
+def _require_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise need("matplotlib") from None
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which font it takes instead is no news
+
+
+def _drawn(view: View, layout: _Layout, labels: Any, pixels: NumpyArray, scale: str) -> bytes:
+    """The file: ``pixels`` with words on them."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "fusecli", "font.size": 9, "text.parse_math": False}
     with mpl.rc_context(settings), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # letters that no font has: `Labels` knows of them
@@ -87,17 +99,14 @@ def write_figure(view: View, output: str, image: str | None, fit: str, scale: st
         axes.set_axis_off()
         axes.set_xlim(0, layout.size[0])
         axes.set_ylim(layout.size[1], 0)
-        whole = _composed(view.shades(scale), layout, under)
         _annotate(axes, view, layout, labels, scale)
-        if labels.as_text:
-            axes.imshow(whole, extent=(0, layout.size[0], layout.size[1], 0), interpolation="none", aspect="auto")
-            out = io.BytesIO()
-            figure.savefig(out, format="svg", metadata={"Date": None})
-            write_whole(output, out.getvalue())
-        else:
+        if not labels.as_text:
             canvas.draw()
-            write_whole(output, as_png(_over(whole, np.asarray(canvas.buffer_rgba()))))
-    return labels.missing()
+            return as_png(_over(pixels, np.asarray(canvas.buffer_rgba())))
+        axes.imshow(pixels, extent=(0, layout.size[0], layout.size[1], 0), interpolation="none", aspect="auto")
+        out = io.BytesIO()
+        figure.savefig(out, format="svg", metadata={"Date": None})
+        return out.getvalue()
 
 
 def _columns(count: int, width: int, height: int) -> int:
