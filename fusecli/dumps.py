@@ -12,18 +12,21 @@ list of one. ``grid`` is there where it is known, or where ``M`` is ``g²`` or `
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from fusecli.errors import FileError, ShapeError
 from fusecli.formats import Source, open_source, read_bytes, safetensors, sniff
-from fusecli.grid import grid_of
+from fusecli.grid import Grid, fitting, grid_of
 
 #: The one key of our metadata, and the version of what it holds.
 KEY, FORMAT = "fusecli", 1
+#: What is told of the weights, and as what.
+FACTS = {"method": str, "num_heads": int, "weights": str, "mean": bool}
 #: A file of tokens that is longer was not meant.
-MAX_BYTES = 2**30
+MAX_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,10 @@ def read_tokens(path: str) -> Tokens:
         FileError: it cannot be read, or is none of these.
     """
     source = open_source(path)
-    raw = read_bytes(source, 0, MAX_BYTES)
+    raw = b"" if b"\0" in read_bytes(source, 0, 4096) else read_bytes(source, 0, MAX_BYTES)
+    if not raw or len(raw) == MAX_BYTES:
+        found = "more than 256 MB" if raw else None
+        raise FileError("no tokens in it", where=source.name, found=found, wanted="a JSON list, or one token a line")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -63,11 +69,12 @@ def read_tokens(path: str) -> Tokens:
         value = json.loads(text)
     except (ValueError, RecursionError):
         value = None
-    if not _are_tokens(value):
-        value = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
-    if not value:
-        raise FileError("no tokens in it", where=source.name, wanted="a JSON list, or one token a line")
-    return Tokens(source.name, one=value)
+    if isinstance(value, list) or re.match(r'\s*\[\s*"', text):
+        if not _are_tokens(value):
+            found = repr(text[:60])
+            raise FileError("not a list of tokens", where=source.name, found=found, wanted="a JSON list of strings")
+        return Tokens(source.name, one=value)
+    return Tokens(source.name, one=[line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")])
 
 
 def _by_id(text: str, where: str) -> dict[str, list[str]]:
@@ -88,6 +95,10 @@ def _by_id(text: str, where: str) -> dict[str, list[str]]:
             raise FileError("an id comes twice", where=f"{where}, line {number}", found=repr(id))
         found[id] = record["tokens"]
     return found
+
+
+def _is_sane(value: Any, kind: type) -> bool:
+    return type(value) is kind and len(str(value)) <= 40
 
 
 def _are_tokens(value: Any) -> bool:
@@ -113,18 +124,26 @@ class Label:
     tokens: Tokens | None = None
     grid: tuple[int, int] | None = None
 
-    def of_one(self, id: str, shape: tuple[int, ...]) -> dict[str, str]:
-        """Metadata of one pair's attention of ``shape [..., N, M]``.
+    def check(self, id: str, shape: tuple[int, ...]) -> Grid | None:
+        """The grid of one pair's attention of ``shape [..., N, M]``, if it has one.
 
         Raises:
             ShapeError: the tokens are not ``N``, or the grid is not of ``M`` rows.
         """
         n, m = shape[-2:]
-        words = self.tokens.of(id) if self.tokens else None
-        require_tokens(words, n, f"{self.tokens.path}, {id}" if self.tokens else "")
-        grid = grid_of(m, self.grid, where=id)
+        if self.tokens:
+            require_tokens(self.tokens.of(id), n, f"{self.tokens.path}, {id}")
+        try:
+            return grid_of(m, self.grid, where=id)
+        except ShapeError as error:
+            hint = ", or ".join(option for option in fitting(m) if "skip" not in option)
+            raise ShapeError(error.what, where=id, found=error.found, wanted=error.wanted, hint=hint) from None
+
+    def of_one(self, id: str, shape: tuple[int, ...]) -> dict[str, str]:
+        """Metadata of one pair's attention of ``shape [..., N, M]``; raises as `check` does."""
+        grid = self.check(id, shape)
         placed = {"grid": [grid.height, grid.width], "skip_rows": grid.skip} if grid else {}
-        return self._metadata(placed | {"ids": [id]}, [words])
+        return self._metadata(placed | {"ids": [id]}, [self.tokens.of(id) if self.tokens else None])
 
     def of_many(self, ids: Iterable[str]) -> dict[str, str]:
         """Metadata of a packed file of these pairs."""
@@ -173,7 +192,7 @@ class About:
         ids = ids if isinstance(ids, list) and all(isinstance(id, str) for id in ids) else []
         words = words if isinstance(words, list) and len(words) == len(ids) else [None] * len(ids)
         return cls(
-            {name: value[name] for name in ("method", "num_heads", "weights", "mean") if name in value},
+            {name: value[name] for name, kind in FACTS.items() if _is_sane(value.get(name), kind)},
             (size[0], size[1]) if sane and isinstance(size, list) else None,
             skip if type(skip) is int and skip >= 0 else None,
             {id: told for id, told in zip(ids, words, strict=True) if _are_tokens(told)},

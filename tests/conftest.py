@@ -32,7 +32,7 @@ def run(tmp_path: Path) -> Run:
         env = {key: value for key, value in os.environ.items() if key != "FUSECLI_WEIGHTS"} | options.pop("env", {})
         done = subprocess.run(
             [*FUSECLI, *map(str, args)],
-            cwd=tmp_path,
+            cwd=options.pop("cwd", tmp_path),
             env=env,
             check=False,
             timeout=120,

@@ -48,9 +48,13 @@ def hot_box(pixels: Any) -> tuple[int, int, int, int]:
     return lines.min(), columns.min(), lines.max() + 1, columns.max() + 1
 
 
-def require_dot_in_hot_cell(panel: Any, cell: tuple[int, int], grid: tuple[int, int]) -> None:
+def require_dot_in_hot_cell(
+    panel: Any, cell: tuple[int, int], grid: tuple[int, int], size: tuple[int, int], fit: str
+) -> None:
     """The hot area of a panel is that cell of the grid, and the black dot of the picture is seen in it."""
     height, width = panel.shape[:2]
+    wide, high = size if fit == "stretch" else grid[::-1]
+    np.testing.assert_allclose(width / height, wide / high, rtol=0.02)
     top, left, bottom, right = hot_box(panel)
     wanted = [cell[0] / grid[0], cell[1] / grid[1], (cell[0] + 1) / grid[0], (cell[1] + 1) / grid[1]]
     found = [top / height, left / width, bottom / height, right / width]

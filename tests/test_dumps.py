@@ -76,17 +76,23 @@ def test_a_packed_dump_tells_of_all_its_pairs(run: Run, tmp_path: Path, many: di
         assert sorted(file.keys()) == sorted(told["ids"])
 
 
+FOLDERS = ["out", "--suffix", ".safetensors", "-a", "att"]
+
+
+@pytest.mark.parametrize("place", [FOLDERS, ["out.safetensors", "-a", "att.safetensors"]])
 def test_one_bad_list_of_tokens_fails_its_pair_alone(
-    run: Run, tmp_path: Path, many: dict[str, tuple[Any, Any]]
+    run: Run, tmp_path: Path, many: dict[str, tuple[Any, Any]], place: list[str]
 ) -> None:
     path = tokens_file(tmp_path, many | {"b": (None, [1] * 9)})
-    done = batch(
-        run, "img", "txt", "-o", "out", "--suffix", ".safetensors", "-a", "att", "--tokens", path, "--json", code=4
-    )
+    done = batch(run, "img", "txt", "-o", *place, "--tokens", path, "--json", code=4)
     failed = [record for record in map(json.loads, done.stdout.splitlines()) if record["status"] == "failed"]
     assert [record["id"] for record in failed] == ["b"]
     assert "9 tokens" in failed[0]["message"]
-    assert not (tmp_path / "out" / "b.safetensors").exists()
+    if place == FOLDERS:
+        assert not (tmp_path / "out" / "b.safetensors").exists()
+    else:
+        with safe_open(tmp_path / "out.safetensors", "np") as file:
+            assert sorted([*file.keys(), "b"]) == sorted(IDS)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -107,7 +113,7 @@ def test_attention_has_the_dtype_asked_for(run: Run, tmp_path: Path, pair: Any, 
         (["--tokens", "latin"], 3, "no UTF-8"),
         (["--tokens", "broken.jsonl"], 3, "line 2"),
         (["--tokens", "absent"], 3, "absent"),
-        (["--grid", "3x4"], 3, "--skip-rows 4"),
+        (["--grid", "3x4"], 3, "--grid 4x4"),
         (["--grid", "4"], 2, "7x9"),
         (["--tokens", "four", "-a", "a.npy"], 2, "fusecli show"),
         (["--attention-dtype", "bfloat16", "-a", "a.npy"], 2, "float16"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fusecli.heatmap.dump import Wanted, open_dumps
+from fusecli.heatmap.dump import Wanted, caption, open_dumps
 from fusecli.heatmap.maps import colours, entropy, pooled, shades, strongest
 from fusecli.heatmap.view import look_at
 from tests.conftest import Run
@@ -88,7 +89,7 @@ def test_a_planted_patch_is_hot_at_its_place_in_the_picture(
     ground = pixels[..., 2] - pixels[..., 1] > 20  # the purple of what is cold
     lines, columns = np.nonzero(ground[: pixels.shape[0] - 40])
     panel = pixels[lines.min() : lines.max() + 1, columns.min() : columns.max() + 1]
-    require_dot_in_hot_cell(panel, (line, column), grid)
+    require_dot_in_hot_cell(panel, (line, column), grid, PICTURES[shape], fit)
 
 
 def test_the_hottest_patch_is_that_of_matplotlib(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -131,8 +132,11 @@ def test_the_strongest_rows_come_in_order_and_ties_by_number(rng: np.random.Gene
 def test_shades_lie_between_nothing_and_full(rng: np.random.Generator, scale: str) -> None:
     maps = rng.random((4, 3, 3))
     shares = shades(maps, scale)
-    assert shares.min() >= 0
-    assert shares.max() == 1
+    tops, lows = shares.max((1, 2)), shares.min((1, 2))
+    assert tops.max() == 1
+    assert (tops == 1).all() == (scale != "all")
+    assert lows.min() >= 0
+    assert (lows == 0).all() == (scale == "contrast")
     assert np.array_equal(shares.reshape(4, -1).argsort(), maps.reshape(4, -1).argsort())
     assert np.isfinite(shades(np.zeros((2, 2, 2)), scale)).all()
     assert (shades(np.full((2, 2, 2), 0.25), scale) == 1).all()
@@ -165,6 +169,28 @@ def test_a_token_is_found_by_its_word_or_number(run: Run, tmp_path: Path, word: 
     (tmp_path / "t.json").write_text(json.dumps(["<s>", "▁red", "##ish", "Ġred"]))
     facts = json.loads(run("show", "a.npy", "--tokens", "t.json", "--token", word, "--json").stdout)
     assert [token["row"] for token in facts["tokens"]] == rows
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["<s>", "key", "##cap", ":", "</s>"], "keycap :"),
+        (["[CLS]", "a", "dog", "[SEP]"], "a dog"),
+        (["<|startoftext|>", "gold</w>", "fi", "sh</w>", "<|endoftext|>"], "gold fish"),
+        (["▁gold", "fi", "sh", "▁swims", "</s>"], "goldfish swims"),
+        (["<s>", "<script>", "</s>"], "<script>"),
+    ],
+)
+def test_a_caption_is_read_off_the_tokens(words: list[str], text: str) -> None:
+    assert caption(words) == text
+
+
+def test_scale_all_counts_the_tokens_that_are_not_shown(tmp_path: Path, rng: np.random.Generator) -> None:
+    weights = drawn(rng, 2, 9, 16)
+    np.save(tmp_path / "a.npy", weights)
+    dump = open_dumps(str(tmp_path / "a.npy")).open(None, Wanted())
+    every, one = look_at(dump).shades("all"), look_at(dump, tokens=["4"]).shades("all")
+    np.testing.assert_array_equal(every[4:5], one)
 
 
 def test_a_dump_brings_its_own_tokens_grid_and_gate(run: Run, tmp_path: Path, pair: Any) -> None:
@@ -224,8 +250,15 @@ def test_a_picture_lies_as_its_camera_says(tmp_path: Path) -> None:
     assert picture.size == (20, 40)
     Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert load_picture(str(tmp_path / "clear.png")).getpixel((0, 0)) == (255, 255, 255)
-    mime, raw = for_page(str(tmp_path / "p.jpg"), picture)
-    assert (mime, raw[:2]) == ("image/jpeg", b"\xff\xd8")
+    deep = np.linspace(0, 65535, 100 * 100).reshape(100, 100).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    np.testing.assert_allclose(np.asarray(load_picture(str(tmp_path / "deep.png")))[..., 0], deep / 256, atol=1)
+    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "large.png")  # more than goes into a page as it is
+    for name, kind in (("p.jpg", "image/jpeg"), ("large.png", "image/jpeg"), ("clear.png", "image/png")):
+        mime, raw = for_page(str(tmp_path / name), load_picture(str(tmp_path / name)))
+        assert mime == kind
+        assert Image.open(io.BytesIO(raw)).size == load_picture(str(tmp_path / name)).size
 
 
 def test_words_stay_words_in_an_svg(run: Run, tmp_path: Path) -> None:
@@ -238,31 +271,45 @@ def test_words_stay_words_in_an_svg(run: Run, tmp_path: Path) -> None:
     assert "<script>" not in svg
 
 
+def written(text: str, lost: set[str] | None = None) -> Any:
+    """Dark pixels of a line of text in a picture of 200 x 40."""
+    from PIL import Image
+
+    from fusecli.heatmap.labels import Fonts
+
+    fonts, picture = Fonts([text]), Image.new("RGB", (200, 40), "white")
+    fonts.lost |= lost or set()
+    fonts.write(picture, (5, 30), text, 190, 12, False, "#000000")
+    return np.asarray(picture)
+
+
 def test_letters_without_a_font_are_written_as_their_numbers() -> None:
-    from matplotlib.figure import Figure
+    from fusecli.heatmap.labels import Fonts
 
-    from fusecli.heatmap.labels import Labels
-
-    axes = Figure().subplots()
-    labels = Labels(["a𓀀"], as_text=False)
-    labels._lost = {"𓀀"}
-    labels.put(axes, 0, 0, "a𓀀", 200, "normal")
-    assert axes.texts[0].get_text() == "aU+13000"
-    assert "install" in labels.missing()[0]
+    assert np.array_equal(written("aü", {"ü"}), written("aU+00FC"))
+    fonts = Fonts(["a"])
+    assert fonts.missing() == []
+    fonts.lost = {"ü"}
+    assert "install" in fonts.missing()[0]
 
 
-def test_labels_find_fonts_for_letters_that_the_first_has_not() -> None:
-    from matplotlib.figure import Figure
+@pytest.mark.parametrize("letter", ["金", "🥇"])
+def test_labels_find_fonts_for_letters_that_the_first_has_not(letter: str) -> None:
+    from fusecli.heatmap import labels
 
-    from fusecli.heatmap import labels as rooms
+    if not any(letter in labels._letters(path) for path in labels._fonts_here()):
+        pytest.skip(f"NOT TESTED: no font with {letter} on this machine")
+    assert labels.Fonts([letter]).lost == set()
+    pixels = written(letter).astype(int)
+    assert (pixels.sum(-1) < 600).sum() > 20
+    assert (np.ptp(pixels, axis=-1).max() > 60) == (letter == "🥇")  # emoji have colours
 
-    if not any("金" in rooms._letters(path) for path in rooms._fonts()):
-        pytest.skip("no font with CJK letters on this machine")
-    axes = Figure(figsize=(2, 1), dpi=100).add_axes((0, 0, 1, 1))
-    labels = rooms.Labels(["金魚"], as_text=False)
-    labels.put(axes, 0.1, 0.5, "金魚", 200, "normal")
-    assert labels.missing() == []
-    assert axes.texts[0].get_text() == "金魚"
+
+@pytest.mark.parametrize("text", ["金" * 5000, "👩\u200d🚀" * 5000, "x" * 10000, "", "\n\x1b[31m"])
+def test_a_label_stays_within_its_panel(text: str) -> None:
+    dark = written(text).min(-1) < 128
+    assert dark[:, 5:].any()
+    assert not dark[:, 196:].any()
 
 
 BAD: dict[str, tuple[list[str], str]] = {
@@ -282,6 +329,12 @@ BAD: dict[str, tuple[list[str], str]] = {
     "head of a mean": (["mean.npy", "--head", "0"], "--attention-mean"),
     "heads of a mean": (["mean.npy", "--heads", "all"], "--attention-mean"),
     "token": (["m63.npy", "--token", "red"], "--tokens FILE"),
+    "float picture": (["m63.npy", "--grid", "7x9", "--image", "f.tif", "-o", "m.png"], "floats"),
+    "text as picture": (["m63.npy", "--grid", "7x9", "--image", "four", "-o", "m.png"], "no picture"),
+    "broken list": (["m63.npy", "--tokens", "broken"], "JSON list of strings"),
+    "list of numbers": (["m63.npy", "--tokens", "numbers"], "JSON list of strings"),
+    "endless tokens": (["m63.npy", "--tokens", "/dev/zero"], "no tokens"),
+    "gate": (["gate.safetensors"], "gate"),
     "skip": (["m63.npy", "--skip-rows", "64"], "M = 63"),
     "folder": (["empty"], "no dumps"),
     "pictures": (["tree", "--images", "nowhere", "-o", "report"], "no such folder"),
@@ -292,6 +345,8 @@ BAD: dict[str, tuple[list[str], str]] = {
 def test_bad_input_is_told_with_a_hint(
     run: Run, tmp_path: Path, rng: np.random.Generator, pair: Any, case: str
 ) -> None:
+    from PIL import Image
+
     run("init", "-o", "w.safetensors", "-q")
     paint(tmp_path / "p.png", (20, 20))
     np.save(tmp_path / "sums.npy", drawn(rng, 2, 3, 4) * np.array([1, 1.5, 1], np.float32)[:, None])
@@ -302,6 +357,11 @@ def test_bad_input_is_told_with_a_hint(
     np.save(tmp_path / "m63.npy", drawn(rng, 2, 3, 63))
     np.save(tmp_path / "mean.npy", drawn(rng, 3, 4))
     (tmp_path / "four").write_text("a\nb\nc\nd")
+    (tmp_path / "broken").write_text('["a", "b"')
+    (tmp_path / "numbers").write_text("[1, 2, 3]")
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "f.tif")
+    gates = {"attention": drawn(rng, 2, 3, 4), "gate": np.full(3, np.nan, np.float32)}
+    save_file(gates, tmp_path / "gate.safetensors")
     (tmp_path / "empty").mkdir()
     (tmp_path / "tree").mkdir()
     np.save(tmp_path / "tree" / "a.npy", drawn(rng, 2, 3, 4))
@@ -371,6 +431,11 @@ def test_a_report_never_takes_the_place_of_something_else(run: Run, tmp_path: Pa
     assert (tmp_path / "precious" / "index.html").read_text() == "mine"
     run("show", "dumps", "-o", "report/", "-q")
     assert "--overwrite" in run("show", "dumps", "-o", "report", code=2).stderr.decode()
+    (tmp_path / "report" / "notes.txt").write_text("mine")
+    run("show", "dumps", "-o", "report", "--overwrite", code=2)
+    (tmp_path / "report" / "notes.txt").unlink()
+    run("show", "../dumps", "-o", ".", "--overwrite", code=2, cwd=tmp_path / "report")
+    run("show", "dumps", "-o", "fresh/deep", code=1)
     np.save(tmp_path / "dumps" / "c.npy", np.ones((2, 2, 1), np.float32))
     told = run("show", "dumps", "-o", "report", "--overwrite", code=4).stderr.decode()
     assert "nothing to see" in told

@@ -106,7 +106,7 @@ def test_a_planted_patch_is_hot_at_its_place_in_the_picture(
     run("show", "a.npy", "--grid", f"{grid[0]}x{grid[1]}", "--image", "p.png", "--fit", fit, "-o", "m.html", "-q")
     shown = look("m.html")
     shown.page.keyboard.press("ArrowRight")
-    require_dot_in_hot_cell(shown.canvas(), (line, column), grid)
+    require_dot_in_hot_cell(shown.canvas(), (line, column), grid, PICTURES[shape], fit)
 
 
 def test_arrow_keys_and_the_mouse_move_through_tokens(planted: Path, look: Any) -> None:
@@ -123,7 +123,9 @@ def test_arrow_keys_and_the_mouse_move_through_tokens(planted: Path, look: Any) 
         assert (shown.token(), hot_cell(shown.canvas())) == (word, cell)
     shown.page.get_by_role("option", name="🐟").hover()
     assert hot_cell(shown.canvas()) == (2, 3)
-    shown.page.mouse.move(5, 5)  # away: what was chosen is back
+    shown.page.keyboard.press("ArrowLeft")  # goes on from what is seen
+    assert (shown.token(), hot_cell(shown.canvas())) == ("金魚", (1, 2))
+    shown.page.mouse.move(5, 5)
     assert hot_cell(shown.canvas()) == (1, 2)
     shown.page.get_by_role("option", name="<s>").click()
     assert hot_cell(shown.canvas()) == (0, 1)
@@ -150,6 +152,9 @@ def test_numbers_stand_where_the_mouse_is(planted: Path, look: Any) -> None:
     shown.page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.1)
     weights = np.load(planted.parent / "a.npy").mean(0)
     assert shown.page.locator("#tip").inner_text() == f"row 1 (0, 1): {weights[0, 1]:.4f}"
+    shown.page.keyboard.press("End")  # the number under the mouse is that of the token that is shown
+    assert shown.page.locator("#tip").inner_text() == f"row 1 (0, 1): {weights[2, 1]:.4f}"
+    shown.page.keyboard.press("Home")
     assert f"{weights[0, 1]:.4f}" in shown.page.get_by_role("status").inner_text()
     assert shown.page.get_by_role("row").nth(1).inner_text().split() == ["1", "0,", "1", f"{weights[0, 1]:.4f}"]
 
@@ -243,20 +248,22 @@ def test_a_report_has_an_index_that_leads_to_pages(run: Run, tmp_path: Path, bro
     assert hot_cell(shown.canvas()) == (0, 3)
     shown.page.get_by_role("link", name="all pairs").click()
     assert shown.page.title() == "Attention"
+    assert shown.page.get_by_label("Find").input_value() == "shar"
+    assert shown.page.get_by_role("listitem").count() == 1
     assert shown.said == []
     assert all(url.startswith((tmp_path.as_uri(), "data:")) for url in shown.asked)
     shown.page.close()
 
 
 def test_an_index_of_thousands_makes_only_what_is_seen(tmp_path: Path, browser: Any) -> None:
-    pairs = [(f"id-{at}", "caption", (at * 7919 % 10007) / 10007, f"{at}") for at in range(10000)]
+    pairs = [(f"id-{at}", "caption", 1.0, (at * 7919 % 10007) / 10007, f"{at}") for at in range(10000)]
     (tmp_path / "index.html").write_bytes(filled("index.html", {"data": as_json(pairs)}))
     page = browser.new_page(viewport={"width": 1100, "height": 900})
     page.goto((tmp_path / "index.html").as_uri())
     page.wait_for_selector("li")
     assert page.locator("li").count() <= 360
     page.get_by_label("Order").select_option("high")
-    first = max(pairs, key=lambda pair: pair[2])
+    first = max(pairs, key=lambda pair: pair[3])
     assert page.locator("li").first.inner_text().startswith(first[0])
     before = page.locator("li").count()
     page.mouse.wheel(0, 100_000)

@@ -223,6 +223,8 @@ class PartStore:
         """See `Store`."""
         format_of(self.path).header(name, shape, dtype, {})  # it can name the dtype
         _require_name(id, self.path)
+        if self.label:
+            self.label.check(id, shape)
         with self._lock:
             if self._owner != os.getpid():
                 self._begin_part()

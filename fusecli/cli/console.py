@@ -7,10 +7,13 @@ import json
 import sys
 from typing import Any
 
+#: Makes one emoji of several; harmless.
+JOINER = "\u200d"
+
 
 def printable(text: str) -> str:
     """``text`` on one line, with what a terminal would obey (escapes, bells) spelled out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() or c == JOINER else c.encode("unicode_escape").decode() for c in text)
 
 
 def note(text: str, quiet: bool) -> None:

@@ -84,7 +84,7 @@ def show(
     wanted = Wanted(read_tokens(tokens) if tokens else None, to_grid(grid), skip_rows)
     dumps = open_dumps(attention)
     if output and _is_folder(output):
-        _report(dumps, output, wanted, images, str(fit), overwrite, quiet)
+        _report(dumps, output, wanted, images, (str(fit), str(scale)), overwrite, quiet)
         return
     dump = dumps.open(id, wanted)
     view = look_at(dump, head, heads is Heads.all, token)
@@ -94,7 +94,7 @@ def show(
         _draw(view, output, image, str(fit), str(scale))
         note(f"{output}: {view.title}", quiet)
     elif dump.m == 1 and not json:
-        print(f"{printable(dump.stored.where)}: {ONE_ROW[0]}; {ONE_ROW[1]}")
+        print(f"{printable(dump.stored.where)}: {ONE_ROW[0]}\n{ONE_ROW[1]}")
     elif not json:
         _print(view, str(scale))
 
@@ -103,6 +103,9 @@ def _check_options(given: dict[str, Any]) -> None:
     from fusecli.errors import UsageError
 
     output, attention = given["output"], given["attention"]
+    for name in ("image", "images", "output", "tokens", "id"):
+        if given[name] == "":
+            raise UsageError("no name", where=f"--{name}", hint="leave it out")
     if given["head"] is not None and given["heads"] is Heads.all:
         raise UsageError("one head and all heads", where="--head", hint="leave one of them out")
     folder = bool(output) and _is_folder(output)
@@ -117,10 +120,11 @@ def _check_options(given: dict[str, Any]) -> None:
         "--head": given["head"] is not None,
         "--json": given["json"],
     }
+    alone["--heads"] = given["heads"] is Heads.all
     for name, value in alone.items():
         if folder and value:
             raise UsageError("a report shows all there is", where=name, hint="leave it out, or write -o map.html")
-    if output == "-" or output == "":
+    if output == "-":
         raise UsageError("pictures and pages go to files", where="-o", hint="-o map.html")
     if output and os.path.realpath(output) in (os.path.realpath(path) for path in (attention, given["image"]) if path):
         raise UsageError("output is also an input", where=output, hint="write to another file")
@@ -151,11 +155,13 @@ def _draw(view: Any, output: str, image: str | None, fit: str, scale: str) -> No
         )
 
 
-def _report(dumps: Any, output: str, wanted: Any, images: str | None, fit: str, overwrite: bool, quiet: bool) -> None:
+def _report(
+    dumps: Any, output: str, wanted: Any, images: str | None, style: tuple[str, str], overwrite: bool, quiet: bool
+) -> None:
     from fusecli.cli.progress import counted
     from fusecli.heatmap.report import write_report
 
-    done = write_report(dumps, output, wanted, images, fit, overwrite, lambda ids: counted(ids, quiet))
+    done = write_report(dumps, output, wanted, images, *style, overwrite, lambda ids: counted(ids, quiet))
     for line in done.failed[:5]:
         note(line, False)
     more = f", {len(done.failed):,} failed" if done.failed else ""
@@ -185,11 +191,13 @@ def _print(view: Any, scale: str) -> None:
 def _legend(console: Any, view: Any, scale: str) -> None:
     import math
 
-    full = {"token": "the token's largest weight", "all": "the largest weight of all"}
-    tell = f"0 to {full[scale]}" if scale in full else "the token's smallest to its largest weight"
-    told = f"{view.dump.id}: {view.title}", f"colour: {tell}"
-    for line in (*told, f"below: entropy of at most {math.log2(view.dump.m):.2f} bits, then row:weight"):
-        console.print(printable(line), markup=False)
+    from fusecli.cli.tiles import fitted
+    from fusecli.heatmap.maps import FULL
+
+    where = "line,column:" if view.dump.grid else "row:"
+    below = f"below: entropy of at most {math.log2(view.dump.m):.2f} bits, then {where}weight"
+    for line in (f"{view.dump.id}: {view.title}", f"colour: {FULL[scale]}", below):
+        console.print(fitted(printable(line), console.width), markup=False)
 
 
 def _table(view: Any) -> list[str]:

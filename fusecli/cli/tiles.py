@@ -25,8 +25,8 @@ class Painter:
     def __init__(self, console: Any) -> None:
         self._console = console
         self._coloured = console.color_system in ("truecolor", "256") and not console.no_color
-        if not (console.encoding or "").lower().startswith("utf"):
-            self._coloured = False
+        self._unicode = (console.encoding or "").lower().startswith("utf")
+        self._coloured = self._coloured and self._unicode
 
     def paint(self, view: Any, scale: str) -> None:
         """All maps, as tiles where the image rows form a grid, as a table of strips where they do not."""
@@ -52,8 +52,8 @@ class Painter:
 
     def _tile(self, look: Any, cells: Any, grow: int, width: int, grid: Any) -> list[Any]:
         map = self._half_blocks(cells, grow) if self._coloured else self._characters(cells, grow)
-        told = f"{look.bits:.2f} bits" + (f" gate {look.gate:.2f}" if look.gate is not None else "")
-        return [self._label(look.label, width), *map, self._words(told), self._words(_rows(look, width))]
+        told = f"{look.bits:.2f} bits" if look.gate is None else f"{look.bits:.2f} b, gate {look.gate:.2f}"
+        return [self._label(look.label, width), *map, self._words(told), self._words(_rows(look, width, grid))]
 
     def _half_blocks(self, cells: Any, grow: int) -> list[Any]:
         """Two cells a character: the upper half in the foreground, the lower in the background."""
@@ -111,7 +111,10 @@ class Painter:
         from rich.segment import Segment
         from rich.style import Style
 
-        return [Segment(fitted(printable(text), width), Style(bold=True))]
+        text = printable(text)
+        if not self._unicode:
+            text = text.encode("ascii", "backslashreplace").decode()
+        return [Segment(fitted(text, width, self._unicode), Style(bold=True))]
 
     def _words(self, text: str) -> list[Any]:
         from rich.segment import Segment
@@ -126,18 +129,20 @@ def _half(grow: int) -> int:
     return max(1, grow // 2)  # a character is as high as two of the cells that colours make
 
 
-def fitted(text: str, width: int) -> str:
+def fitted(text: str, width: int, unicode: bool = True) -> str:
     """``text`` cut to ``width`` columns, with an ellipsis where something is missing."""
     from rich.cells import cell_len, set_cell_size
 
-    return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
+    return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + ("…" if unicode else "+")
 
 
-def _rows(look: Any, width: int) -> str:
-    """``row:share`` of the strongest rows, as many as fit."""
+def _rows(look: Any, width: int, grid: Any = None) -> str:
+    """``row:share`` of the strongest rows, as many as fit; on a grid ``line,column:share``."""
     text = ""
     for row, weight in look.top:
-        more = f"{' ' if text else ''}{row}:{percent(weight)}"
+        cell = grid.cell(row) if grid else None
+        name = f"{cell[0]},{cell[1]}" if cell else f"row {row}" if grid else str(row)
+        more = f"{' ' if text else ''}{name}:{percent(weight)}"
         if len(text) + len(more) > width:
             break
         text += more

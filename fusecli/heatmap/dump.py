@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,7 +13,7 @@ import numpy as np
 
 from fusecli.collections import Folder
 from fusecli.dumps import About, Tokens, require_tokens
-from fusecli.errors import FileError, InputError, ShapeError, ValuesError
+from fusecli.errors import FileError, ShapeError, ValuesError
 from fusecli.formats import NumpyArray, Stored, open_tensors
 from fusecli.grid import Grid, grid_of
 
@@ -20,6 +21,8 @@ from fusecli.grid import Grid, grid_of
 TOLERANCE = {"float16": 4e-3, "bfloat16": 2e-2}
 #: What subword tokenizers put before or after the letters of a token.
 MARKS = ("▁", "Ġ", "##", "</w>", "@@")
+#: What they add around a text: <s>, [CLS], <|endoftext|>.
+SPECIAL = re.compile(r"</?s>|<pad>|\[(CLS|SEP|PAD)\]|<\|(start|end)oftext\|>")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,14 @@ class Dump:
     def tokens(self) -> list[str]:
         """The words of the text rows, their numbers where they are not known."""
         return self.words if self.words is not None else [str(at) for at in range(self.n)]
+
+    @property
+    def line(self) -> str:
+        """Method and shape, for people."""
+        rows = f"{self.n} text rows, {self.m} image rows"
+        if self.grid:
+            rows += f" ({self.grid}{f' after {self.grid.skip}' if self.grid.skip else ''})"
+        return f"{self.facts['method']}, {rows}" if isinstance(self.facts.get("method"), str) else rows
 
     def head(self, head: int) -> NumpyArray:
         """Weights ``[N, M]`` float64 of one head, counted from 0.
@@ -132,6 +143,16 @@ def _bare(word: str) -> str:
     return word
 
 
+def caption(words: list[str]) -> str:
+    """Tokens as the text that they were made of, as far as their marks tell: without special ones, pieces joined."""
+    plain = [word for word in words if not SPECIAL.fullmatch(word)]
+    if any(word[:1] in ("▁", "Ġ") for word in plain):  # SentencePiece, byte-level BPE: a mark begins a word
+        return re.sub("[▁Ġ]", " ", "".join(plain)).strip()
+    if any(word.endswith("</w>") for word in plain):  # CLIP: a mark ends a word
+        return "".join(plain).replace("</w>", " ").strip()
+    return " ".join(plain).replace(" ##", "").replace("@@ ", "")
+
+
 def _no_attention(where: str, found: str) -> ValuesError:
     wanted, hint = "weights [H, N, M] or [N, M]", "write them with fusecli fuse … --attention FILE"
     return ValuesError("is no attention", where=where, found=found, wanted=wanted, hint=hint)
@@ -146,6 +167,10 @@ class Dumps:
     many: bool
     _open: Callable[[str], tuple[str, dict[str, Stored], About]]
 
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(self.ids)
+
     def open(self, id: str | None, wanted: Wanted) -> Dump:
         """The dump of a pair, of the only one without ``id``.
 
@@ -159,7 +184,7 @@ class Dumps:
             hint = f"--id {self.ids[0]}, or -o report/ for all of them"
             raise FileError("holds more than one pair", where=self.path, found=found, wanted="one", hint=hint)
         id = self.ids[0] if id is None else id
-        if id not in self.ids:
+        if id not in self._known:
             found = f"{', '.join(self.ids[:5])}{', …' if len(self.ids) > 5 else ''}"
             raise FileError("no such pair", where=self.path, found=found, wanted=id)
         name, tensors, about = self._open(id)
@@ -179,6 +204,8 @@ def _dump(id: str, stored: Stored, gate: Stored | None, about: About, wanted: Wa
         size, skip = (about.grid, about.skip) if known else (None, None)
     grid = grid_of(m, size, skip, stored.where) if m > 1 else None
     shares = gate.read() if gate is not None and gate.shape == (n,) and stored.name == "attention" else None
+    if shares is not None and not np.isfinite(shares).all():
+        raise ValuesError("not finite", where=f"{stored.source.name}[gate]", wanted="mean gates of tokens")
     return Dump(id, stored, about.facts, words, grid, shares)
 
 
@@ -238,11 +265,3 @@ def _of_folder(path: str) -> Dumps:
         return inside._open(inside.ids[0])
 
     return Dumps(path, list(folder), True, one)
-
-
-def try_open(dumps: Dumps, id: str, wanted: Wanted) -> Dump | InputError:
-    """The dump of one of many pairs, or what is wrong with it."""
-    try:
-        return dumps.open(id, wanted)
-    except InputError as error:
-        return error

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import io
 import logging
 import math
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +15,9 @@ import numpy as np
 
 from fusecli.errors import UsageError
 from fusecli.formats import NumpyArray, open_sink
-from fusecli.heatmap.maps import colours
-from fusecli.heatmap.picture import as_png, fitted, grey, load_picture, need, panel_size
+from fusecli.heatmap.labels import Fonts, cut, printed
+from fusecli.heatmap.maps import FULL, colours
+from fusecli.heatmap.picture import fitted, grey, load_picture, need, panel_size
 from fusecli.heatmap.view import View, require_map
 
 #: Pixels of all panels together that are aimed at, and that are refused.
@@ -58,8 +61,6 @@ def write_figure(view: View, output: str, image: str | None, fit: str, scale: st
         UsageError: there are too many maps for one picture.
     """
     _require_matplotlib()
-    from fusecli.heatmap.labels import Labels
-
     grid = require_map(view.dump)
     picture = load_picture(image) if image else None
     count = len(view.looks)
@@ -70,10 +71,14 @@ def write_figure(view: View, output: str, image: str | None, fit: str, scale: st
         found = f"{count:,} maps of {grid}"
         raise UsageError("too much for one picture", where=output, found=found, hint="--token TOKEN, or -o map.html")
     under = np.asarray(grey(fitted(picture, (width, height), fit))) if picture else None
-    words = [view.title, view.dump.id, *(look.label for look in view.looks)]
-    labels = Labels(words, as_text=output.lower().endswith(".svg"))
-    write_whole(output, _drawn(view, layout, labels, _composed(view.shades(scale), layout, under), scale))
-    return labels.missing()
+    pixels = _composed(view.shades(scale), layout, under)
+    words = _words(view, layout, scale)
+    if output.lower().endswith(".svg"):
+        write_whole(output, _svg(layout.size, pixels, words))
+        return []
+    fonts = Fonts([word.text for word in words])
+    write_whole(output, _png(pixels, words, fonts))
+    return fonts.missing()
 
 
 def _require_matplotlib() -> None:
@@ -84,29 +89,65 @@ def _require_matplotlib() -> None:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which font it takes instead is no news
 
 
-def _drawn(view: View, layout: _Layout, labels: Any, pixels: NumpyArray, scale: str) -> bytes:
-    """The file: ``pixels`` with words on them."""
+@dataclass(frozen=True)
+class _Word:
+    """What is written somewhere: its left end and baseline, and the room that it has, in pixels."""
+
+    x: int
+    y: int
+    text: str
+    width: int
+    size: int = 12
+    bold: bool = False
+    ink: str = "#000000"
+
+
+def _words(view: View, layout: _Layout, scale: str) -> list[_Word]:
+    width, height = layout.size
+    words = [_Word(GAP, TITLE - 12, f"{view.dump.id}: {view.title}", width - 2 * GAP)]
+    for at, look in enumerate(view.looks):
+        left, top = layout.corner(at)
+        words.append(_Word(left, top - 6, look.label, layout.width, bold=True))
+        if layout.width >= ROOMY:
+            told = f"{look.bits:.2f} bits" + (f", gate {look.gate:.2f}" if look.gate is not None else "")
+            words.append(_Word(left, top + layout.height + 12, told, layout.width, 10, ink="#555555"))
+    return [*words, _Word(GAP + 108, height - LEGEND + 17, FULL[scale], width - GAP - 108, 10, ink="#555555")]
+
+
+def _png(pixels: NumpyArray, words: list[_Word], fonts: Fonts) -> bytes:
+    from PIL import Image
+
+    picture = Image.fromarray(pixels)
+    for word in words:
+        fonts.write(picture, (word.x, word.y), word.text, word.width, word.size, word.bold, word.ink)
+    out = io.BytesIO()
+    picture.save(out, "PNG")
+    return out.getvalue()
+
+
+def _svg(size: tuple[int, int], pixels: NumpyArray, words: list[_Word]) -> bytes:
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "fusecli", "font.size": 9, "text.parse_math": False}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "fusecli", "text.parse_math": False}
     with mpl.rc_context(settings), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # letters that no font has: `Labels` knows of them
-        figure = Figure(figsize=(layout.size[0] / 100, layout.size[1] / 100), dpi=100, facecolor="none")
-        canvas: Any = FigureCanvasAgg(figure)
+        warnings.simplefilter("ignore")  # letters that no font here has: who shows it may have one
+        figure = Figure(figsize=(size[0] / 100, size[1] / 100), dpi=100)
+        FigureCanvasAgg(figure)
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
-        axes.set_xlim(0, layout.size[0])
-        axes.set_ylim(layout.size[1], 0)
-        _annotate(axes, view, layout, labels, scale)
-        if not labels.as_text:
-            canvas.draw()
-            return as_png(_over(pixels, np.asarray(canvas.buffer_rgba())))
-        axes.imshow(pixels, extent=(0, layout.size[0], layout.size[1], 0), interpolation="none", aspect="auto")
+        axes.set_xlim(0, size[0])
+        axes.set_ylim(size[1], 0)
+        axes.imshow(pixels, extent=(0, size[0], size[1], 0), interpolation="none", aspect="auto")
+        for word in words:
+            text = cut(printed(word.text), round(word.width / word.size * 1.6))
+            points, weight = word.size * 0.72, "bold" if word.bold else "normal"  # 72 points are 100 pixels here
+            axes.text(word.x, word.y, text, fontsize=points, fontweight=weight, color=word.ink)
         out = io.BytesIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
-        return out.getvalue()
+    named = f"<title>{html.escape(printed(words[0].text))}</title>".encode()
+    return re.sub(rb"(<svg [^>]*)>", lambda found: found[1] + b' role="img">' + named, out.getvalue(), count=1)
 
 
 def _columns(count: int, width: int, height: int) -> int:
@@ -126,33 +167,12 @@ def _composed(shares: NumpyArray, layout: _Layout, under: NumpyArray | None) -> 
         if under is not None:
             panel = (OPACITY * panel + (1 - OPACITY) * under).round().astype(np.uint8)
         whole[top : top + layout.height, left : left + layout.width] = panel
-    whole[height - LEGEND + 8 : height - LEGEND + 18, GAP : GAP + 100] = colours(np.arange(100) / 99)
+    bar = np.broadcast_to(colours(np.arange(100) / 99), (10, 100, 3))
+    if under is not None:  # as they are over white and over black: what lies under them is seen through
+        ground = np.repeat([255, 0], 5)[:, None, None]
+        bar = (OPACITY * bar + (1 - OPACITY) * ground).round().astype(np.uint8)
+    whole[height - LEGEND + 8 : height - LEGEND + 18, GAP : GAP + 100] = bar
     return whole
-
-
-def _annotate(axes: Any, view: View, layout: _Layout, labels: Any, scale: str) -> None:
-    labels.put(axes, GAP, TITLE - 12, f"{view.dump.id}: {view.title}", layout.size[0] - 2 * GAP, "normal")
-    for at, look in enumerate(view.looks):
-        left, top = layout.corner(at)
-        labels.put(axes, left, top - 6, look.label, layout.width, "bold")
-        if layout.width >= ROOMY:
-            told = f"{look.bits:.2f} bits" + (f" · gate {look.gate:.2f}" if look.gate is not None else "")
-            axes.text(left, top + layout.height + 12, told, fontsize=7, color="#555555")
-    ends = {"token": "the token's largest weight", "all": "the largest weight of all"}
-    full = f"0 to {ends[scale]}" if scale in ends else "the token's smallest to its largest weight"
-    axes.text(GAP + 108, layout.size[1] - LEGEND + 17, full, fontsize=7, color="#555555", clip_on=True)
-
-
-def _over(under: NumpyArray, above: NumpyArray) -> NumpyArray:
-    """Words ``[height, width, 4]`` laid over pixels ``[height, width, 3]``, where there are any.
-
-    matplotlib could place the pixels itself, and takes seconds to resample millions of them one to one.
-    """
-    lines, columns = np.nonzero(above[..., 3])
-    words = above[lines, columns].astype(np.float32)
-    cover = words[:, 3:] / 255
-    under[lines, columns] = np.rint(words[:, :3] * cover + under[lines, columns] * (1 - cover))
-    return under
 
 
 def write_whole(output: str, data: bytes) -> None:

@@ -1,7 +1,7 @@
-"""Words on a figure, in whatever script: a font of this machine that has their letters, or their numbers in Unicode.
+"""Words on a picture, in whatever script: fonts of this machine that have their letters, or their numbers in Unicode.
 
-matplotlib draws outlines only. Emoji come as coloured bitmaps as a rule; such labels are drawn by Pillow and placed
-as small pictures. In an ``.svg`` words stay words, and whoever shows it brings the fonts.
+Emoji come as coloured bitmaps as a rule, which Pillow draws and matplotlib does not. In an ``.svg`` words stay
+words, and whoever shows it brings the fonts.
 """
 
 from __future__ import annotations
@@ -15,84 +15,63 @@ from typing import Any
 SILENT = {0x200D, 0xFE0E, 0xFE0F}
 #: The one size that bitmaps of Noto Color Emoji come in, in pixels.
 BITMAP = 109
+#: Letters of a word that are looked at: no panel is wider.
+LONGEST = 300
 
 
-class Labels:
-    """Places words; knows beforehand all that will come.
+class Fonts:
+    """Fonts that between them have all letters of some words."""
 
-    Args:
-        words: all of them.
-        as_text: words may stay words, whatever fonts there are.
-    """
-
-    def __init__(self, words: list[str], as_text: bool) -> None:
-        from matplotlib.font_manager import fontManager
-
-        self.as_text = as_text
-        self._plain = _default_font()
+    def __init__(self, words: list[str]) -> None:
+        self._plain = _own_font("DejaVuSans.ttf")
         rest = {c for word in words for c in printed(word)} - _letters(self._plain)
         rest = {c for c in rest if ord(c) not in SILENT}
-        self._paths = [self._plain]
-        self._bitmaps: list[str] = []
-        for path in _fonts() if rest else []:
+        self._paths: list[str] = []
+        for path in _fonts_here() if rest else []:
             here = rest & _letters(path)
             if here:
-                (self._bitmaps if _is_bitmap(path) else self._paths).append(path)
+                self._paths.append(path)
                 rest -= here
             if not rest:
                 break
-        self._lost = rest
-        for path in self._paths[1:]:
-            fontManager.addfont(path)
-        self._families = [_family(path) for path in self._paths]
+        self.lost = rest  # letters that no font has
 
     def missing(self) -> list[str]:
-        """What to tell of letters that no font has; nothing where words stay words."""
-        if self.as_text or not self._lost:
+        """What to tell of letters that no font has."""
+        if not self.lost:
             return []
-        shown = " ".join(sorted(self._lost)[:8])
+        shown = " ".join(sorted(self.lost)[:8])
         return [f"no font here has {shown}, so they are written as U+…; install fonts-noto-cjk, fonts-noto-color-emoji"]
 
-    def put(self, axes: Any, x: float, y: float, text: str, width: float, weight: str) -> None:
-        """Place ``text`` with its foot at ``y``, cut to ``width`` pixels."""
-        text = printed(text)
-        if not self.as_text:
-            text = "".join(f"U+{ord(c):04X}" if c in self._lost else c for c in text)
-            if self._bitmaps and any(c in _letters(path) for path in self._bitmaps for c in text if ord(c) > 127):
-                self._paint(axes, x, y, text, width)
-                return
-        most = max(2, int(width / 6.5))
-        text = _cut(text, most)
-        axes.text(x, y, text, fontsize=9, fontweight=weight, fontfamily=self._families, clip_on=True)
+    def write(self, picture: Any, at: tuple[int, int], text: str, width: int, size: int, bold: bool, ink: str) -> None:
+        """Draw ``text`` on a Pillow picture, its baseline beginning ``at``, cut to ``width`` pixels."""
+        from PIL import ImageDraw
 
-    def _paint(self, axes: Any, x: float, y: float, text: str, width: float) -> None:
-        """Drawn by Pillow at four times the size, so that it can be shown at less."""
-        from PIL import Image, ImageDraw, ImageFont
+        draw = ImageDraw.Draw(picture)
+        x, base = at
+        for path, run in self._runs(cut(self._spelled(text), round(width / size * 1.6)), bold):
+            if _is_bitmap(path):
+                piece = _emoji(path, run, size)
+                picture.paste(piece, (x, base - round(size * 0.95)), piece)
+                x += piece.width
+            else:
+                font = _font(path, size)
+                draw.text((x, base), run, font=font, fill=ink, anchor="ls")
+                x += round(font.getlength(run))
 
-        height = 64
-        strip = Image.new("RGBA", (1, height), (255, 255, 255, 0))
-        for path, run in self._runs(text):
-            bitmap = path in self._bitmaps
-            font = ImageFont.truetype(path, BITMAP if bitmap else 44)
-            box = font.getbbox(run)
-            piece = Image.new("RGBA", (max(1, round(box[2])), round(box[3]) + 8), (255, 255, 255, 0))
-            ImageDraw.Draw(piece).text((0, 0), run, font=font, fill="black", embedded_color=bitmap)
-            if bitmap:
-                piece = piece.resize((max(1, round(piece.width * 52 / piece.height)), 52), Image.Resampling.LANCZOS)
-            joined = Image.new("RGBA", (strip.width + piece.width, height), (255, 255, 255, 0))
-            joined.paste(strip, (0, 0))
-            joined.paste(piece, (strip.width, max(0, (height - piece.height) // 2)))
-            strip = joined
-        strip = strip.crop((0, 0, min(strip.width, round(width * 4)), height))
-        extent = (x, x + strip.width / 4, y + 4, y + 4 - height / 4)
-        axes.imshow(strip, extent=extent, aspect="auto", interpolation="antialiased", zorder=3)
+    def _spelled(self, text: str) -> str:
+        return "".join(f"U+{ord(c):04X}" if c in self.lost else c for c in printed(text))
 
-    def _runs(self, text: str) -> list[tuple[str, str]]:
-        """Stretches of ``text`` and the font that has all of each."""
+    def _runs(self, text: str, bold: bool) -> list[tuple[str, str]]:
+        """Stretches of ``text`` and a font that has all of each."""
+        plain = _own_font("DejaVuSans-Bold.ttf") if bold else self._plain
         runs: list[tuple[str, str]] = []
         for c in text:
-            fits = (path for path in [*self._bitmaps, *self._paths] if c in _letters(path) and ord(c) > 127)
-            path = runs[-1][0] if ord(c) in SILENT and runs else next(fits, self._plain)
+            path = plain
+            if ord(c) in SILENT and runs:
+                path = runs[-1][0]
+            elif c not in _letters(plain):
+                path = next((other for other in self._paths if c in _letters(other)), plain)
             if runs and runs[-1][0] == path:
                 runs[-1] = path, runs[-1][1] + c
             else:
@@ -103,28 +82,48 @@ class Labels:
 def printed(text: str) -> str:
     """``text`` as it can stand on a page: what would not be seen is spelled out."""
     if not text.strip():
-        return repr(text)
-    return "".join(c if c.isprintable() or ord(c) in SILENT else c.encode("unicode_escape").decode() for c in text)
+        return repr(text[:LONGEST])
+    shown = text[:LONGEST] + ("…" if len(text) > LONGEST else "")
+    return "".join(c if c.isprintable() or ord(c) in SILENT else c.encode("unicode_escape").decode() for c in shown)
 
 
-def _cut(text: str, most: int) -> str:
-    """At most so many narrow letters, where a wide one counts twice."""
-    room = most
+def cut(text: str, most: int) -> str:
+    """At most so many narrow letters, where a wide one counts twice; an ellipsis stands for the rest."""
+    room = max(2, most)
     for at, c in enumerate(text):
-        room -= 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        room -= 0 if ord(c) in SILENT else 2 if unicodedata.east_asian_width(c) in "WF" else 1
         if room < 0:
             return text[: max(1, at - 1)] + "…"
     return text
 
 
-def _default_font() -> str:
+def _emoji(path: str, run: str, size: int) -> Any:
+    """Coloured bitmaps on nothing, as high as a line of ``size``."""
+    from PIL import Image, ImageDraw
+
+    font = _font(path, BITMAP)
+    piece = Image.new("RGBA", (max(1, round(font.getlength(run))), round(BITMAP * 1.2)), (255, 255, 255, 0))
+    ImageDraw.Draw(piece).text((0, 0), run, font=font, embedded_color=True)
+    high = round(size * 1.2)
+    return piece.resize((max(1, round(piece.width * high / piece.height)), high), Image.Resampling.LANCZOS)
+
+
+@lru_cache(maxsize=64)
+def _font(path: str, size: int) -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.truetype(path, size)
+
+
+def _own_font(name: str) -> str:
+    """The path of a font that comes with matplotlib."""
     from matplotlib import get_data_path
 
-    return os.path.join(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    return os.path.join(get_data_path(), "fonts", "ttf", name)
 
 
 @lru_cache(maxsize=1)
-def _fonts() -> list[str]:
+def _fonts_here() -> list[str]:
     """Fonts of this machine, those for large scripts and emoji first, upright and regular before others."""
     from matplotlib.font_manager import findSystemFonts
 
@@ -151,9 +150,3 @@ def _is_bitmap(path: str) -> bool:
     from matplotlib.ft2font import FT2Font
 
     return not FT2Font(path).scalable
-
-
-def _family(path: str) -> str:
-    from matplotlib.ft2font import FT2Font
-
-    return FT2Font(path).family_name

@@ -9,6 +9,12 @@ from fusecli.grid import Grid
 
 #: What a shade is a share of: the token's largest weight, the largest of all tokens, or the token's own range.
 SCALES = ("token", "all", "contrast")
+#: The same in words.
+FULL = {
+    "token": "0 to the token's largest weight",
+    "all": "0 to the largest weight of all tokens",
+    "contrast": "the token's smallest to its largest weight",
+}
 #: 17 equally spaced colours of viridis (Smith and van der Walt, 2015, CC0), which stay apart in grey and to
 #: colour-blind eyes.
 VIRIDIS = (
@@ -41,13 +47,16 @@ def on_grid(weights: NumpyArray, grid: Grid) -> NumpyArray:
     return weights[..., grid.skip :].reshape(*weights.shape[:-1], grid.height, grid.width)
 
 
-def shades(maps: NumpyArray, scale: str = "token") -> NumpyArray:
-    """Shares from 0 to 1 of maps ``[N, ...]``, see `SCALES`; where all are equal they are all 1 (or 0, if they are)."""
+def shades(maps: NumpyArray, scale: str = "token", most: float = 0.0) -> NumpyArray:
+    """Shares from 0 to 1 of maps ``[N, ...]``, see `SCALES`; where all are equal they are all 1 (or 0, if they are).
+
+    ``most`` is the largest weight of other tokens, for scale ``all``.
+    """
     axes = tuple(range(1, maps.ndim))
     top = maps.max(axis=axes, keepdims=True)
     low = np.zeros_like(top)
     if scale == "all":
-        top = np.broadcast_to(maps.max(initial=0.0), top.shape)
+        top = np.broadcast_to(maps.max(initial=most), top.shape)
     elif scale == "contrast":
         low = maps.min(axis=axes, keepdims=True)
         low = np.where(low < top, low, 0.0)

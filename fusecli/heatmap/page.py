@@ -14,7 +14,7 @@ import numpy as np
 
 from fusecli.errors import UsageError
 from fusecli.formats import NumpyArray
-from fusecli.heatmap.dump import Dump
+from fusecli.heatmap.dump import Dump, caption
 from fusecli.heatmap.figure import write_whole
 from fusecli.heatmap.labels import printed
 from fusecli.heatmap.maps import VIRIDIS, entropy
@@ -40,8 +40,9 @@ def write_page(view: View, output: str, image: str | None, fit: str, scale: str)
         raise UsageError("too much for one page", where=output, found=found, hint="choose some with --token")
     picture = for_page(image, load_picture(image)) if image else None
     first = view.heads if isinstance(view.heads, int) else -1
-    mean = view.weights if view.heads == "mean" else view.dump.mean()[rows]
-    write_whole(output, page(view.dump, rows, mean, view.title, picture, fit, scale, first))
+    mean = view.dump.mean()
+    top = float(mean[:, view.dump.grid.skip if view.dump.grid else 0 :].max())
+    write_whole(output, page(view.dump, rows, mean[rows], view.dump.line, picture, fit, scale, first, top=top))
 
 
 def page(
@@ -54,6 +55,7 @@ def page(
     scale: str = "token",
     head: int = -1,
     nav: list[tuple[str, str]] | None = None,
+    top: float = 0.0,
 ) -> bytes:
     """The bytes of a page.
 
@@ -67,6 +69,7 @@ def page(
         scale: what a full colour is at first.
         head: the head at first, -1 for the mean.
         nav: names and places of other pages.
+        top: the largest weight of all tokens, of those too that are not shown.
     """
     grid = require_map(dump)
     heads = dump.num_heads or 0
@@ -77,7 +80,9 @@ def page(
         grain = "The heads are left out: together they would be too large for a page."
     data: dict[str, Any] = {
         "title": printed(dump.id),
+        "words": printed(caption(dump.words)) if dump.words else "",
         "line": line,
+        "top": top,
         "grain": grain,
         "tokens": [printed(dump.tokens[row]) for row in rows],
         "grid": [grid.height, grid.width],

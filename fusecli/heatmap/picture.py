@@ -35,23 +35,38 @@ def load_picture(path: str) -> Image.Image:
         MissingPackageError: Pillow is not installed.
     """
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image, UnidentifiedImageError
     except ImportError:
         raise need("Pillow") from None
     try:
         with open(path, "rb") as file, Image.open(file) as opened:
             opened.draft("RGB", (2 * LONGEST, 2 * LONGEST))  # JPEG can be read at a half, a quarter, an eighth
-            upright = ImageOps.exif_transpose(opened)
-            if upright.has_transparency_data:
-                layer = upright.convert("RGBA")
-                upright = Image.new("RGBA", layer.size, "white")
-                upright.alpha_composite(layer)
-            return upright.convert("RGB")
+            if opened.mode == "F":
+                raise ValueError("floats, whose white nobody knows")
+            opened.thumbnail((2 * LONGEST, 2 * LONGEST))
+            return _upright(opened)
     except MemoryError:
         raise
+    except UnidentifiedImageError:
+        raise FileError("no picture that can be read", where=path, wanted="PNG, JPEG, WebP, …") from None
     except Exception as error:  # decoders raise whatever they stumble over
-        found = getattr(error, "strerror", None) or str(error).partition(":")[0] or type(error).__name__
+        found = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise FileError("no picture that can be read", where=path, found=found, wanted="PNG, JPEG, WebP, …") from None
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """As its camera was held, RGB, on white."""
+    from PIL import Image, ImageOps
+
+    turned = ImageOps.exif_transpose(picture)
+    if turned.has_transparency_data:
+        layer = turned.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        white.alpha_composite(layer)
+        return white.convert("RGB")
+    if turned.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut off at 255
+        turned = turned.convert("I").point(lambda value: value / 256).convert("L")
+    return turned.convert("RGB")
 
 
 def panel_size(grid: Grid, picture: Image.Image | None, fit: str, longest: int) -> tuple[int, int]:
@@ -86,11 +101,11 @@ def for_page(path: str, picture: Image.Image) -> tuple[str, bytes]:
 
     with open(path, "rb") as file:
         raw = file.read(SMALL + 1)
-    with Image.open(io.BytesIO(raw)) as opened:
-        mime = MIME.get(opened.format or "")
-        turned = opened.getexif().get(0x0112, 1) != 1
-    if mime and len(raw) <= SMALL and max(picture.size) <= LONGEST and not turned:
-        return mime, raw
+    if len(raw) <= SMALL and max(picture.size) <= LONGEST:
+        with Image.open(io.BytesIO(raw)) as opened:
+            mime, turned = MIME.get(opened.format or ""), opened.getexif().get(0x0112, 1) != 1
+        if mime and not turned:
+            return mime, raw
     small = picture.copy()
     small.thumbnail((LONGEST, LONGEST))
     return "image/jpeg", as_jpeg(small)
@@ -100,13 +115,4 @@ def as_jpeg(picture: Any, quality: int = 85) -> bytes:
     """The bytes of a JPEG file."""
     out = io.BytesIO()
     picture.save(out, "JPEG", quality=quality)
-    return out.getvalue()
-
-
-def as_png(pixels: Any) -> bytes:
-    """The bytes of a PNG file of ``[height, width, 3]`` uint8."""
-    from PIL import Image
-
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
     return out.getvalue()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 
 from fusecli.errors import FileError, InputError, OutputError, UsageError
 from fusecli.formats import NumpyArray
-from fusecli.heatmap.dump import Dumps, Wanted
+from fusecli.heatmap.dump import Dumps, Wanted, caption
 from fusecli.heatmap.figure import OPACITY
 from fusecli.heatmap.labels import printed
 from fusecli.heatmap.maps import colours, entropy, on_grid, shades
@@ -26,6 +28,10 @@ MARK = b'content="fusecli report"'
 THUMB = 128
 #: Letters of a caption that are kept for the index.
 CAPTION = 80
+
+
+#: What the index has of a pair: id, caption, mean entropy of its tokens in bits and as a share of the most, file.
+Listed: TypeAlias = tuple[str, str, float, float, str]
 
 
 @dataclass
@@ -43,6 +49,7 @@ def write_report(
     wanted: Wanted,
     images: str | None,
     fit: str,
+    scale: str = "token",
     overwrite: bool = False,
     counted: Callable[[list[str]], Iterable[str]] = iter,
 ) -> Done:
@@ -54,6 +61,7 @@ def write_report(
         wanted: what the dumps do not say themselves.
         images: a folder of pictures, each named by its id.
         fit: how the encoder fitted them.
+        scale: what a full colour is.
         overwrite: an earlier report may be replaced.
         counted: passes ids on, and tells the user how far it is.
 
@@ -63,19 +71,24 @@ def write_report(
         UsageError: there is something in it.
     """
     output = output.rstrip("/") or "/"
-    _require_free(output, overwrite)
-    pictures = _pictures(images) if images else {}
     target = os.path.realpath(output)
+    _require_free(output, overwrite)
+    for path in (dumps.path, images, os.curdir):
+        if path and f"{os.path.realpath(path)}/".startswith(f"{target}/"):
+            what = "would take the place of " + ("the folder you are in" if path == os.curdir else "what is read")
+            raise UsageError(what, where=output, hint="write to another folder")
+    pictures = _pictures(images) if images else {}
     building = f"{os.path.dirname(target)}/.{os.path.basename(target)}.fusecli-{os.getpid()}"
     try:
-        for name in ("pairs", "thumbs"):
-            os.makedirs(f"{building}/{name}")
-        done = _write_all(dumps, building, wanted, pictures, fit, counted)
+        for name in ("", "/pairs", "/thumbs"):
+            os.mkdir(building + name)
+        done = _write_all(dumps, building, wanted, pictures, (fit, scale), counted)
         _put_in_place(building, target)
     except OSError as error:
-        raise OutputError("cannot be written", where=error.filename or output, found=error.strerror) from error
+        raise OutputError("cannot be written", where=output, found=error.strerror or str(error)) from error
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        for left in (building, _old(building)):
+            shutil.rmtree(left, ignore_errors=True)
     return done
 
 
@@ -84,17 +97,17 @@ def _write_all(
     folder: str,
     wanted: Wanted,
     pictures: dict[str, str],
-    fit: str,
+    style: tuple[str, str],
     counted: Callable[[list[str]], Iterable[str]],
 ) -> Done:
     done = Done()
-    listed: list[tuple[str, str, float, str]] = []
+    listed: list[Listed] = []
     first: InputError | None = None
     digits = len(str(len(dumps.ids)))
     for at, id in enumerate(counted(dumps.ids), 1):
         name = f"{at:0{digits}}"
         try:
-            listed.append(_write_one(dumps, id, folder, name, wanted, pictures.get(id), fit))
+            listed.append(_write_one(dumps, id, folder, name, wanted, pictures.get(id), style))
         except InputError as error:
             first = first or error
             done.failed.append(f"{id}: {error}")
@@ -108,24 +121,26 @@ def _write_all(
 
 
 def _write_one(
-    dumps: Dumps, id: str, folder: str, name: str, wanted: Wanted, image: str | None, fit: str
-) -> tuple[str, str, float, str]:
+    dumps: Dumps, id: str, folder: str, name: str, wanted: Wanted, image: str | None, style: tuple[str, str]
+) -> Listed:
     """Page and thumbnail of one pair; returns what the index has of it."""
+    fit, scale = style
     dump = dumps.open(id, wanted)
     grid = require_map(dump)
     view = look_at(dump)
     picture = load_picture(image) if image else None
     embedded = for_page(image, picture) if image and picture else None
     back = [("all pairs", "../index.html")]
-    whole = page(dump, list(range(dump.n)), view.weights, view.title, embedded, fit, nav=back)
+    whole = page(dump, list(range(dump.n)), view.weights, dump.line, embedded, fit, scale, nav=back)
     size = panel_size(grid, picture, fit, THUMB)
     under = np.asarray(grey(fitted(picture, size, fit))) if picture else None
-    mean = shades(on_grid(view.weights.mean(0, keepdims=True), grid))[0]
+    mean = shades(on_grid(view.weights.mean(0, keepdims=True), grid), scale)[0]
     _write(f"{folder}/thumbs/{name}.jpg", _thumbnail(mean, size, under))
     _write(f"{folder}/pairs/{name}.html", whole)
-    caption = " ".join(map(printed, dump.words or []))
-    share = float(entropy(view.weights).mean()) / math.log2(dump.m)
-    return printed(id), caption[:CAPTION] + ("…" if len(caption) > CAPTION else ""), round(share, 4), name
+    text = printed(caption(dump.words)) if dump.words else ""
+    bits = float(entropy(view.weights).mean())
+    shortened = text[:CAPTION] + ("…" if len(text) > CAPTION else "")
+    return printed(id), shortened, round(bits, 4), round(bits / math.log2(dump.m), 5), name
 
 
 def _thumbnail(cells: NumpyArray, size: tuple[int, int], under: NumpyArray | None) -> bytes:
@@ -154,25 +169,42 @@ def _pictures(folder: str) -> dict[str, str]:
 def _require_free(output: str, overwrite: bool) -> None:
     if not os.path.lexists(output) or (os.path.isdir(output) and not os.listdir(output)):
         return
-    try:
-        with open(f"{output}/index.html", "rb") as file:
-            ours = MARK in file.read(2048)
-    except OSError:
-        ours = False
-    if not ours:
-        raise UsageError("is no report, and is not touched", where=output, hint="write to a new folder")
+    if not _is_report(output):
+        raise UsageError("is no report alone, and is not touched", where=output, hint="write to a new folder")
     if not overwrite:
         raise UsageError("there is a report already", where=output, hint="--overwrite, or write to a new folder")
 
 
+def _is_report(folder: str) -> bool:
+    """Whether a report of ours is there, and nothing else."""
+    try:
+        with open(f"{folder}/index.html", "rb") as file:
+            ours = MARK in file.read(2048)
+        inside = {name: os.listdir(f"{folder}/{name}") for name in ("pairs", "thumbs")}
+        return (
+            ours
+            and set(os.listdir(folder)) == {"index.html", *inside}
+            and all(re.fullmatch(r"\d+\.(html|jpg)", name) for names in inside.values() for name in names)
+        )
+    except OSError:
+        return False
+
+
+def _old(building: str) -> str:
+    return f"{building}-old"
+
+
 def _put_in_place(building: str, target: str) -> None:
-    if os.path.lexists(target):
-        old = f"{building}-old"
-        os.rename(target, old)
+    """What was there before is gone when the new one is there, not earlier."""
+    old = _old(building)
+    try:
+        if os.path.lexists(target):
+            os.rename(target, old)
         os.rename(building, target)
-        shutil.rmtree(old)
-    else:
-        os.rename(building, target)
+    except BaseException:
+        if os.path.lexists(old) and not os.path.lexists(target):
+            os.rename(old, target)
+        raise
 
 
 def _write(path: str, data: bytes) -> None:

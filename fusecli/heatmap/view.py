@@ -35,7 +35,7 @@ class Look:
     @property
     def label(self) -> str:
         """For people."""
-        return self.token if self.head is None else f"{self.token} · head {self.head}"
+        return self.token if self.head is None else f"{self.token}, head {self.head}"
 
 
 @dataclass(frozen=True)
@@ -46,24 +46,20 @@ class View:
     heads: int | str  # a head's number, "all" or "mean"
     looks: list[Look]
     weights: NumpyArray
+    top: float  # the largest on the grid of all tokens, of those too that are not shown
 
     def shades(self, scale: str) -> NumpyArray:
         """Shares ``[K, height, width]`` from 0 to 1, on the grid; ``[K, 1, M]`` where there is none."""
         maps = on_grid(self.weights, self.dump.grid) if self.dump.grid else self.weights[:, None, :]
-        return shades(maps, scale)
+        return shades(maps, scale, self.top)
 
     @property
     def title(self) -> str:
         """What it shows, in one line."""
-        dump = self.dump
         over = {"mean": "mean of heads", "all": "all heads"}.get(str(self.heads), f"head {self.heads}")
-        if self.heads == "mean" and dump.num_heads:
-            over = f"mean of {dump.num_heads} heads"
-        rows = f"{dump.n} text rows, {dump.m} image rows"
-        if dump.grid:
-            before = f" after {dump.grid.skip}" if dump.grid.skip else ""
-            rows += f" ({dump.grid}{before})"
-        return ", ".join([*([dump.facts["method"]] if isinstance(dump.facts.get("method"), str) else []), over, rows])
+        if self.heads == "mean" and self.dump.num_heads:
+            over = f"mean of {self.dump.num_heads} heads" if self.dump.num_heads > 1 else "one head"
+        return f"{self.dump.line}, {over}"
 
     def facts(self) -> dict[str, Any]:
         """As ``--json`` has it."""
@@ -105,11 +101,13 @@ def look_at(dump: Dump, head: int | None = None, every: bool = False, tokens: li
     heads = list(range(dump.num_heads or 0)) if every else [head]
     if every and not heads:
         dump.head(0)  # says that there are none
-    if head is not None or every:
-        layers = np.stack([dump.head(number)[at] for number in heads if number is not None], 1)  # [K, H, M]
-    else:
-        layers = dump.mean()[at][:, None]
-    weights = layers.reshape(-1, dump.m)
+    before = dump.grid.skip if dump.grid else 0
+    layers, top_of_all = [], 0.0
+    for number in heads:
+        layer = dump.mean() if number is None else dump.head(number)  # [N, M]
+        top_of_all = max(top_of_all, float(layer[:, before:].max()))
+        layers.append(layer[at])
+    weights = np.stack(layers, 1).reshape(-1, dump.m)  # [K, M]
     labels = [(row, number) for row in at for number in heads]
     bits, top = entropy(weights), strongest(weights, TOP)
     looks = [
@@ -124,7 +122,7 @@ def look_at(dump: Dump, head: int | None = None, every: bool = False, tokens: li
         for k, (row, number) in enumerate(labels)
     ]
     shown: int | str = "all" if every else "mean" if head is None else head
-    return View(dump, shown, looks, weights)
+    return View(dump, shown, looks, weights, top_of_all)
 
 
 def require_map(dump: Dump) -> Grid:
