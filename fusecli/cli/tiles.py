@@ -17,6 +17,8 @@ RAMP = " .:-=+*#%@"
 #: Steps of colour: more cannot be told apart, and equal neighbours are drawn at once.
 STEPS = 63
 GAP = 2
+#: Of each channel, in the 216 colours of a terminal that has 256 (xterm's).
+LEVELS = (0, 95, 135, 175, 215, 255)
 
 
 class Painter:
@@ -25,6 +27,7 @@ class Painter:
     def __init__(self, console: Any) -> None:
         self._console = console
         self._coloured = console.color_system in ("truecolor", "256") and not console.no_color
+        self._cube = console.color_system == "256"
         self._unicode = (console.encoding or "").lower().startswith("utf")
         self._coloured = self._coloured and self._unicode
 
@@ -62,7 +65,9 @@ class Painter:
         steps = np.rint(cells * STEPS).astype(int).repeat(grow, 0).repeat(grow, 1)
         if len(steps) % 2:
             steps = np.vstack([steps, np.full_like(steps[:1], -1)])
-        return [_runs(list(zip(*pair, strict=True))) for pair in steps.reshape(-1, 2, steps.shape[1]).tolist()]
+        return [
+            _runs(list(zip(*pair, strict=True)), self._cube) for pair in steps.reshape(-1, 2, steps.shape[1]).tolist()
+        ]
 
     def _characters(self, cells: Any, grow: int) -> list[Any]:
         grown = cells.repeat(_half(grow), 0).repeat(_half(grow), 1)
@@ -81,7 +86,7 @@ class Painter:
             self._say(f"a cell is the largest of {steps[1]} image rows")
         width = cells.shape[2]
         for look, line in zip(view.looks, cells[:, 0].tolist(), strict=True):
-            strip = _runs([(round(share * STEPS),) for share in line]) if self._coloured else None
+            strip = _runs([(round(share * STEPS),) for share in line], self._cube) if self._coloured else None
             parts = [
                 (self._label(look.label, label), label),
                 (strip or self._words("".join(map(_character, line))), width),
@@ -160,11 +165,12 @@ def _character(share: float) -> str:
     return RAMP[min(len(RAMP) - 1, round(share * (len(RAMP) - 1)))]
 
 
-def _runs(cells: list[tuple[int, ...]]) -> list[Any]:
+def _runs(cells: list[tuple[int, ...]], cube: bool) -> list[Any]:
     """Segments of equal neighbours; a cell is its step, or the upper and the lower one (-1: nothing there)."""
     from rich.segment import Segment
 
-    return [Segment("▀" * count if len(cell) == 2 else " " * count, _style(cell)) for cell, count in _counted(cells)]
+    drawn = ((cell, "▀" if len(cell) == 2 else " ", count) for cell, count in _counted(cells))
+    return [Segment(mark * count, _style(cell, cube)) for cell, mark, count in drawn]
 
 
 def _counted(cells: list[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], int]]:
@@ -176,19 +182,26 @@ def _counted(cells: list[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], in
 
 
 @cache
-def _style(cell: tuple[int, ...]) -> Any:
-    from rich.color import Color
+def _style(cell: tuple[int, ...], cube: bool) -> Any:
     from rich.style import Style
 
-    found = [Color.from_rgb(*_colour(step)) if step >= 0 else None for step in cell]
+    found = [_colour(step, cube) if step >= 0 else None for step in cell]
     return Style(color=found[0], bgcolor=found[1]) if len(found) == 2 else Style(bgcolor=found[0])
 
 
 @cache
-def _colour(step: int) -> tuple[int, int, int]:
+def _colour(step: int, cube: bool) -> Any:
+    """The colour of a step: exact, or of the 6 x 6 x 6 colours among a terminal's 256.
+
+    The nearest of all 256 would often be a grey, and neighbours of one ramp would have nothing in common.
+    """
     import numpy as np
+    from rich.color import Color
 
     from fusecli.heatmap.maps import colours
 
-    red, green, blue = colours(np.array(step / STEPS)).tolist()
-    return red, green, blue
+    channels = colours(np.array(step / STEPS)).tolist()
+    if not cube:
+        return Color.from_rgb(*channels)
+    red, green, blue = (min(range(6), key=lambda at: abs(LEVELS[at] - channel)) for channel in channels)
+    return Color.from_ansi(16 + 36 * red + 6 * green + blue)
