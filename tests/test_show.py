@@ -441,3 +441,26 @@ def test_a_report_never_takes_the_place_of_something_else(run: Run, tmp_path: Pa
     assert "nothing to see" in told
     assert len(list((tmp_path / "report" / "pairs").iterdir())) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dumps", "precious", "report"]
+
+
+def test_a_report_that_fails_halfway_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusecli.errors import OutputError
+    from fusecli.heatmap.report import write_report
+
+    plant(tmp_path / "a.npy", [0], 4)
+    dumps, output = open_dumps(str(tmp_path / "a.npy")), tmp_path / "report"
+    write_report(dumps, str(output), Wanted(), None, "cover")
+    before = (output / "index.html").read_bytes()
+    rename, calls = os.rename, []
+
+    def second_fails(source: str, target: str) -> None:
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    with pytest.raises(OutputError, match="No space"):
+        write_report(dumps, str(output), Wanted(), None, "cover", overwrite=True)
+    assert (output / "index.html").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["a.npy", "report"]

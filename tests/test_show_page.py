@@ -159,6 +159,13 @@ def test_numbers_stand_where_the_mouse_is(planted: Path, look: Any) -> None:
     assert shown.page.get_by_role("row").nth(1).inner_text().split() == ["1", "0,", "1", f"{weights[0, 1]:.4f}"]
 
 
+def test_a_tap_shows_the_number_of_a_cell(planted: Path, look: Any) -> None:
+    shown = look("m.html", has_touch=True)
+    box = shown.page.locator("#map").bounding_box()
+    shown.page.touchscreen.tap(box["x"] + box["width"] * 0.9, box["y"] + box["height"] * 0.9)
+    assert shown.page.locator("#tip").inner_text().startswith("row 15 (3, 3): ")
+
+
 def test_it_can_be_used_by_keyboard_and_screen_reader(planted: Path, look: Any) -> None:
     shown = look("m.html")
     assert "<s>" in shown.page.get_by_role("img").get_attribute("aria-label")
@@ -246,6 +253,11 @@ def test_a_report_has_an_index_that_leads_to_pages(run: Run, tmp_path: Path, bro
     shown.page.get_by_role("link").click()
     shown.ready()
     assert hot_cell(shown.canvas()) == (0, 3)
+    assert [link.inner_text() for link in shown.page.get_by_role("link").all()] == ["all pairs", "previous"]
+    shown.page.get_by_role("link", name="previous").click()
+    shown.ready()
+    assert shown.page.title() == "<b>/even"
+    assert [link.inner_text() for link in shown.page.get_by_role("link").all()] == ["all pairs", "next"]
     shown.page.get_by_role("link", name="all pairs").click()
     assert shown.page.title() == "Attention"
     assert shown.page.get_by_label("Find").input_value() == "shar"

@@ -54,7 +54,6 @@ def page(
     fit: str,
     scale: str = "token",
     head: int = -1,
-    nav: list[tuple[str, str]] | None = None,
     top: float = 0.0,
 ) -> bytes:
     """The bytes of a page.
@@ -68,7 +67,6 @@ def page(
         fit: how the picture lies under the map at first.
         scale: what a full colour is at first.
         head: the head at first, -1 for the mean.
-        nav: names and places of other pages.
         top: the largest weight of all tokens, of those too that are not shown.
     """
     grid = require_map(dump)
@@ -96,11 +94,16 @@ def page(
         "bits": [round(float(bits), 4) for bits in entropy(mean)],
         "gate": None if dump.gate is None else [round(float(dump.gate[row]), 4) for row in rows],
         "picture": None if picture is None else f"data:{picture[0]};base64,{base64.b64encode(picture[1]).decode()}",
-        "nav": nav or [],
+        "nav": [],
         **_packed("mean", mean, "<u2"),
         **(_packed("each", each, "u1") if each is not None else {}),
     }
     return filled("page.html", {"title": html.escape(printed(dump.id)), "data": as_json(data)})
+
+
+def with_links(whole: bytes, links: list[tuple[str, str]]) -> bytes:
+    """A page with links, names and places, to others: which there are is known when those have been made."""
+    return whole.replace(b'"nav":[]', f'"nav":{as_json(links)}'.encode(), 1)
 
 
 def filled(template: str, values: dict[str, str]) -> bytes:

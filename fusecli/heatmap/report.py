@@ -18,7 +18,7 @@ from fusecli.heatmap.dump import Dumps, Wanted, caption
 from fusecli.heatmap.figure import OPACITY
 from fusecli.heatmap.labels import printed
 from fusecli.heatmap.maps import colours, entropy, on_grid, shades
-from fusecli.heatmap.page import as_json, filled, page
+from fusecli.heatmap.page import as_json, filled, page, with_links
 from fusecli.heatmap.picture import SUFFIXES, as_jpeg, fitted, for_page, grey, load_picture, panel_size
 from fusecli.heatmap.view import look_at, require_map
 
@@ -102,45 +102,59 @@ def _write_all(
 ) -> Done:
     done = Done()
     listed: list[Listed] = []
+    held = b""  # the page before this one, until it is known which is the next
     first: InputError | None = None
     digits = len(str(len(dumps.ids)))
     for at, id in enumerate(counted(dumps.ids), 1):
         name = f"{at:0{digits}}"
         try:
-            listed.append(_write_one(dumps, id, folder, name, wanted, pictures.get(id), style))
+            line, thumb, whole = _make(dumps, id, name, wanted, pictures.get(id), style)
         except InputError as error:
             first = first or error
             done.failed.append(f"{id}: {error}")
-        else:
-            done.pages += 1
-            done.bare += id not in pictures
+            continue
+        _write(f"{folder}/thumbs/{name}.jpg", thumb)
+        _write_page(folder, listed, held, name)
+        listed.append(line)
+        held = whole
+        done.bare += id not in pictures
     if not listed:
         raise first or FileError("no dumps in it", where=dumps.path)
+    _write_page(folder, listed, held, None)
     _write(f"{folder}/index.html", filled("index.html", {"data": as_json(listed)}))
+    done.pages = len(listed)
     return done
 
 
-def _write_one(
-    dumps: Dumps, id: str, folder: str, name: str, wanted: Wanted, image: str | None, style: tuple[str, str]
-) -> Listed:
-    """Page and thumbnail of one pair; returns what the index has of it."""
+def _write_page(folder: str, listed: list[Listed], whole: bytes, following: str | None) -> None:
+    """Write the page of the pair that was listed last, if there is one, with links to those beside it."""
+    if not listed:
+        return
+    links = [("all pairs", "../index.html")]
+    links += [("previous", f"{listed[-2][-1]}.html")] if len(listed) > 1 else []
+    links += [("next", f"{following}.html")] if following else []
+    _write(f"{folder}/pairs/{listed[-1][-1]}.html", with_links(whole, links))
+
+
+def _make(
+    dumps: Dumps, id: str, name: str, wanted: Wanted, image: str | None, style: tuple[str, str]
+) -> tuple[Listed, bytes, bytes]:
+    """What the index has of a pair, its thumbnail and its page."""
     fit, scale = style
     dump = dumps.open(id, wanted)
     grid = require_map(dump)
     view = look_at(dump)
     picture = load_picture(image) if image else None
     embedded = for_page(image, picture) if image and picture else None
-    back = [("all pairs", "../index.html")]
-    whole = page(dump, list(range(dump.n)), view.weights, dump.line, embedded, fit, scale, nav=back)
+    whole = page(dump, list(range(dump.n)), view.weights, dump.line, embedded, fit, scale)
     size = panel_size(grid, picture, fit, THUMB)
     under = np.asarray(grey(fitted(picture, size, fit))) if picture else None
     mean = shades(on_grid(view.weights.mean(0, keepdims=True), grid), scale)[0]
-    _write(f"{folder}/thumbs/{name}.jpg", _thumbnail(mean, size, under))
-    _write(f"{folder}/pairs/{name}.html", whole)
     text = printed(caption(dump.words)) if dump.words else ""
     bits = float(entropy(view.weights).mean())
     shortened = text[:CAPTION] + ("…" if len(text) > CAPTION else "")
-    return printed(id), shortened, round(bits, 4), round(bits / math.log2(dump.m), 5), name
+    line = (printed(id), shortened, round(bits, 4), round(bits / math.log2(dump.m), 5), name)
+    return line, _thumbnail(mean, size, under), whole
 
 
 def _thumbnail(cells: NumpyArray, size: tuple[int, int], under: NumpyArray | None) -> bytes:
