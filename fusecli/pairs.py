@@ -168,9 +168,19 @@ class Fused:
 
 
 def pair_id(image: str, text: str) -> str:
-    """What a single pair is called: the stem of its files, of both where they differ."""
-    stems = [os.path.splitext(os.path.basename(path))[0] if path != "-" else "stdin" for path in (image, text)]
-    return stems[0] if stems[0] == stems[1] else " + ".join(stems)
+    """What a single pair is called: what the paths of its files end in alike, as in ``batch``; else both stems.
+
+    ``images/animals/ant.npy`` and ``texts/animals/ant.npy`` are ``animals/ant``.
+    """
+    paths = [
+        os.path.splitext(os.path.abspath(path))[0].split("/") if path != "-" else ["stdin"] for path in (image, text)
+    ]
+    alike = 0
+    while alike < min(map(len, paths)) and paths[0][-1 - alike] == paths[1][-1 - alike]:
+        alike += 1
+    if not alike:
+        return " + ".join(path[-1] for path in paths)
+    return paths[0][-1] if paths[0][:-1] == paths[1][:-1] else "/".join(paths[0][-alike:])
 
 
 def refuse_same_file(outputs: Sequence[str | None], inputs: Sequence[str | None]) -> None:

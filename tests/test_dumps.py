@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from fusecli.errors import FileError, ShapeError
 from fusecli.grid import Grid, fitting, grid_of, parse_grid
+from fusecli.pairs import pair_id
 from tests.batches import IDS, batch
 from tests.conftest import Run
 
@@ -54,6 +55,20 @@ def test_a_dump_of_one_pair_tells_method_heads_grid_tokens_and_weights(
     assert (told["method"], told["num_heads"], told["weights"], told["mean"]) == ("attention", 8, fingerprint, False)
     assert (told["ids"], told["grid"], told["skip_rows"]) == (["regions + txt"], [4, 4], 0)
     assert told["tokens"][0] == ["<s>", "é", "\ud800" if tokens[0] == "[" else "", "金", "</s>"]
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "id"),
+    [
+        ("img/animals/ant.npy", "txt/animals/ant.safetensors", "animals/ant"),
+        ("img.npy", "txt.npy", "img + txt"),
+        ("a/b.npy", "a/b.safetensors", "b"),
+        ("-", "-", "stdin"),
+        ("-", "txt.npy", "stdin + txt"),
+    ],
+)
+def test_a_pair_is_called_as_in_a_batch(image: str, text: str, id: str) -> None:
+    assert pair_id(image, text) == id
 
 
 def test_each_dump_of_a_batch_tells_of_its_pair(run: Run, tmp_path: Path, many: dict[str, tuple[Any, Any]]) -> None:
