@@ -172,15 +172,17 @@ def pair_id(image: str, text: str) -> str:
 
     ``images/animals/ant.npy`` and ``texts/animals/ant.npy`` are ``animals/ant``.
     """
-    paths = [
-        os.path.splitext(os.path.abspath(path))[0].split("/") if path != "-" else ["stdin"] for path in (image, text)
-    ]
+    one, other = _steps(image), _steps(text)
     alike = 0
-    while alike < min(map(len, paths)) and paths[0][-1 - alike] == paths[1][-1 - alike]:
+    while alike < min(len(one), len(other)) and one[-1 - alike] == other[-1 - alike]:
         alike += 1
     if not alike:
-        return " + ".join(path[-1] for path in paths)
-    return paths[0][-1] if paths[0][:-1] == paths[1][:-1] else "/".join(paths[0][-alike:])
+        return f"{one[-1]} + {other[-1]}"
+    return one[-1] if one == other else "/".join(one[-alike:])
+
+
+def _steps(path: str) -> list[str]:
+    return ["stdin"] if path == "-" else os.path.splitext(os.path.abspath(path))[0].split("/")
 
 
 def refuse_same_file(outputs: Sequence[str | None], inputs: Sequence[str | None]) -> None:
