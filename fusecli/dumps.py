@@ -87,7 +87,7 @@ def _by_id(text: str, where: str) -> dict[str, list[str]]:
         except (ValueError, RecursionError):
             record = None
         record = record if isinstance(record, dict) else {}
-        if not isinstance(record.get("id"), str | int) or not _are_tokens(record.get("tokens")):
+        if type(record.get("id")) not in (str, int) or not _are_tokens(record.get("tokens")):
             wanted = '{"id": "…", "tokens": ["…"]}'
             raise FileError("bad line", where=f"{where}, line {number}", found=repr(line[:80]), wanted=wanted)
         id = str(record["id"])

@@ -305,11 +305,15 @@ def test_labels_find_fonts_for_letters_that_the_first_has_not(letter: str) -> No
     assert (np.ptp(pixels, axis=-1).max() > 60) == (letter == "🥇")  # emoji have colours
 
 
-@pytest.mark.parametrize("text", ["金" * 5000, "👩\u200d🚀" * 5000, "x" * 10000, "", "\n\x1b[31m"])
+@pytest.mark.parametrize(
+    "text", ["½" * 50, "ไทย" * 20, "a" + "\u0301" * 30, "金" * 5000, "👩\u200d🚀" * 5000, "x" * 10000, "", "\n\x1b[31m"]
+)
 def test_a_label_stays_within_its_panel(text: str) -> None:
     dark = written(text).min(-1) < 128
-    assert dark[:, 5:].any()
-    assert not dark[:, 196:].any()
+    assert dark.any()
+    assert not dark[:, 195:].any()
+    assert not dark[:15].any()
+    assert not dark[35:].any()
 
 
 BAD: dict[str, tuple[list[str], str]] = {
@@ -434,6 +438,9 @@ def test_a_report_never_takes_the_place_of_something_else(run: Run, tmp_path: Pa
     (tmp_path / "report" / "notes.txt").write_text("mine")
     run("show", "dumps", "-o", "report", "--overwrite", code=2)
     (tmp_path / "report" / "notes.txt").unlink()
+    (tmp_path / "report" / "pairs" / "7.html").mkdir()
+    run("show", "dumps", "-o", "report", "--overwrite", code=2)
+    (tmp_path / "report" / "pairs" / "7.html").rmdir()
     run("show", "../dumps", "-o", ".", "--overwrite", code=2, cwd=tmp_path / "report")
     run("show", "dumps", "-o", "fresh/deep", code=1)
     np.save(tmp_path / "dumps" / "c.npy", np.ones((2, 2, 1), np.float32))

@@ -281,3 +281,15 @@ def test_an_index_of_thousands_makes_only_what_is_seen(tmp_path: Path, browser: 
     page.mouse.wheel(0, 100_000)
     page.wait_for_function(f"document.querySelectorAll('li').length > {before}")
     page.close()
+
+
+def test_scale_all_counts_tokens_that_are_not_on_the_page(run: Run, tmp_path: Path, look: Any) -> None:
+    plant(tmp_path / "a.npy", [1, 6], 16)
+    weights = np.load(tmp_path / "a.npy")
+    weights[1, 0] = np.eye(16)[3]
+    np.save(tmp_path / "a.npy", weights)
+    run("show", "a.npy", "--token", "1", "--scale", "all", "-o", "m.html", "-q")
+    shown = look("m.html")
+    for head, most in ((-1, "0.5167"), (0, "0.5000"), (1, "1.0000")):
+        shown.page.evaluate(f"state.head = {head}; draw()")
+        assert shown.page.locator("#most").inner_text() == most

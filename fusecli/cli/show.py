@@ -35,6 +35,10 @@ class Fit(StrEnum):
     stretch = "stretch"
 
 
+#: Columns of a table's words.
+LONGEST = 60
+
+
 def show(
     attention: Annotated[
         str, typer.Argument(metavar="ATTENTION", help="A dump of attention [H, N, M], or a folder or file of many.")
@@ -166,7 +170,8 @@ def _report(
         note(line, False)
     more = f", {len(done.failed):,} failed" if done.failed else ""
     bare = f", {done.bare:,} without a picture" if done.bare and images else ""
-    note(f"{output}: {done.pages:,} pages{bare}{more}; open {os.path.join(output, 'index.html')}", quiet)
+    pages = f"{done.pages:,} page" + ("s" if done.pages > 1 else "")
+    note(f"{output}: {pages}{bare}{more}; open {os.path.join(output, 'index.html')}", quiet)
     if done.failed:
         raise typer.Exit(4)
 
@@ -191,17 +196,19 @@ def _print(view: Any, scale: str) -> None:
 def _legend(console: Any, view: Any, scale: str) -> None:
     import math
 
-    from fusecli.cli.tiles import fitted
+    from fusecli.cli.tiles import fitted, shown_on
     from fusecli.heatmap.maps import FULL
 
     where = "line,column:" if view.dump.grid else "row:"
     below = f"below: entropy of at most {math.log2(view.dump.m):.2f} bits, then {where}weight"
     for line in (f"{view.dump.id}: {view.title}", f"colour: {FULL[scale]}", below):
-        console.print(fitted(printable(line), console.width), markup=False)
+        console.print(fitted(shown_on(console, line), console.width), markup=False)
 
 
 def _table(view: Any) -> list[str]:
     from rich.cells import cell_len
+
+    from fusecli.cli.tiles import fitted
 
     grid = view.dump.grid
     rows = [("token", "bits", "strongest image rows" + (" (line,column)" if grid else ""))]
@@ -210,6 +217,6 @@ def _table(view: Any) -> list[str]:
         for row, weight in look.top:
             cell = grid.cell(row) if grid else None
             top.append(f"{row}{' ({},{})'.format(*cell) if cell else ''} {weight:.4f}")
-        rows.append((printable(look.label), f"{look.bits:.3f}", "  ".join(top)))
+        rows.append((fitted(printable(look.label[:LONGEST]), LONGEST), f"{look.bits:.3f}", "  ".join(top)))
     widths = [max(cell_len(row[at]) for row in rows) for at in (0, 1)]
     return [f"{a}{' ' * (widths[0] - cell_len(a))}  {b:>{widths[1]}}  {c}".rstrip() for a, b, c in rows]

@@ -28,8 +28,7 @@ class Painter:
         self._console = console
         self._coloured = console.color_system in ("truecolor", "256") and not console.no_color
         self._cube = console.color_system == "256"
-        self._unicode = (console.encoding or "").lower().startswith("utf")
-        self._coloured = self._coloured and self._unicode
+        self._coloured = self._coloured and _is_unicode(console)
 
     def paint(self, view: Any, scale: str) -> None:
         """All maps, as tiles where the image rows form a grid, as a table of strips where they do not."""
@@ -116,10 +115,7 @@ class Painter:
         from rich.segment import Segment
         from rich.style import Style
 
-        text = printable(text)
-        if not self._unicode:
-            text = text.encode("ascii", "backslashreplace").decode()
-        return [Segment(fitted(text, width, self._unicode), Style(bold=True))]
+        return [Segment(fitted(shown_on(self._console, text), width), Style(bold=True))]
 
     def _words(self, text: str) -> list[Any]:
         from rich.segment import Segment
@@ -134,11 +130,23 @@ def _half(grow: int) -> int:
     return max(1, grow // 2)  # a character is as high as two of the cells that colours make
 
 
-def fitted(text: str, width: int, unicode: bool = True) -> str:
-    """``text`` cut to ``width`` columns, with an ellipsis where something is missing."""
+def shown_on(console: Any, text: str) -> str:
+    """``text`` as the console can show it."""
+    text = printable(text)
+    return text if _is_unicode(console) else text.encode("ascii", "backslashreplace").decode()
+
+
+def _is_unicode(console: Any) -> bool:
+    return (console.encoding or "").lower().startswith("utf")
+
+
+def fitted(text: str, width: int) -> str:
+    """``text`` cut to ``width`` columns, with an ellipsis (or ``+``) where something is missing."""
     from rich.cells import cell_len, set_cell_size
 
-    return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + ("…" if unicode else "+")
+    return (
+        text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + ("+" if text.isascii() else "…")
+    )
 
 
 def _rows(look: Any, width: int, grid: Any = None) -> str:

@@ -111,10 +111,11 @@ class Dump:
         if not found:
             from difflib import get_close_matches
 
-            near = get_close_matches(token, [_bare(word) for word in self.tokens], 3, 0.5) or self.tokens[:10]
+            words = [_bare(word[:40]) for word in self.tokens]
+            near = get_close_matches(token[:40], words, 3, 0.5) or words[:5]
             wanted = f"one of {', '.join(near)}" + ("" if self.words else f" … {self.n - 1}: no tokens are known")
             hint = None if self.words else "--tokens FILE"
-            raise FileError("no such token", where=self.stored.where, found=repr(token), wanted=wanted, hint=hint)
+            raise FileError("no such token", where=self.stored.where, found=repr(token[:40]), wanted=wanted, hint=hint)
         return found
 
     def _checked(self, block: NumpyArray, where: str) -> NumpyArray:

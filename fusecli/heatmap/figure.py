@@ -129,6 +129,7 @@ def _svg(size: tuple[int, int], pixels: NumpyArray, words: list[_Word]) -> bytes
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox, TransformedBbox
 
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "fusecli", "text.parse_math": False}
     with mpl.rc_context(settings), warnings.catch_warnings():
@@ -143,7 +144,10 @@ def _svg(size: tuple[int, int], pixels: NumpyArray, words: list[_Word]) -> bytes
         for word in words:
             text = cut(printed(word.text), round(word.width / word.size * 1.6))
             points, weight = word.size * 0.72, "bold" if word.bold else "normal"  # 72 points are 100 pixels here
-            axes.text(word.x, word.y, text, fontsize=points, fontweight=weight, color=word.ink)
+            drawn = axes.text(word.x, word.y, text, fontsize=points, fontweight=weight, color=word.ink)
+            room = Bbox([[word.x, word.y - word.size * 1.2], [word.x + word.width, word.y + word.size * 0.4]])
+            drawn.set_clip_box(TransformedBbox(room, axes.transData))
+            drawn.set_clip_on(True)
         out = io.BytesIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
     named = f"<title>{html.escape(printed(words[0].text))}</title>".encode()

@@ -44,20 +44,25 @@ class Fonts:
         return [f"no font here has {shown}, so they are written as U+…; install fonts-noto-cjk, fonts-noto-color-emoji"]
 
     def write(self, picture: Any, at: tuple[int, int], text: str, width: int, size: int, bold: bool, ink: str) -> None:
-        """Draw ``text`` on a Pillow picture, its baseline beginning ``at``, cut to ``width`` pixels."""
+        """Draw ``text`` on a Pillow picture, its baseline beginning ``at``, within ``width`` pixels and one line."""
         from PIL import ImageDraw
 
-        draw = ImageDraw.Draw(picture)
-        x, base = at
-        for path, run in self._runs(cut(self._spelled(text), round(width / size * 1.6)), bold):
+        box = (at[0], at[1] - round(size * 1.2), at[0] + width, at[1] + round(size * 0.4))
+        strip = picture.crop(box)  # what reaches out of it, a stack of accents, is cut off
+        draw, x, base = ImageDraw.Draw(strip), 0, round(size * 1.2)
+        for path, run in self._runs(self._spelled(text), bold):
             if _is_bitmap(path):
                 piece = _emoji(path, run, size)
-                picture.paste(piece, (x, base - round(size * 0.95)), piece)
+                strip.paste(piece, (x, base - round(size * 0.95)), piece)
                 x += piece.width
             else:
                 font = _font(path, size)
+                run = _within(run, font, width - x)
                 draw.text((x, base), run, font=font, fill=ink, anchor="ls")
                 x += round(font.getlength(run))
+            if x > width or run.endswith("…"):
+                break
+        picture.paste(strip, box[:2])
 
     def _spelled(self, text: str) -> str:
         return "".join(f"U+{ord(c):04X}" if c in self.lost else c for c in printed(text))
@@ -95,6 +100,20 @@ def cut(text: str, most: int) -> str:
         if room < 0:
             return text[: max(1, at - 1)] + "…"
     return text
+
+
+def _within(text: str, font: Any, width: int) -> str:
+    """As much of ``text`` as fits, an ellipsis for the rest."""
+    if font.getlength(text) <= width:
+        return text
+    short, long = 0, len(text)
+    while short < long - 1:
+        middle = (short + long) // 2
+        if font.getlength(text[:middle] + "…") <= width:
+            short = middle
+        else:
+            long = middle
+    return text[:short] + "…"
 
 
 def _emoji(path: str, run: str, size: int) -> Any:

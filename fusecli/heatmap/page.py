@@ -72,7 +72,12 @@ def page(
     grid = require_map(dump)
     heads = dump.num_heads or 0
     whole = heads * mean.size <= MOST_OF_HEADS
-    each = np.stack([dump.head(at)[rows] for at in range(heads)]) if heads and whole else None  # [H, N, M]
+    tops, layers = [top or float(mean[:, grid.skip :].max())], []
+    for at in range(heads if whole else 0):
+        layer = dump.head(at)
+        tops.append(float(layer[:, grid.skip :].max()))
+        layers.append(layer[rows])
+    each = np.stack(layers) if layers else None  # [H, N, M]
     grain = "Numbers of the mean are exact to 1/65,535 of the token's largest, those of a head to 1/255."
     if heads and not whole:
         grain = "The heads are left out: together they would be too large for a page."
@@ -80,7 +85,7 @@ def page(
         "title": printed(dump.id),
         "words": printed(caption(dump.words)) if dump.words else "",
         "line": line,
-        "top": top,
+        "tops": tops,
         "grain": grain,
         "tokens": [printed(dump.tokens[row]) for row in rows],
         "grid": [grid.height, grid.width],

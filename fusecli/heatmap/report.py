@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterable
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -87,9 +88,25 @@ def write_report(
     except OSError as error:
         raise OutputError("cannot be written", where=output, found=error.strerror or str(error)) from error
     finally:
-        for left in (building, _old(building)):
-            shutil.rmtree(left, ignore_errors=True)
+        with _undisturbed():
+            for left in (building, _old(building)):
+                shutil.rmtree(left, ignore_errors=True)
     return done
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Signals wait: a second Ctrl-C must not leave half of what the first one told us to take away."""
+    waiting: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, lambda got, _: waiting.append(got)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+        if waiting:
+            signal.raise_signal(waiting[0])
 
 
 def _write_all(
@@ -194,14 +211,26 @@ def _is_report(folder: str) -> bool:
     try:
         with open(f"{folder}/index.html", "rb") as file:
             ours = MARK in file.read(2048)
-        inside = {name: os.listdir(f"{folder}/{name}") for name in ("pairs", "thumbs")}
-        return (
-            ours
-            and set(os.listdir(folder)) == {"index.html", *inside}
-            and all(re.fullmatch(r"\d+\.(html|jpg)", name) for names in inside.values() for name in names)
-        )
+        stems = [_files(f"{folder}/{name}", suffix) for name, suffix in (("pairs", ".html"), ("thumbs", ".jpg"))]
+        return ours and set(os.listdir(folder)) == {"index.html", "pairs", "thumbs"} and stems[0] == stems[1]
     except OSError:
         return False
+
+
+def _files(folder: str, suffix: str) -> set[str]:
+    """Names without their suffix, numbers all of them.
+
+    Raises:
+        FileNotFoundError: something else is there as well.
+    """
+    found = set()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            stem = entry.name.removesuffix(suffix)
+            if not (stem.isdecimal() and stem + suffix == entry.name and entry.is_file(follow_symlinks=False)):
+                raise FileNotFoundError(entry.path)
+            found.add(stem)
+    return found
 
 
 def _old(building: str) -> str:

@@ -35,7 +35,8 @@ class Look:
     @property
     def label(self) -> str:
         """For people."""
-        return self.token if self.head is None else f"{self.token}, head {self.head}"
+        token = self.token if self.token.strip() else repr(self.token)
+        return token if self.head is None else f"{token}, head {self.head}"
 
 
 @dataclass(frozen=True)
