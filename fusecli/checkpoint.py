@@ -18,7 +18,7 @@ import numpy as np
 from fusecli.arrays import FLOAT_NAMES, Array, dtype_name, first_nonfinite, import_torch, to_numpy
 from fusecli.arrays import cast as convert
 from fusecli.errors import CheckpointError, FileError, InputError, OutputError, UsageError, ValuesError
-from fusecli.formats import NumpyArray, open_sink, open_source, read_bytes, safetensors, sniff
+from fusecli.formats import NumpyArray, open_source, read_bytes, safetensors, sniff, write_whole
 from fusecli.weights import OPTIONS, Config, Weights, tensor_shapes
 
 METADATA_KEY = "fusecli"
@@ -191,9 +191,7 @@ def save(weights: Weights, path: str | os.PathLike[str]) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    data = to_bytes(weights)
-    with open_sink(os.fspath(path)) as sink:
-        sink.put(0, data)
+    write_whole(os.fspath(path), to_bytes(weights))
 
 
 def stored_as(weights: Weights, dtype: str) -> Weights:

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from fusecli.errors import FileError, UsageError
 from fusecli.formats import npy, safetensors
-from fusecli.formats.sink import FileSink, Replacing, Sink, is_stream, open_sink
+from fusecli.formats.sink import FileSink, Replacing, Sink, is_stream, open_sink, write_whole
 from fusecli.formats.source import (
     FLOATS,
     FileSource,
@@ -46,6 +46,7 @@ __all__ = [
     "read_bytes",
     "safetensors",
     "sniff",
+    "write_whole",
 ]
 
 FORMATS: dict[str, ModuleType] = {"npy": npy, "safetensors": safetensors}

@@ -162,3 +162,13 @@ class Replacing:
             if kind is not None:
                 with contextlib.suppress(OSError):
                     os.unlink(self._temporary)
+
+
+def write_whole(path: str, data: bytes) -> None:
+    """Write ``data`` as the whole of a file; see `open_sink`.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with open_sink(path) as sink:
+        sink.put(0, data)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fusecli.errors import UsageError
-from fusecli.formats import NumpyArray, open_sink
+from fusecli.formats import NumpyArray, write_whole
 from fusecli.heatmap.labels import Fonts, cut, printed
 from fusecli.heatmap.maps import FULL, colours
 from fusecli.heatmap.picture import fitted, grey, load_picture, need, panel_size
@@ -177,13 +177,3 @@ def _composed(shares: NumpyArray, layout: _Layout, under: NumpyArray | None) -> 
         bar = (OPACITY * bar + (1 - OPACITY) * ground).round().astype(np.uint8)
     whole[height - LEGEND + 8 : height - LEGEND + 18, GAP : GAP + 100] = bar
     return whole
-
-
-def write_whole(output: str, data: bytes) -> None:
-    """Write a file, all of it or nothing.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    with open_sink(output) as sink:
-        sink.put(0, np.frombuffer(data, np.uint8))

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from fusecli.errors import UsageError
-from fusecli.formats import NumpyArray
+from fusecli.formats import NumpyArray, write_whole
 from fusecli.heatmap.dump import Dump, caption
-from fusecli.heatmap.figure import write_whole
 from fusecli.heatmap.labels import printed
 from fusecli.heatmap.maps import VIRIDIS, entropy
 from fusecli.heatmap.picture import for_page, load_picture

@@ -18,7 +18,7 @@ from fusecli import checkpoint
 from fusecli.arrays import to_device
 from fusecli.collections import Place
 from fusecli.errors import FileError, OutputError, TrainingError, UsageError
-from fusecli.formats import open_sink
+from fusecli.formats import write_whole
 from fusecli.training.data import Data, read, require_enough
 from fusecli.training.loop import Progress, Settings, StateError, fit, fresh_head
 from fusecli.training.objective import Head, Objective
@@ -203,7 +203,7 @@ class _Files:
         if not resume:
             self.end()
         lines = [{"run": self._facts}, *(state["progress"]["log"] if state else [])]
-        self._write(self._log, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        write_whole(self._log, "".join(json.dumps(line) + "\n" for line in lines).encode())
         return state
 
     def _read(self) -> dict[str, Any]:
@@ -240,14 +240,14 @@ class _Files:
             **self._objective.facts(),
         }
         tensors = {name: tensor.detach().cpu().numpy().copy() for name, tensor in head.items()}
-        self._write(beside(self._output, HEAD), save(tensors, {"fusecli-head": json.dumps(about, sort_keys=True)}))
+        write_whole(beside(self._output, HEAD), save(tensors, {"fusecli-head": json.dumps(about, sort_keys=True)}))
         checkpoint.save(weights, self._output)
 
     def state(self, state: dict[str, Any]) -> None:
         """See `Keeper`."""
         buffer = io.BytesIO()
         torch.save({**state, "facts": json.dumps(self._facts)}, buffer)
-        self._write(self._state, buffer.getvalue())
+        write_whole(self._state, buffer.getvalue())
         for record in state["progress"]["log"][-1:]:
             self.log(record)
 
@@ -263,7 +263,3 @@ class _Files:
         """The run is over."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._state)
-
-    def _write(self, path: str, data: bytes) -> None:
-        with open_sink(path) as sink:
-            sink.put(0, data)
