@@ -168,6 +168,10 @@ class About:
     tokens: Mapping[str, list[str]] = field(default_factory=dict)
     ids: list[str] = field(default_factory=list)
 
+    def words(self, id: str) -> list[str] | None:
+        """The tokens of a pair; those of the only one, whatever its file is called now."""
+        return self.tokens.get(self.ids[0] if len(self.ids) == 1 else id)
+
     @classmethod
     def of(cls, source: Source) -> About:
         """From a file; of one that says nothing, or nonsense, nothing is known.

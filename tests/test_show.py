@@ -204,6 +204,14 @@ def test_a_dump_brings_its_own_tokens_grid_and_gate(run: Run, tmp_path: Path, pa
     assert all(0 < token["gate"] < 1 for token in facts["tokens"])
 
 
+def test_a_dump_keeps_its_tokens_under_another_name(run: Run, tmp_path: Path, pair: Any) -> None:
+    (tmp_path / "t").write_text("a\nb\nc\nd\ne")
+    (tmp_path / "dumps").mkdir()
+    run("fuse", "regions.npy", "txt.npy", "-o", "o.npy", "-a", "dumps/x.safetensors", "--tokens", "t", "-q")
+    facts = json.loads(run("show", "dumps", "--id", "x", "--json").stdout)
+    assert [token["token"] for token in facts["tokens"]] == list("abcde")
+
+
 def test_one_image_row_has_nothing_to_see(run: Run, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.ones((2, 3, 1), np.float32))
     assert "nothing to see" in run("show", "a.npy").stdout.decode()

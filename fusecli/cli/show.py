@@ -123,8 +123,8 @@ def _check_options(given: dict[str, Any]) -> None:
         "--token": given["token"],
         "--head": given["head"] is not None,
         "--json": given["json"],
+        "--heads": given["heads"] is Heads.all,
     }
-    alone["--heads"] = given["heads"] is Heads.all
     for name, value in alone.items():
         if folder and value:
             raise UsageError("a report shows all there is", where=name, hint="leave it out, or write -o map.html")

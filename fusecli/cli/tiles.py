@@ -26,9 +26,9 @@ class Painter:
 
     def __init__(self, console: Any) -> None:
         self._console = console
-        self._coloured = console.color_system in ("truecolor", "256") and not console.no_color
+        colours = console.color_system in ("truecolor", "256") and not console.no_color
+        self._coloured = colours and _is_unicode(console)
         self._cube = console.color_system == "256"
-        self._coloured = self._coloured and _is_unicode(console)
 
     def paint(self, view: Any, scale: str) -> None:
         """All maps, as tiles where the image rows form a grid, as a table of strips where they do not."""

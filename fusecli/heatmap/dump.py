@@ -98,6 +98,10 @@ class Dump:
             total += self.head(head)
         return total / self.num_heads
 
+    def peak(self, weights: NumpyArray) -> float:
+        """The largest of weights ``[N, M]``, rows before the grid left out."""
+        return float(weights[:, self.grid.skip if self.grid else 0 :].max())
+
     def positions(self, token: str) -> list[int]:
         """The text rows that are ``token``, with or without a tokenizer's marks, or the row of that number.
 
@@ -197,7 +201,7 @@ def _dump(id: str, stored: Stored, gate: Stored | None, about: About, wanted: Wa
     n, m = stored.shape[-2:]
     if wanted.tokens:
         wanted.tokens.require(id)
-    words = wanted.tokens.of(id) if wanted.tokens else about.tokens.get(id)
+    words = wanted.tokens.of(id) if wanted.tokens else about.words(id)
     require_tokens(words, n, wanted.tokens.path if wanted.tokens else stored.where)
     size, skip = wanted.size, wanted.skip
     if size is None and skip is None:

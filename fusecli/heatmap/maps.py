@@ -7,9 +7,7 @@ import numpy as np
 from fusecli.formats import NumpyArray
 from fusecli.grid import Grid
 
-#: What a shade is a share of: the token's largest weight, the largest of all tokens, or the token's own range.
-SCALES = ("token", "all", "contrast")
-#: The same in words.
+#: What a shade is a share of, by scale.
 FULL = {
     "token": "0 to the token's largest weight",
     "all": "0 to the largest weight of all tokens",
@@ -48,7 +46,7 @@ def on_grid(weights: NumpyArray, grid: Grid) -> NumpyArray:
 
 
 def shades(maps: NumpyArray, scale: str = "token", most: float = 0.0) -> NumpyArray:
-    """Shares from 0 to 1 of maps ``[N, ...]``, see `SCALES`; where all are equal they are all 1 (or 0, if they are).
+    """Shares from 0 to 1 of maps ``[N, ...]``, see `FULL`; where all are equal they are all 1 (or 0, if they are).
 
     ``most`` is the largest weight of other tokens, for scale ``all``.
     """

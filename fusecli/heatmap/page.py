@@ -39,21 +39,22 @@ def write_page(view: View, output: str, image: str | None, fit: str, scale: str)
         raise UsageError("too much for one page", where=output, found=found, hint="choose some with --token")
     picture = for_page(image, load_picture(image)) if image else None
     first = view.heads if isinstance(view.heads, int) else -1
-    mean = view.dump.mean()
-    top = float(mean[:, view.dump.grid.skip if view.dump.grid else 0 :].max())
-    write_whole(output, page(view.dump, rows, mean[rows], view.dump.line, picture, fit, scale, first, top=top))
+    mean, top = view.weights, view.top
+    if view.heads != "mean":
+        every = view.dump.mean()
+        mean, top = every[rows], view.dump.peak(every)
+    write_whole(output, page(view.dump, rows, mean, top, picture, fit, scale, first))
 
 
 def page(
     dump: Dump,
     rows: list[int],
     mean: NumpyArray,
-    line: str,
+    top: float,
     picture: tuple[str, bytes] | None,
     fit: str,
     scale: str = "token",
     head: int = -1,
-    top: float = 0.0,
 ) -> bytes:
     """The bytes of a page.
 
@@ -61,20 +62,19 @@ def page(
         dump: the attention.
         rows: text rows that are shown.
         mean: weights ``[rows, M]`` over heads.
-        line: what it is, for people.
+        top: the largest of them on the grid, of tokens too that are not shown.
         picture: its MIME type and bytes.
         fit: how the picture lies under the map at first.
         scale: what a full colour is at first.
         head: the head at first, -1 for the mean.
-        top: the largest weight of all tokens, of those too that are not shown.
     """
     grid = require_map(dump)
     heads = dump.num_heads or 0
     whole = heads * mean.size <= MOST_OF_HEADS
-    tops, layers = [top or float(mean[:, grid.skip :].max())], []
+    tops, layers = [top], []
     for at in range(heads if whole else 0):
         layer = dump.head(at)
-        tops.append(float(layer[:, grid.skip :].max()))
+        tops.append(dump.peak(layer))
         layers.append(layer[rows])
     each = np.stack(layers) if layers else None  # [H, N, M]
     grain = "Numbers of the mean are exact to 1/65,535 of the token's largest, those of a head to 1/255."
@@ -83,7 +83,7 @@ def page(
     data: dict[str, Any] = {
         "title": printed(dump.id),
         "words": printed(caption(dump.words)) if dump.words else "",
-        "line": line,
+        "line": dump.line,
         "tops": tops,
         "grain": grain,
         "tokens": [printed(dump.tokens[row]) for row in rows],

@@ -11,8 +11,6 @@ from fusecli.grid import Grid
 if TYPE_CHECKING:
     from PIL import Image
 
-#: What encoders do with a picture of another shape than their grid: pad it on white, cut its middle out, stretch it.
-FITS = ("contain", "cover", "stretch")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 #: Longer sides than this are made smaller for a page, in pixels.
 LONGEST = 1280
@@ -81,7 +79,10 @@ def panel_size(grid: Grid, picture: Image.Image | None, fit: str, longest: int) 
 
 
 def fitted(picture: Image.Image, size: tuple[int, int], fit: str) -> Image.Image:
-    """The picture on an area of ``size`` (width, height) that the grid covers, by one of `FITS`."""
+    """The picture on an area of ``size`` (width, height) that the grid covers, as encoders do it.
+
+    ``contain`` pads it on white, ``cover`` cuts its middle out, ``stretch`` changes its shape.
+    """
     from PIL import Image, ImageOps
 
     best = Image.Resampling.LANCZOS

@@ -163,7 +163,7 @@ def _make(
     view = look_at(dump)
     picture = load_picture(image) if image else None
     embedded = for_page(image, picture) if image and picture else None
-    whole = page(dump, list(range(dump.n)), view.weights, dump.line, embedded, fit, scale)
+    whole = page(dump, list(range(dump.n)), view.weights, view.top, embedded, fit, scale)
     size = panel_size(grid, picture, fit, THUMB)
     under = np.asarray(grey(fitted(picture, size, fit))) if picture else None
     mean = shades(on_grid(view.weights.mean(0, keepdims=True), grid), scale)[0]

@@ -102,11 +102,10 @@ def look_at(dump: Dump, head: int | None = None, every: bool = False, tokens: li
     heads = list(range(dump.num_heads or 0)) if every else [head]
     if every and not heads:
         dump.head(0)  # says that there are none
-    before = dump.grid.skip if dump.grid else 0
     layers, top_of_all = [], 0.0
     for number in heads:
         layer = dump.mean() if number is None else dump.head(number)  # [N, M]
-        top_of_all = max(top_of_all, float(layer[:, before:].max()))
+        top_of_all = max(top_of_all, dump.peak(layer))
         layers.append(layer[at])
     weights = np.stack(layers, 1).reshape(-1, dump.m)  # [K, M]
     labels = [(row, number) for row in at for number in heads]
