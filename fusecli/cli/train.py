@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
 from typing import Annotated, Any
@@ -32,6 +33,8 @@ from fusecli.errors import CheckpointError, InputError, OutputError, ShapeError,
 
 #: Ids that are shown of many.
 FIRST = 5
+#: Highest learning rates, with labels and without: what did best on the pairs of the README.
+LR_LABELS, LR_MATCH = 1e-3, 1e-4
 
 
 class Task(StrEnum):
@@ -93,7 +96,12 @@ def train(
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the pairs, at most.")] = 20,
     batch_size: Annotated[int, typer.Option(min=2, help="Pairs of a step.")] = 64,
-    lr: Annotated[float, typer.Option(min=0, help="Highest learning rate (AdamW, warm-up, cosine).")] = 1e-4,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Highest learning rate (AdamW, warm-up, cosine).  [default: 0.001 with labels, else 0.0001]"
+        ),
+    ] = None,
     weight_decay: Annotated[float, typer.Option(min=0, help="Of matrices.")] = 0.05,
     text_dropout: Annotated[
         float, typer.Option(min=0, max=0.99, help="Share of pairs whose text is hidden in a step, with labels.")
@@ -145,7 +153,9 @@ def train(
         refuse_same_file([output, *files_of(output)], [place.path for id in ids for place in pairs.places(id)])
     balanced = class_weights is not None
     lesson = partial(labelled.objective, known, labels, str(task), text_dropout, label_smoothing, balanced)
-    first = partial(_first_weights, weights, feature_dim, seed, given)
+    first = partial(_first_weights, weights, feature_dim, seed, given, labels is not None)
+    if lr is None:
+        lr = LR_LABELS if labels else LR_MATCH
     settings = Settings(epochs, batch_size, lr, weight_decay, patience, seed, device)
     try:
         with Reporter(quiet) as reporter:
@@ -241,9 +251,19 @@ def _usable(pairs: Any, labels: dict[str, str] | None, allow_missing: bool, quie
 
 
 def _first_weights(
-    path: str | None, feature_dim: int | None, seed: int, options: dict[str, Any], text_dim: int, image_dim: int
+    path: str | None,
+    feature_dim: int | None,
+    seed: int,
+    options: dict[str, Any],
+    labelled: bool,
+    text_dim: int,
+    image_dim: int,
 ) -> Any:
-    """The weights to begin with, for features of these widths."""
+    """The weights to begin with, for features of these widths.
+
+    With labels, those that `fusecli init` draws: the image adds little at first, and what is learned of it holds for
+    other pairs too. To tell images apart, all that is in them has to get through from the start.
+    """
     from fusecli import checkpoint
 
     if path:
@@ -255,7 +275,8 @@ def _first_weights(
     dim = feature_dim or text_dim
     widths = {"text_dim": text_dim, "image_dim": image_dim}
     try:
-        return checkpoint.orthogonal(dim, seed=seed, **widths, **{"num_heads": 8, **options})
+        draw: Callable[..., Any] = checkpoint.init if labelled else checkpoint.orthogonal
+        return draw(dim, seed=seed, **widths, **{"num_heads": 8, **options})
     except CheckpointError as error:
         raise UsageError(error.what, found=error.found, wanted=error.wanted) from None
 
