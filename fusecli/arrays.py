@@ -320,8 +320,7 @@ def first_nonfinite(x: Array) -> tuple[int, ...] | None:
         # Squares are finite only if all numbers are: one pass at memory speed. They may also overflow, so
         # anything else is looked at again.
         flat = x.reshape(-1)
-        with np.errstate(over="ignore", invalid="ignore"):
-            if math.isfinite(np.dot(flat, flat)):
-                return None
+        if math.isfinite(np.vdot(flat, flat)):  # unlike dot, it does not warn of overflow
+            return None
     bad = ~np.isfinite(x)
     return tuple(int(i) for i in np.unravel_index(int(bad.argmax()), x.shape)) if bad.any() else None

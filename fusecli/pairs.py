@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
 from time import perf_counter
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -107,8 +107,7 @@ FUSED_ROWS = 2048
 Opener: TypeAlias = Callable[[str, tuple[int, ...], str], AbstractContextManager[tuple[Sink, int]]]
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(NamedTuple):
     """Where results go and in what form."""
 
     fused: Opener
@@ -157,8 +156,7 @@ class Seconds:
     write: float = 0.0
 
 
-@dataclass(frozen=True)
-class Fused:
+class Fused(NamedTuple):
     """What was done with one pair."""
 
     n: int
@@ -210,7 +208,10 @@ def _identity(path: str, standard: int) -> object:
 
 def compute_dtype_of(*sides: Stored) -> str:
     """What a pair is computed in: ``"float64"`` if a side is wider than 32 bits, else ``"float32"``."""
-    return "float64" if any(side.dtype in WIDE for side in sides) else "float32"
+    for side in sides:
+        if side.dtype in WIDE:
+            return "float64"
+    return "float32"
 
 
 WIDE = ("float64", "longdouble")

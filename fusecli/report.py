@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -53,7 +52,7 @@ def _scan(stored: Stored) -> dict[str, Any]:
     facts = {"name": stored.name, "shape": list(stored.shape), "dtype": stored.dtype}
     if stored.dtype not in FLOATS or not stored.nbytes:
         return facts | {"norms": None, "nonfinite": None, "stochastic": False}
-    whole = replace(stored, shape=(1,) * max(0, 2 - len(stored.shape)) + stored.shape)
+    whole = stored._replace(shape=(1,) * max(0, 2 - len(stored.shape)) + stored.shape)
     step = max(1, BLOCK // (whole.nbytes // whole.shape[0]))
     starts = range(0, whole.shape[0], step)
     return facts | _summary([_rows(whole.read(slice(at, min(at + step, whole.shape[0])))) for at in starts])

@@ -11,7 +11,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import count
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 from fusecli.dumps import Label
@@ -120,13 +122,15 @@ class FolderStore:
         header = self._header(id, name, shape, dtype)
         return _NewFile(target, temporary, header, Piece(shape, dtype), told)
 
-    def is_input(self, id: str, path: str) -> bool:
-        """Whether the result would take the place of ``path``, which is read for it."""
+    def is_input(self, id: str, *paths: str) -> bool:
+        """Whether the result would take the place of one of ``paths``, which are read for it."""
         target = f"{self.path}/{id}{self.suffix}"
         if target not in self._there.get(target.rpartition("/")[0], (target,)):
             return False
-        with contextlib.suppress(OSError, ValueError):
-            return os.path.samefile(target, path)
+        for path in paths:
+            with contextlib.suppress(OSError, ValueError):
+                if os.path.samefile(target, path):
+                    return True
         return False
 
     def begin(self) -> None:
@@ -161,10 +165,14 @@ class FolderStore:
         behind = math.prod(gate_of(piece.shape)[1]) * itemsize(piece.dtype) if self.gate else 0
         return size == len(header) + piece.nbytes + behind and start == header
 
+    @cached_property
+    def _format(self) -> ModuleType:
+        return format_of(f"x{self.suffix}")
+
     def _header(self, id: str, name: str, shape: tuple[int, ...], dtype: str) -> bytes:
         told = self.label.of_one(id, shape) if self.label else {}
         second = gate_of(shape) if self.gate else None
-        header: bytes = format_of(f"x{self.suffix}").header(name, shape, dtype, told, second)
+        header: bytes = self._format.header(name, shape, dtype, told, second)
         return header
 
 

@@ -86,7 +86,7 @@ def _fuse(job: Job, task: Task, image: Stored, row: Any, shared: float) -> Outco
         return text
     if row is not None and compute_dtype_of(image) != compute_dtype_of(image, text):
         row = None  # the text is wider than the image: once more, in its precision
-    if isinstance(job.fused, FolderStore) and any(job.fused.is_input(task.id, side.path) for side in task[1:]):
+    if isinstance(job.fused, FolderStore) and job.fused.is_input(task.id, task.image.path, task.text.path):
         return _failed(task.id, OutputError("the result would replace what it is made from", where=task.id))
     shared += perf_counter() - began
     pieces: list[Piece] = []

@@ -7,9 +7,9 @@ import os
 import stat
 import sys
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 import numpy as np
 
@@ -64,8 +64,7 @@ class FileSource:
             os.close(self.fd)
 
 
-@dataclass(frozen=True, slots=True)
-class BytesSource:
+class BytesSource(NamedTuple):
     """A small file, read at once: one system call instead of one for each part of it."""
 
     name: str
@@ -187,8 +186,7 @@ def read_bytes(source: Source, offset: int, count: int) -> bytes:
     return bytes(held)
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(NamedTuple):
     """One array where it lies: known by its header, read by rows."""
 
     source: Source
@@ -224,7 +222,7 @@ class Stored:
             raise ShapeError("wrong number of axes", where=self.where, found=found, wanted="[rows, width]")
         if 0 in shape:
             raise ShapeError("no rows in it", where=self.where, found=str(list(self.shape)), wanted="at least [1, 1]")
-        return replace(self, shape=shape)
+        return self._replace(shape=shape)
 
     def require_float(self) -> None:
         """Raise `ValuesError` if this is no array of floats."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -219,7 +219,7 @@ def _as_weights(stored: Stored) -> Stored:
     shape = stored.shape[1:] if len(stored.shape) == 4 and stored.shape[0] == 1 else stored.shape
     if len(shape) not in (2, 3) or 0 in shape:
         raise _no_attention(stored.where, f"{list(stored.shape)} {stored.dtype}")
-    return replace(stored, shape=shape)
+    return stored._replace(shape=shape)
 
 
 def open_dumps(path: str) -> Dumps:
@@ -253,7 +253,7 @@ def _of_stack(path: str, stored: Stored, about: About) -> Dumps:
     size = stored.nbytes // stored.shape[0]
 
     def row(id: str) -> tuple[str, dict[str, Stored], About]:
-        return "", {"": replace(stored, name=id, shape=stored.shape[1:], offset=stored.offset + int(id) * size)}, about
+        return "", {"": stored._replace(name=id, shape=stored.shape[1:], offset=stored.offset + int(id) * size)}, about
 
     return Dumps(path, [str(at) for at in range(stored.shape[0])], True, row)
 
