@@ -271,9 +271,9 @@ def orthogonal(feature_dim: int = 768, num_heads: int = 8, *, seed: int = 0, **o
     """Weights to learn from to tell images apart: as `init`, but every projection keeps lengths and angles.
 
     A product of three random matrices, as `init` has on the way from image to result, loses much of what is in the
-    image, and without labels few pairs do not bring it back. ``image_proj`` turns the image about at random (Saxe, McClelland and
-    Ganguli 2014, section 3), the others are the identity where they are square; ``gated`` starts as ``T + A``, and the
-    last layer of a feed-forward network at zero.
+    image, and without labels few pairs do not bring it back. ``image_proj`` turns the image about at random (Saxe,
+    McClelland and Ganguli 2014, section 3), the others are the identity where they are square; ``gated`` starts as
+    ``T + A``, and the last layer of a feed-forward network at zero.
 
     Args and errors as in `init`.
     """

@@ -86,6 +86,13 @@ def test_what_is_trained_gives_the_same_numbers_everywhere(run: Run, lesson: lis
     assert (tmp_path / "one.npy").read_bytes() == (tmp_path / f"out/{lesson[0]}.npy").read_bytes()
 
 
+def test_with_labels_it_begins_with_what_init_draws(run: Run, lesson: list[str], tmp_path: Path) -> None:
+    _train(run, "--labels", "labels.csv", "--epochs", 1, "--lr", 0)
+    drawn = ("--method", "gated", "--layer-norm", "--feature-dim", D, "--num-heads", 2, "--seed", 3)
+    run("init", "-o", "drawn.safetensors", *drawn)
+    assert (tmp_path / "f.safetensors").read_bytes() == (tmp_path / "drawn.safetensors").read_bytes()
+
+
 def test_without_labels_it_learns_which_image_belongs_to_a_text(run: Run, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((300, 1, D)).astype(np.float32)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -33,8 +33,18 @@ from fusecli.errors import CheckpointError, InputError, OutputError, ShapeError,
 
 #: Ids that are shown of many.
 FIRST = 5
-#: Highest learning rates, with labels and without: what did best on the pairs of the README.
-LR_LABELS, LR_MATCH = 1e-3, 1e-4
+
+
+class Pace(NamedTuple):
+    """How fast to learn, and how long."""
+
+    epochs: int
+    lr: float
+    patience: int
+
+
+#: What did best on the pairs of the README. Labels are learned from quickly, and best when the rate has come down.
+WITH_LABELS, WITHOUT_LABELS = Pace(12, 1e-3, 12), Pace(20, 1e-4, 5)
 
 
 class Task(StrEnum):
@@ -94,7 +104,9 @@ def train(
             help="Bring text and image to one scale first.  [default: all but attention]",
         ),
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the pairs, at most.")] = 20,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the pairs, at most.  [default: 12 with labels, else 20]")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=2, help="Pairs of a step.")] = 64,
     lr: Annotated[
         float | None,
@@ -110,7 +122,10 @@ def train(
     class_weights: Annotated[
         ClassWeights | None, typer.Option(help="balanced: rare labels count as much as frequent ones.")
     ] = None,
-    patience: Annotated[int, typer.Option(min=1, help="Epochs without progress after which to stop.")] = 5,
+    patience: Annotated[
+        int | None,
+        typer.Option(min=1, help="Epochs without progress after which to stop.  [default: 12 with labels, else 5]"),
+    ] = None,
     validation: Annotated[
         float, typer.Option(min=0, max=0.9, help="Share of the pairs that choose the best epoch.")
     ] = 0.1,
@@ -154,9 +169,11 @@ def train(
     balanced = class_weights is not None
     lesson = partial(labelled.objective, known, labels, str(task), text_dropout, label_smoothing, balanced)
     first = partial(_first_weights, weights, feature_dim, seed, given, labels is not None)
-    if lr is None:
-        lr = LR_LABELS if labels else LR_MATCH
-    settings = Settings(epochs, batch_size, lr, weight_decay, patience, seed, device)
+    usual = WITH_LABELS if labels else WITHOUT_LABELS
+    rate = usual.lr if lr is None else lr
+    settings = Settings(
+        epochs or usual.epochs, batch_size, rate, weight_decay, patience or usual.patience, seed, device
+    )
     try:
         with Reporter(quiet) as reporter:
             result = train_on(
