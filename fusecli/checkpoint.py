@@ -335,10 +335,17 @@ CONSTANTS = {"alpha": 0.5, "gamma": 0.0}
 def _uniform(bits: np.random.MT19937, shape: tuple[int, ...], bound: float) -> NumpyArray:
     # at::uniform_real_distribution<float>: the low 24 bits of each draw, as a multiple of 2**-24, times the
     # width, plus the lower end, rounded once (a fused multiply-add; float64 holds the product exactly).
-    raw = bits.random_raw(int(np.prod(shape))) & np.uint64(2**24 - 1)
     low, high = np.float32(-bound), np.float32(bound)
-    unit = raw.astype(np.float64) * 2.0**-24
-    return (unit * np.float64(high - low) + np.float64(low)).astype(np.float32).reshape(shape)
+    drawn = np.empty(int(np.prod(shape)), np.float32)
+    for part in np.split(drawn, range(DRAWN_AT_ONCE, drawn.size, DRAWN_AT_ONCE)):
+        raw = bits.random_raw(part.size) & np.uint64(2**24 - 1)
+        part[:] = raw * 2.0**-24 * np.float64(high - low) + np.float64(low)
+    return drawn.reshape(shape)
+
+
+#: Numbers that are drawn together: on the way they are 64 bits wide, and a matrix of them would be the most
+#: memory that a small fusion takes.
+DRAWN_AT_ONCE = 2**16
 
 
 def identity(feature_dim: int = 768, num_heads: int = 1, *, method: str = "attention", **options: Any) -> Weights:
