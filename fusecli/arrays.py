@@ -181,8 +181,9 @@ def products_beside(a: Array, b: Array) -> Array:
 SMALL_PRODUCT = 10**6
 #: Rows up to which a weight matrix taken in such small products is faster than whole, on one thread or two.
 THIN = 8
-#: Rows that are multiplied together by `rows_apart`.
-ROWS_APART = 4
+#: Rows that are multiplied together by `rows_apart`. Not any number will do: of 12, 24 or 32, OpenBLAS's AVX2 code
+#: (`OPENBLAS_CORETYPE=Haswell`) adds up some in another order than the rest. Of 8 or 16 it does not.
+ROWS_APART = 16
 
 
 def _in_blocks(weight: Array, rows: int) -> Array:

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 import fusecli
 from fusecli import Config, Weights, checkpoint, fuse
-from fusecli.arrays import gelu, layer_norm
+from fusecli.arrays import gelu, layer_norm, rows_apart
 from fusecli.errors import CheckpointError, UsageError
 from fusecli.fusion import Seen
 from fusecli.methods import single_rows
@@ -175,6 +175,18 @@ def test_one_image_row_alone_or_among_others_gives_the_same_bits(method: str, op
     together = single_rows(weights, image)
     for k, row in enumerate(image):
         assert (single_rows(weights, row[None])[0] == together[k]).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("dim", "width"), [(768, 768), (1024, 512), (1536, 1000), (64, 2048), (100, 33), (1, 1000)])
+def test_a_row_comes_to_the_same_bits_wherever_it_stands(dim: int, width: int, dtype: str) -> None:
+    rng = np.random.default_rng(dim)
+    weight, row = rng.standard_normal((dim, width)).astype(dtype), rng.standard_normal(width).astype(dtype)
+    alone = rows_apart(row[None], weight)[0]
+    for count in (2, 15, 16, 17, 40):
+        x = rng.standard_normal((count, width)).astype(dtype)
+        for at in range(count):
+            assert (rows_apart(np.concatenate([x[:at], row[None], x[at + 1 :]]), weight)[at] == alone).all()
 
 
 def test_an_untrained_tanh_gate_changes_nothing() -> None:
