@@ -108,6 +108,7 @@ class FolderStore:
     label: Label | None = None  # what each result says of itself, in a format that has room for it
     _there: dict[str, dict[str, bool]] = field(default_factory=dict)  # what was in a folder at first: is it a link?
     _count: Iterator[int] = field(default_factory=count)
+    _owner: int = 0  # the process whose folder for files on their way is there
 
     def open(
         self, id: str, name: str, shape: tuple[int, ...], dtype: str, told: list[Piece]
@@ -115,12 +116,23 @@ class FolderStore:
         """See `Store`. The file appears when it is whole."""
         require_safe(id, self.path)
         target = f"{self.path}/{id}{self.suffix}"
-        # Not beside its place: processes that make files in one folder wait for each other, and what a killed
-        # process leaves behind is not in the user's way.
-        temporary = f"{self.temporary}/{os.getpid()}-{next(self._count)}"
+        temporary = f"{self._own_folder()}/{next(self._count)}"
         self._make_room(target)
         header = self._header(id, name, shape, dtype)
         return _NewFile(target, temporary, header, Piece(shape, dtype), told)
+
+    def _own_folder(self) -> str:
+        """Where this process makes its files, before they are moved to their places.
+
+        What a killed process leaves there is not in the user's way. And a folder for each: ext4 looks for room for a new
+        file near its folder, and passes over what was removed there in the last minutes one by one (``recently_deleted``
+        in fs/ext4/ialloc.c); where another output has just been removed, that takes longer than all the rest.
+        """
+        owner = os.getpid()
+        if owner != self._owner:
+            os.makedirs(f"{self.temporary}/{owner}", exist_ok=True)
+            self._owner = owner
+        return f"{self.temporary}/{owner}"
 
     def is_input(self, id: str, *paths: str) -> bool:
         """Whether the result would take the place of one of ``paths``, which are read for it."""
