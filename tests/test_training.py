@@ -204,6 +204,7 @@ def test_three_pairs_are_too_few(run: Run, lesson: list[str], tmp_path: Path) ->
         (("--method", "concat", "--gate", "tanh"), "gate is an option of gated"),
         (("--resume",), "no unfinished run"),
         (("--labels", "f.log.jsonl"), "also an input"),
+        (("--labels", ""), "no file name"),
         (("--task", "regression"), "there are no labels"),
         (("--resume", "--overwrite"), "leave out either"),
         (("-w", "w.safetensors", "--no-layer-norm"), "the checkpoint brings its own"),

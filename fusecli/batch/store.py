@@ -124,9 +124,10 @@ class FolderStore:
     def _own_folder(self) -> str:
         """Where this process makes its files, before they are moved to their places.
 
-        What a killed process leaves there is not in the user's way. And a folder for each: ext4 looks for room for a new
-        file near its folder, and passes over what was removed there in the last minutes one by one (``recently_deleted``
-        in fs/ext4/ialloc.c); where another output has just been removed, that takes longer than all the rest.
+        What a killed process leaves there is not in the user's way. And a folder for each: ext4 looks for room for a
+        new file near its folder, and passes over what was removed there in the last minutes one by one
+        (``recently_deleted`` in fs/ext4/ialloc.c). Where another output has just been removed, that takes longer than
+        all the rest.
         """
         owner = os.getpid()
         if owner != self._owner:

@@ -144,9 +144,9 @@ def fitted(text: str, width: int) -> str:
     """``text`` cut to ``width`` columns, with an ellipsis (or ``+``) where something is missing."""
     from rich.cells import cell_len, set_cell_size
 
-    return (
-        text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + ("+" if text.isascii() else "…")
-    )
+    if cell_len(text) <= width:
+        return text
+    return set_cell_size(text, width - 1).rstrip() + ("+" if text.isascii() else "…")
 
 
 def _rows(look: Any, width: int, grid: Any = None) -> str:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -36,15 +36,18 @@ FIRST = 5
 
 
 class Pace(NamedTuple):
-    """How fast to learn, and how long."""
+    """Where learning begins, how fast it goes, and how long."""
 
+    drawn: Literal["init", "orthogonal"]  # by which function of `fusecli.checkpoint`
     epochs: int
     lr: float
     patience: int
 
 
-#: What did best on the pairs of the README. Labels are learned from quickly, and best when the rate has come down.
-WITH_LABELS, WITHOUT_LABELS = Pace(12, 1e-3, 12), Pace(20, 1e-4, 5)
+#: What did best on the pairs of the README. Labels are learned from quickly, and best when the rate has come down: what
+#: `init` draws adds little of the image at first, and what is learned of it holds for other pairs too. To tell images
+#: apart, all that is in them has to get through from the start.
+WITH_LABELS, WITHOUT_LABELS = Pace("init", 12, 1e-3, 12), Pace("orthogonal", 20, 1e-4, 5)
 
 
 class Task(StrEnum):
@@ -162,14 +165,14 @@ def train(
     _check(sources, output, labels, task, class_weights, objective, weights, validation + held_out)
     given = _method_options(parameters)
     pairs = find_pairs(sources, [output], None)
-    known = labelled.read_labels(labels, label_column) if labels else None
+    known = labelled.read_labels(labels, label_column) if labels is not None else None
     ids = _usable(pairs, known, allow_missing, quiet)
     if manifest:
         refuse_same_file([output, *files_of(output)], [place.path for id in ids for place in pairs.places(id)])
     balanced = class_weights is not None
     lesson = partial(labelled.objective, known, labels, str(task), text_dropout, label_smoothing, balanced)
-    first = partial(_first_weights, weights, feature_dim, seed, given, labels is not None)
-    usual = WITH_LABELS if labels else WITHOUT_LABELS
+    usual = WITHOUT_LABELS if known is None else WITH_LABELS
+    first = partial(_first_weights, weights, feature_dim, seed, given, usual.drawn)
     rate = usual.lr if lr is None else lr
     settings = Settings(
         epochs or usual.epochs, batch_size, rate, weight_decay, patience or usual.patience, seed, device
@@ -224,6 +227,8 @@ def _check(
         raise UsageError("checkpoints are .safetensors files", where="--output", found=output or "nothing")
     if sources.manifest == "-":
         raise UsageError("pairs are read more than once, so they cannot come on stdin", where="--manifest")
+    if labels == "":
+        raise UsageError("no file name", where="--labels", hint="leave it out to learn without labels")
     if labels is None and (task is not Task.classify or class_weights):
         raise UsageError("there are no labels", where="--task or --class-weights", hint="add --labels FILE")
     if class_weights and task is Task.regression:
@@ -272,15 +277,11 @@ def _first_weights(
     feature_dim: int | None,
     seed: int,
     options: dict[str, Any],
-    labelled: bool,
+    drawn: str,
     text_dim: int,
     image_dim: int,
 ) -> Any:
-    """The weights to begin with, for features of these widths.
-
-    With labels, those that `fusecli init` draws: the image adds little at first, and what is learned of it holds for
-    other pairs too. To tell images apart, all that is in them has to get through from the start.
-    """
+    """The weights to begin with, for features of these widths: those of a checkpoint, or as ``drawn`` (see `Pace`)."""
     from fusecli import checkpoint
 
     if path:
@@ -292,7 +293,7 @@ def _first_weights(
     dim = feature_dim or text_dim
     widths = {"text_dim": text_dim, "image_dim": image_dim}
     try:
-        draw: Callable[..., Any] = checkpoint.init if labelled else checkpoint.orthogonal
+        draw: Callable[..., Any] = getattr(checkpoint, drawn)
         return draw(dim, seed=seed, **widths, **{"num_heads": 8, **options})
     except CheckpointError as error:
         raise UsageError(error.what, found=error.found, wanted=error.wanted) from None
