@@ -8,31 +8,42 @@ import signal
 import sys
 import traceback
 import warnings
+from importlib import import_module
 
 import typer
 
 from fusecli import __version__
-from fusecli.cli.batch import batch
 from fusecli.cli.console import complain
-from fusecli.cli.fuse import fuse
-from fusecli.cli.inspect import inspect
 from fusecli.cli.light import LightCommand, LightGroup
-from fusecli.cli.show import show
-from fusecli.cli.train import train
-from fusecli.cli.weights import convert, init
 from fusecli.errors import FusecliError
 
-app = typer.Typer(
-    cls=LightGroup,
-    help="Fuse image features into text features with attention.",
-    epilog="Start here: fusecli fuse image.npy text.npy -o fused.npy",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # rich takes longer to import than the help to read
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-for command in (fuse, batch, train, init, convert, inspect, show):
-    app.command(cls=LightCommand)(command)
+#: The commands in the order of the help, each with the module that it is in.
+COMMANDS = {
+    "fuse": "fuse",
+    "batch": "batch",
+    "train": "train",
+    "init": "weights",
+    "convert": "weights",
+    "inspect": "inspect",
+    "show": "show",
+}
+
+
+def _app(named: str) -> typer.Typer:
+    """The command that was ``named`` alone, all where it is none: importing and building the others takes time."""
+    app = typer.Typer(
+        cls=LightGroup,
+        help="Fuse image features into text features with attention.",
+        epilog="Start here: fusecli fuse image.npy text.npy -o fused.npy",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # rich takes longer to import than the help to read
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(options)
+    for name in (named,) if named in COMMANDS else COMMANDS:
+        app.command(cls=LightCommand)(getattr(import_module(f"fusecli.cli.{COMMANDS[name]}"), name))
+    return app
 
 
 def _show_version(wanted: bool) -> None:
@@ -41,7 +52,6 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def options(
     version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Show the version."),
 ) -> None:
@@ -64,7 +74,7 @@ def main() -> None:
     else:
         sys.stdout = io.StringIO()
     try:
-        app(prog_name="fusecli")
+        _app(sys.argv[1] if len(sys.argv) > 1 else "")(prog_name="fusecli")
     except Exception as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
