@@ -71,6 +71,8 @@ class Result:
             "fingerprint": self.fingerprint,
             "epochs": self.progress.epoch,
             "best_epoch": self.progress.best_epoch,
+            "share": self.progress.share,
+            "between": self.progress.between,
             "held_out": len(self.rows[0].scores),
             "score": self.score,
             "table": [row.facts() for row in self.rows],
@@ -236,6 +238,7 @@ class _Files:
         about = {
             "objective": self._objective.name,
             "epoch": progress.best_epoch,
+            "share": progress.share,
             "fusion": checkpoint.fingerprint(weights),
             **self._objective.facts(),
         }
