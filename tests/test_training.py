@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,10 @@ import pytest
 import torch
 
 import fusecli
-from fusecli.checkpoint import init
 from fusecli.training import table
 from fusecli.training.data import batches, part_of, read
-from fusecli.training.loop import InMemory, Settings, _rate, fit
-from fusecli.training.objective import Classes, Match
-from fusecli.training.represent import Fusion
+from fusecli.training.loop import _rate
+from fusecli.training.objective import Match
 from tests.conftest import FUSECLI, Run
 
 D = 16
@@ -354,38 +350,6 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert max(rates) == 1
     assert rates[-1] < 1e-6
-
-
-class _Scripted(Classes):
-    """Judges as it is told to."""
-
-    losses: Iterator[float]
-
-    def judge(self, *what: Any) -> Any:
-        measured, head = super().judge(*what)
-        return replace(measured, loss=next(self.losses)), head
-
-
-class _Kept(InMemory):
-    """Keeps the best weights, and the last."""
-
-    def best(self, represent: Any, head: Any, progress: Any) -> None:
-        self.weights = represent.snapshot().tensors
-
-    def state(self, state: dict[str, Any]) -> None:
-        self.last = {name: tensor.clone().numpy() for name, tensor in state["fusion"].items()}
-
-
-def test_weights_between_the_first_and_the_last_are_tried(tmp_path: Path) -> None:
-    data, _ = _drawn(tmp_path, 60)
-    first = init(8, 2, method="gated")
-    objective = _Scripted(torch.arange(60) % 2, ["x", "y"], 0.0, 0.0, None)
-    objective.losses = iter([1.0, 2.0, 3.0, 0.9, 0.5, 0.7])  # before, after two epochs, at three places between
-    kept = _Kept()
-    progress = fit(Fusion(first), objective, data, Settings(epochs=2, batch_size=16, lr=1e-2), kept)
-    assert (progress.best_epoch, progress.best_loss, progress.share) == (2, 0.5, 0.5)
-    for name, tensor in first.tensors.items():
-        np.testing.assert_allclose(kept.weights[name], (tensor + kept.last[name]) / 2, rtol=1e-5, atol=1e-7)
 
 
 def test_intervals() -> None:

@@ -348,10 +348,7 @@ class Reporter:
 
 def _show(result: Any, output: str, quiet: bool) -> None:
     facts = result.facts()
-    found = f"weights of epoch {facts['best_epoch']}"
-    if facts["share"] < 1:
-        found = f"weights at {facts['share']:.0%} of the way from the first to those of epoch {facts['best_epoch']}"
-    note(f"{output}: {found}, {facts['fingerprint']}", quiet)
+    note(f"{output}: weights of epoch {facts['best_epoch']}, {facts['fingerprint']}", quiet)
     note(f"{facts['held_out']:,} held-out pairs:  {facts['score']}  95% interval", quiet)
     for row in facts["table"]:
         note(f"  {row['features']:24} {row['score']:6.3f}   {row['low']:.3f} to {row['high']:.3f}", quiet)

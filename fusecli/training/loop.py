@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from torch import nn
 
 from fusecli.errors import TrainingError, ValuesError
 from fusecli.training.data import Batch, Data, ahead, batches, load
-from fusecli.training.objective import Head, Measured, Objective
+from fusecli.training.objective import Head, Objective
 from fusecli.training.represent import Fusion, Representation
 
 #: Gradients are scaled down to this norm.
@@ -28,8 +28,6 @@ MAX_NORM = 1.0
 WARM_UP = 0.1
 #: How much faster a head learns, which starts from nothing, than the fusion.
 HEAD_LR = 10.0
-#: Places between the first weights (0) and the last (1) that are tried at the end.
-BETWEEN = (0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
@@ -52,9 +50,7 @@ class Progress:
     epoch: int = 0  # done
     best_epoch: int = 0
     best_loss: float = math.inf
-    share: float = 1.0  # how far the best weights lie on the way from the first to those of the best epoch
     log: list[dict[str, Any]] = field(default_factory=list)
-    between: list[dict[str, Any]] = field(default_factory=list)  # what was tried of `BETWEEN`
 
 
 class Keeper(Protocol):
@@ -102,7 +98,6 @@ def fit(
     """
     head = fresh_head(objective, represent, settings)
     run = _Run(represent, objective, data, settings, head)
-    first = represent.copies() if isinstance(represent, Fusion) and objective.refits else None
     if state:
         run.restore(state)
     progress = run.progress
@@ -132,32 +127,7 @@ def fit(
             keeper.best(represent, judged, progress)
         keeper.state(run.state())
         tell_epoch(record)
-    if first:
-        assert isinstance(represent, Fusion)
-        _try_between(first, represent, partial(objective.judge, head, represent, data), keeper, progress)
     return progress
-
-
-def _try_between(
-    first: Mapping[str, torch.Tensor],
-    represent: Fusion,
-    judge: Callable[[], tuple[Measured, Head]],
-    keeper: Keeper,
-    progress: Progress,
-) -> None:
-    """Keep weights on the straight line from the ``first`` to the last, where they are better than all epochs'.
-
-    They often are, where few pairs were learned from for long (Wortsman et al. 2022, section 3). No state is saved:
-    a run that is killed here begins here again.
-    """
-    last = represent.copies()
-    for share in BETWEEN:
-        represent.restore({name: start.lerp(last[name], share) for name, start in first.items()})
-        measured, judged = judge()
-        progress.between.append({"share": share, "validation_loss": round(measured.loss, 6)})
-        if measured.loss < progress.best_loss:
-            progress.best_epoch, progress.best_loss, progress.share = progress.epoch, measured.loss, share
-            keeper.best(represent, judged, progress)
 
 
 def fresh_head(objective: Objective, represent: Representation, settings: Settings) -> dict[str, nn.Parameter]:

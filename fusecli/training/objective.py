@@ -42,7 +42,6 @@ class Objective(Protocol):
 
     name: str
     score_name: str
-    refits: bool  # whether `judge` fits a fresh head, so that it can judge weights that no head learned along with
 
     def head(self, width: int) -> dict[str, nn.Parameter]:
         """A fresh head for vectors of ``width``."""
@@ -93,7 +92,6 @@ class Supervised:
     """
 
     outputs: int
-    refits = True
 
     def __init__(self, targets: torch.Tensor, text_dropout: float) -> None:
         self.targets, self._text_dropout = targets, text_dropout
@@ -257,7 +255,7 @@ class Match:
     number whatever the size of the data, or scores could not be compared.
     """
 
-    name, score_name, refits = "match", "recall@1", False
+    name, score_name = "match", "recall@1"
     #: Width that text and fusion are compared in; pairs of a group; pairs that are measured.
     space, group, pool = 256, 16, 200
 

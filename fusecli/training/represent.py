@@ -167,10 +167,6 @@ class Fusion:
         """The weights as they are now, as NumPy arrays."""
         return Weights(self.config, {name: tensor.detach().cpu().numpy().copy() for name, tensor in self.named.items()})
 
-    def copies(self) -> dict[str, torch.Tensor]:
-        """The weights as they are now, for `restore`."""
-        return {name: tensor.detach().clone() for name, tensor in self.named.items()}
-
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take over saved weights."""
         self._frozen = None

@@ -71,8 +71,6 @@ class Result:
             "fingerprint": self.fingerprint,
             "epochs": self.progress.epoch,
             "best_epoch": self.progress.best_epoch,
-            "share": self.progress.share,
-            "between": self.progress.between,
             "held_out": len(self.rows[0].scores),
             "score": self.score,
             "table": [row.facts() for row in self.rows],
@@ -238,7 +236,6 @@ class _Files:
         about = {
             "objective": self._objective.name,
             "epoch": progress.best_epoch,
-            "share": progress.share,
             "fusion": checkpoint.fingerprint(weights),
             **self._objective.facts(),
         }
