@@ -93,6 +93,16 @@ def test_with_labels_it_begins_with_what_init_draws(run: Run, lesson: list[str],
     assert (tmp_path / "f.safetensors").read_bytes() == (tmp_path / "drawn.safetensors").read_bytes()
 
 
+def test_how_fast_it_learns_depends_on_what_is_learned(run: Run, lesson: list[str], tmp_path: Path) -> None:
+    rates = []
+    for options in (("--labels", "labels.csv"), (), ("--labels", "labels.csv", "-m", "transformer")):
+        run("train", "img", "txt", "-o", "f.safetensors", "--num-heads", 2, "--epochs", 1, "--overwrite", *options)
+        rates.append(json.loads((tmp_path / "f.log.jsonl").read_text().splitlines()[0])["run"]["lr"])
+    run("train", "img", "txt", "-o", "g.safetensors", "--labels", "labels.csv", "-w", "f.safetensors", "--epochs", 1)
+    rates.append(json.loads((tmp_path / "g.log.jsonl").read_text().splitlines()[0])["run"]["lr"])
+    assert rates == [1e-3, 1e-4, 3e-4, 3e-4]
+
+
 def test_without_labels_it_learns_which_image_belongs_to_a_text(run: Run, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((300, 1, D)).astype(np.float32)

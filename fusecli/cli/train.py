@@ -46,8 +46,9 @@ class Pace(NamedTuple):
 
 #: What did best on the pairs of the README. Labels are learned from quickly, and best when the rate has come down: what
 #: `init` draws adds little of the image at first, and what is learned of it holds for other pairs too. To tell images
-#: apart, all that is in them has to get through from the start.
+#: apart, all that is in them has to get through from the start. The many layers of a transformer want smaller steps.
 WITH_LABELS, WITHOUT_LABELS = Pace("init", 12, 1e-3, 12), Pace("orthogonal", 20, 1e-4, 5)
+TRANSFORMER_WITH_LABELS = WITH_LABELS._replace(lr=3e-4)
 
 
 class Task(StrEnum):
@@ -114,7 +115,9 @@ def train(
     lr: Annotated[
         float | None,
         typer.Option(
-            min=0, help="Highest learning rate (AdamW, warm-up, cosine).  [default: 0.001 with labels, else 0.0001]"
+            min=0,
+            help="Highest learning rate (AdamW, warm-up, cosine).  "
+            "[default: 0.001 with labels (transformer: 0.0003), else 0.0001]",
         ),
     ] = None,
     weight_decay: Annotated[float, typer.Option(min=0, help="Of matrices.")] = 0.05,
@@ -156,6 +159,7 @@ def train(
     fusecli train images/ texts/ --labels labels.csv -o fusion.safetensors
     """
     parameters = locals()
+    from fusecli import checkpoint
     from fusecli.pairs import refuse_same_file
     from fusecli.training import labels as labelled
     from fusecli.training.loop import Settings
@@ -164,6 +168,7 @@ def train(
     sources = Sources(images, texts, manifest, image_key, text_key, image_pattern, text_pattern)
     _check(sources, output, labels, task, class_weights, objective, weights, validation + held_out)
     given = _method_options(parameters)
+    loaded = checkpoint.load(weights) if weights is not None else None
     pairs = find_pairs(sources, [output], None)
     known = labelled.read_labels(labels, label_column) if labels is not None else None
     ids = _usable(pairs, known, allow_missing, quiet)
@@ -171,8 +176,8 @@ def train(
         refuse_same_file([output, *files_of(output)], [place.path for id in ids for place in pairs.places(id)])
     balanced = class_weights is not None
     lesson = partial(labelled.objective, known, labels, str(task), text_dropout, label_smoothing, balanced)
-    usual = WITHOUT_LABELS if known is None else WITH_LABELS
-    first = partial(_first_weights, weights, feature_dim, seed, given, usual.drawn)
+    usual = _usual(known is not None, loaded.config.method if loaded else given["method"])
+    first = partial(_first_weights, loaded, weights, feature_dim, seed, given, usual.drawn)
     rate = usual.lr if lr is None else lr
     settings = Settings(
         epochs or usual.epochs, batch_size, rate, weight_decay, patience or usual.patience, seed, device
@@ -272,7 +277,14 @@ def _usable(pairs: Any, labels: dict[str, str] | None, allow_missing: bool, quie
     return ids
 
 
+def _usual(labelled: bool, method: str) -> Pace:
+    if not labelled:
+        return WITHOUT_LABELS
+    return TRANSFORMER_WITH_LABELS if method == "transformer" else WITH_LABELS
+
+
 def _first_weights(
+    loaded: Any,
     path: str | None,
     feature_dim: int | None,
     seed: int,
@@ -284,8 +296,7 @@ def _first_weights(
     """The weights to begin with, for features of these widths: those of a checkpoint, or as ``drawn`` (see `Pace`)."""
     from fusecli import checkpoint
 
-    if path:
-        loaded = checkpoint.load(path)
+    if loaded is not None:
         if (text_dim, image_dim) != (loaded.text_dim, loaded.image_dim):
             found, wanted = f"Dt={text_dim}, Di={image_dim}", f"Dt={loaded.text_dim}, Di={loaded.image_dim}"
             raise ShapeError("features do not fit the weights", where=path, found=found, wanted=wanted)
