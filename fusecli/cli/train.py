@@ -168,7 +168,7 @@ def train(
     sources = Sources(images, texts, manifest, image_key, text_key, image_pattern, text_pattern)
     _check(sources, output, labels, task, class_weights, objective, weights, validation + held_out)
     given = _method_options(parameters)
-    loaded = checkpoint.load(weights) if weights is not None else None
+    loaded = None if weights is None else checkpoint.load(weights)
     pairs = find_pairs(sources, [output], None)
     known = labelled.read_labels(labels, label_column) if labels is not None else None
     ids = _usable(pairs, known, allow_missing, quiet)
@@ -177,7 +177,8 @@ def train(
     balanced = class_weights is not None
     lesson = partial(labelled.objective, known, labels, str(task), text_dropout, label_smoothing, balanced)
     usual = _usual(known is not None, loaded.config.method if loaded else given["method"])
-    first = partial(_first_weights, loaded, weights, feature_dim, seed, given, usual.drawn)
+    drawn = partial(_drawn, usual.drawn, feature_dim, seed, given)
+    first = partial(_fitting, loaded, weights) if loaded else drawn
     rate = usual.lr if lr is None else lr
     settings = Settings(
         epochs or usual.epochs, batch_size, rate, weight_decay, patience or usual.patience, seed, device
@@ -283,29 +284,22 @@ def _usual(labelled: bool, method: str) -> Pace:
     return TRANSFORMER_WITH_LABELS if method == "transformer" else WITH_LABELS
 
 
-def _first_weights(
-    loaded: Any,
-    path: str | None,
-    feature_dim: int | None,
-    seed: int,
-    options: dict[str, Any],
-    drawn: str,
-    text_dim: int,
-    image_dim: int,
-) -> Any:
-    """The weights to begin with, for features of these widths: those of a checkpoint, or as ``drawn`` (see `Pace`)."""
+def _fitting(loaded: Any, path: str | None, text_dim: int, image_dim: int) -> Any:
+    """The weights of a checkpoint to begin with, for features of these widths."""
+    if (text_dim, image_dim) != (loaded.text_dim, loaded.image_dim):
+        found, wanted = f"Dt={text_dim}, Di={image_dim}", f"Dt={loaded.text_dim}, Di={loaded.image_dim}"
+        raise ShapeError("features do not fit the weights", where=path, found=found, wanted=wanted)
+    return loaded
+
+
+def _drawn(how: str, feature_dim: int | None, seed: int, options: dict[str, Any], text_dim: int, image_dim: int) -> Any:
+    """New weights to begin with, for features of these widths; for ``how`` see `Pace`."""
     from fusecli import checkpoint
 
-    if loaded is not None:
-        if (text_dim, image_dim) != (loaded.text_dim, loaded.image_dim):
-            found, wanted = f"Dt={text_dim}, Di={image_dim}", f"Dt={loaded.text_dim}, Di={loaded.image_dim}"
-            raise ShapeError("features do not fit the weights", where=path, found=found, wanted=wanted)
-        return loaded
-    dim = feature_dim or text_dim
+    draw: Callable[..., Any] = getattr(checkpoint, how)
     widths = {"text_dim": text_dim, "image_dim": image_dim}
     try:
-        draw: Callable[..., Any] = getattr(checkpoint, drawn)
-        return draw(dim, seed=seed, **widths, **{"num_heads": 8, **options})
+        return draw(feature_dim or text_dim, seed=seed, **widths, **{"num_heads": 8, **options})
     except CheckpointError as error:
         raise UsageError(error.what, found=error.found, wanted=error.wanted) from None
 
