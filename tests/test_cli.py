@@ -290,7 +290,12 @@ HEAVY = "import sys; from fusecli.cli import main\ntry: main()\nexcept SystemExi
 
 
 @pytest.mark.parametrize(
-    "arguments", [["fuse", "img.npy", "txt.npy", "-qo", "o.npy", "-w", "w.safetensors"], ["--help"]]
+    "arguments",
+    [
+        ["fuse", "img.npy", "txt.npy", "-qo", "o.npy", "-w", "w.safetensors"],
+        ["fuse", "img.npy", "txt.npy", "-qo", "o.npy", "-w", "w.safetensors", "--num-heads", "8", "--dtype", "float16"],
+        ["--help"],
+    ],
 )
 def test_a_small_run_imports_nothing_heavy(
     run: Run, pair: tuple[Any, Any], tmp_path: Path, arguments: list[str]

@@ -1,13 +1,14 @@
 """Commands that start fast.
 
 Typer checks every parameter through pydantic, even those that were not given, and importing pydantic takes as
-long as importing NumPy. Here a parameter goes that way only when there is something to convert: a number or a
-choice from the command line.
+long as importing NumPy. Here a parameter goes that way only when there is something to say about it, or to convert
+that is no plain number or choice.
 """
 
 from __future__ import annotations
 
 import os
+from enum import Enum
 from typing import Any
 
 import typer
@@ -17,17 +18,29 @@ from typer.core import TyperCommand, TyperGroup
 class _Light:
     """Stands in for Typer's own converter of one parameter, and makes way for it when it is needed."""
 
-    def __init__(self, annotation: Any) -> None:
-        self._annotation = annotation
+    def __init__(self, descriptor: Any) -> None:
+        self._kind, self._limits = descriptor.annotation, descriptor.parameter_info
 
     def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
         """``value`` as the command wants it; called by Typer."""
         if value is None and not param.multiple and param.nargs == 1:
             return None
-        if isinstance(self._annotation, type) and isinstance(value, self._annotation):
-            return value  # a string, or a default
+        plain = self._plain(value) if isinstance(self._kind, type) else None
+        if plain is not None:
+            return plain
         param._runtime_param = None  # Typer builds its own
         return param.get_runtime_param().coerce(value, param=param, ctx=ctx)
+
+    def _plain(self, value: Any) -> Any:
+        """``value`` converted, None where that takes more than a look."""
+        if isinstance(value, self._kind):
+            return value  # a string, or a default
+        if isinstance(value, str) and issubclass(self._kind, Enum):
+            return self._kind._value2member_map_.get(value)
+        if self._kind is int and isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 20:
+            low, high, number = self._limits.min, self._limits.max, int(value)
+            return number if (low is None or low <= number) and (high is None or number <= high) else None
+        return None
 
 
 def _lighten(params: list[Any]) -> None:
@@ -35,7 +48,7 @@ def _lighten(params: list[Any]) -> None:
     for param in params:
         descriptor = getattr(param, "type_descriptor", None)
         if descriptor is not None and getattr(param, "_runtime_param", params) is None:
-            param._runtime_param = _Light(descriptor.annotation)
+            param._runtime_param = _Light(descriptor)
 
 
 class LightCommand(TyperCommand):
