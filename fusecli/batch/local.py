@@ -203,6 +203,15 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
+def _keep_memory() -> None:
+    """Let what is freed be taken again, where the C library is glibc.
+
+    It gives memory back to the system beyond a limit of 128 KiB, which rises with the largest block that was ever freed
+    (mallopt(3), M_MMAP_THRESHOLD). A few pairs are more than that, and every page that comes anew is a fault.
+    """
+    bytes(2**24)
+
+
 def _serve(pipe: Connection, work: Work, in_child: Callable[[], None], main: int) -> None:
     """The life of a worker: it ends when the process ``main`` does, however that ends."""
     code = 1
@@ -211,6 +220,7 @@ def _serve(pipe: Connection, work: Work, in_child: Callable[[], None], main: int
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         in_child()
+        _keep_memory()
         gc.freeze()  # what is there stays: do not look through it again and again
         while os.getppid() == main:
             pipe.send(work(pipe.recv()))

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from fusecli.collections import Collection
 
-#: Pairs of one item at most: enough that weights are read from memory once for many; few enough to lose, and that what
-#: is computed of them stays in the cache (with 256, memory went back to the system and came again: a tenth slower).
-ITEM_PAIRS = 32
+#: Pairs of one item at most: enough that the weights, which the pairs between push out of the cache, are read from
+#: memory once for many; few enough to lose.
+ITEM_PAIRS = 64
 #: Items for each worker at least, so that all of them finish at about the same time.
 ITEMS_PER_WORKER = 8
 

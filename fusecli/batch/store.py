@@ -108,7 +108,8 @@ class FolderStore:
     label: Label | None = None  # what each result says of itself, in a format that has room for it
     _there: dict[str, dict[str, bool]] = field(default_factory=dict)  # what was in a folder at first: is it a link?
     _count: Iterator[int] = field(default_factory=count)
-    _owner: int = 0  # the process whose folder for files on their way is there
+    _owner: int = 0  # the process whose folder for files on their way is `_own`
+    _own: str = ""
 
     def open(
         self, id: str, name: str, shape: tuple[int, ...], dtype: str, told: list[Piece]
@@ -131,9 +132,9 @@ class FolderStore:
         """
         owner = os.getpid()
         if owner != self._owner:
-            os.makedirs(f"{self.temporary}/{owner}", exist_ok=True)
-            self._owner = owner
-        return f"{self.temporary}/{owner}"
+            self._owner, self._own = owner, f"{self.temporary}/{owner}"
+            os.makedirs(self._own, exist_ok=True)
+        return self._own
 
     def is_input(self, id: str, *paths: str) -> bool:
         """Whether the result would take the place of one of ``paths``, which are read for it."""

@@ -131,7 +131,19 @@ def open_source(path: str, whole: int = 0) -> Source:
         raise FileError("no such file", where=path) from None
     except (OSError, ValueError) as error:
         raise FileError("cannot be opened", where=path, found=_reason(error)) from None
+    if whole and (data := _whole(fd, whole)):
+        return BytesSource(path, data)
     return _on_descriptor(path, fd, whole)
+
+
+def _whole(fd: int, most: int) -> bytes:
+    """All of a file of up to ``most`` bytes, which is closed then; else nothing, and what it is must be asked."""
+    with suppress(OSError):  # a folder, a pipe
+        data = os.pread(fd, most + 1, 0)
+        if 0 < len(data) <= most:
+            os.close(fd)
+            return data
+    return b""
 
 
 def _on_descriptor(name: str, fd: int, whole: int) -> Source:
@@ -144,14 +156,7 @@ def _on_descriptor(name: str, fd: int, whole: int) -> Source:
         raise FileError("is a pipe or a device", where=name, wanted="a file")
     if not stat.S_ISREG(info.st_mode) or os.lseek(fd, 0, os.SEEK_CUR):
         return StreamSource(name, fd)
-    if info.st_size > whole:
-        return FileSource(name, fd)
-    try:
-        return BytesSource(name, os.read(fd, info.st_size))
-    except OSError as error:
-        raise FileError("cannot be read", where=name, found=_reason(error)) from None
-    finally:
-        os.close(fd)
+    return FileSource(name, fd)
 
 
 def _reason(error: Exception) -> str:
@@ -295,7 +300,10 @@ def require_sane(shape: Any, where: str | None) -> None:
 
 def as_bytes(x: NumpyArray) -> memoryview:
     """The memory of a C-contiguous array (its own, not a copy), of any dtype."""
-    return memoryview(cast(Any, x.reshape(-1).view(np.uint8)))
+    try:
+        return memoryview(cast(Any, x)).cast("B")
+    except (TypeError, ValueError):  # dtypes that Python has no letter for, and no numbers at all
+        return memoryview(cast(Any, x.reshape(-1).view(np.uint8)))
 
 
 @lru_cache(maxsize=64)
