@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -13,6 +14,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from fusecli import load
+from fusecli.batch import worker
+from fusecli.batch.job import Job, Options, Task
+from fusecli.batch.store import FolderStore
+from fusecli.batch.worker import LARGE
+from fusecli.collections import Place
 from tests.batches import IDS, D, as_npy, batch, expected, results, statuses
 from tests.conftest import FUSECLI, Run
 
@@ -24,6 +31,33 @@ def test_a_tree_of_files_gives_what_fuse_gives(run: Run, many: Any, tmp_path: Pa
     run("fuse", "img/b.npy", "txt/b.npy", "-w", "w.safetensors", "-o", "one.npy", "-a", "a.npy", "-q")
     assert (tmp_path / "att" / "b.npy").read_bytes() == (tmp_path / "a.npy").read_bytes()
     assert not list((tmp_path / "out").rglob("*tmp*"))
+
+
+@pytest.mark.slow
+def test_large_texts_are_shared_by_threads_and_stay_the_same(
+    run: Run, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = ["a", "b", "c"]
+    for side in ("img", "txt"):
+        (tmp_path / side).mkdir()
+    for id in ids:  # longer than `LARGE`
+        np.save(tmp_path / "img" / f"{id}.npy", rng.standard_normal((3, D), np.float32))
+        np.save(tmp_path / "txt" / f"{id}.npy", rng.standard_normal((LARGE // (4 * D) + 1, D), np.float32))
+    run("init", "-o", "w.safetensors", "--feature-dim", D, "--num-heads", 4, "-q")
+    batch(run, "img", "txt", "-o", "out", "-j", 2)
+    assert results(tmp_path / "out") == expected(run, tmp_path, ids)
+
+    threads: list[int] = []
+    monkeypatch.setattr(worker, "fuse_pair", lambda weights, image, text, output, *rest: threads.append(output.threads))
+    store = FolderStore(f"{tmp_path}/new", ".npy", f"{tmp_path}/new")
+    job = Job(load(tmp_path / "w.safetensors"), Options(), store, None, folder=str(tmp_path), threads=2)
+    task = Task("a", Place(f"{tmp_path}/img/a.npy"), Place(f"{tmp_path}/txt/a.npy"))
+    with contextlib.suppress(IndexError):  # nothing has been written
+        worker.work(job, [task])
+    with worker._only_large(str(tmp_path)) as alone, contextlib.suppress(IndexError):
+        assert alone
+        worker.work(job, [task])
+    assert threads == [2, 1]
 
 
 def test_packed_and_stacked_sides_and_results(run: Run, many: Any, tmp_path: Path) -> None:

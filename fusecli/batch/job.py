@@ -81,6 +81,8 @@ class Job:
     fused: Store
     attention: Store | None
     to_device: Callable[[NumpyArray], Array] = lambda x: x
+    folder: str = ""  # with the state of the run
+    threads: int = 1  # for a large text
 
 
 #: Does one item; never raises for a bad pair.

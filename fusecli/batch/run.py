@@ -240,7 +240,8 @@ def _job(request: Request, folder: str) -> Job:
 
     mover = (lambda x: x) if request.device == "cpu" else to_device(request.device)
     attention = store(request.attention, "attention") if request.attention else None
-    return Job(request.weights, request.options, store(request.output, "fused"), attention, mover)
+    threads = request.workers if request.device == "cpu" else 1
+    return Job(request.weights, request.options, store(request.output, "fused"), attention, mover, folder, threads)
 
 
 def _history(job: Job, folder: str) -> History:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -28,6 +32,9 @@ from fusecli.places import features_at
 
 #: What the whole run runs into, not this pair: no space, over quota, read-only, broken disk, file too large.
 EVERYONES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE}
+
+#: Bytes of a text from which its blocks of rows are shared by threads: tenths of a second for one.
+LARGE = 2**26
 
 
 def work(job: Job, item: Item) -> list[Outcome]:
@@ -103,7 +110,12 @@ def _fuse(job: Job, task: Task, image: Stored, row: Any, shared: float) -> Outco
     )
     seconds = Seconds()
     try:
-        fuse_pair(job.weights, image, text, output, job.to_device, row, seconds)
+        if job.threads > 1 and text.nbytes >= LARGE:
+            with _only_large(job.folder) as alone:
+                output = output._replace(threads=job.threads if alone else 1)
+                fuse_pair(job.weights, image, text, output, job.to_device, row, seconds)
+        else:
+            fuse_pair(job.weights, image, text, output, job.to_device, row, seconds)
     except Exception as error:
         return _failed(task.id, error)
     facts = {
@@ -116,6 +128,23 @@ def _fuse(job: Job, task: Task, image: Stored, row: Any, shared: float) -> Outco
         facts["attention"] = dumps[0].facts()
     nbytes = image.nbytes + text.nbytes + pieces[0].nbytes
     return Outcome(task.id, "fused", facts, False, seconds.read + shared, seconds.fuse, seconds.write, nbytes)
+
+
+@contextmanager
+def _only_large(folder: str) -> Iterator[bool]:
+    """Whether no other worker is at a large text: with threads in all of them, memory would not stay in bounds.
+
+    The lock is on the folder with the state of the run, and the system takes it back if the worker dies.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        yield False
+    else:
+        yield True
+    finally:
+        os.close(fd)
 
 
 def _failed(id: str, error: Exception) -> Outcome:
