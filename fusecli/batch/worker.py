@@ -98,17 +98,7 @@ def _fuse(job: Job, task: Task, image: Stored, row: Any, shared: float) -> Outco
     shared += perf_counter() - began
     pieces: list[Piece] = []
     dumps: list[Piece] = []
-    attention = partial(job.attention.open, task.id, told=dumps) if job.attention else None
-    output = Output(
-        partial(job.fused.open, task.id, told=pieces),
-        attention,
-        attention_mean=job.options.attention_mean,
-        attention_dtype=job.options.attention_dtype,
-        dtype=job.options.dtype,
-        finite=not job.options.allow_nonfinite,
-        gate=isinstance(job.attention, FolderStore) and job.attention.gate,
-    )
-    seconds = Seconds()
+    output, seconds = _output(job, task.id, pieces, dumps), Seconds()
     try:
         if job.threads > 1 and text.nbytes >= LARGE:
             with _only_large(job.folder) as alone:
@@ -128,6 +118,19 @@ def _fuse(job: Job, task: Task, image: Stored, row: Any, shared: float) -> Outco
         facts["attention"] = dumps[0].facts()
     nbytes = image.nbytes + text.nbytes + pieces[0].nbytes
     return Outcome(task.id, "fused", facts, False, seconds.read + shared, seconds.fuse, seconds.write, nbytes)
+
+
+def _output(job: Job, id: str, pieces: list[Piece], dumps: list[Piece]) -> Output:
+    """Where the results of a pair go, and into which lists what has been written is told."""
+    return Output(
+        partial(job.fused.open, id, told=pieces),
+        partial(job.attention.open, id, told=dumps) if job.attention else None,
+        attention_mean=job.options.attention_mean,
+        attention_dtype=job.options.attention_dtype,
+        dtype=job.options.dtype,
+        finite=not job.options.allow_nonfinite,
+        gate=isinstance(job.attention, FolderStore) and job.attention.gate,
+    )
 
 
 @contextmanager
