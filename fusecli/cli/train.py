@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -36,19 +36,17 @@ FIRST = 5
 
 
 class Pace(NamedTuple):
-    """Where learning begins, how fast it goes, and how long."""
+    """How fast learning goes, and how long."""
 
-    drawn: Literal["init", "orthogonal"]  # by which function of `fusecli.checkpoint`
     epochs: int
     lr: float
     patience: int
 
 
-#: What did best on the pairs of the README. Labels are learned from quickly, and best when the rate has come down: what
-#: `init` draws adds little of the image at first, and what is learned of it holds for other pairs too. To tell images
-#: apart, all that is in them has to get through from the start. The many layers of a transformer want smaller steps.
-WITH_LABELS, WITHOUT_LABELS = Pace("init", 12, 1e-3, 12), Pace("orthogonal", 20, 1e-4, 5)
-TRANSFORMER_WITH_LABELS = WITH_LABELS._replace(lr=3e-4)
+#: What did best on the pairs of the README. With labels, training goes on from where the image is laid apart from the
+#: text already, in small steps; a fusion without the text in its result has everything to learn.
+WITH_LABELS, WITHOUT_LABELS = Pace(12, 3e-4, 12), Pace(20, 1e-4, 5)
+FROM_NOTHING = WITH_LABELS._replace(lr=1e-3)
 
 
 class Task(StrEnum):
@@ -117,13 +115,13 @@ def train(
         typer.Option(
             min=0,
             help="Highest learning rate (AdamW, warm-up, cosine).  "
-            "[default: 0.001 with labels (transformer: 0.0003), else 0.0001]",
+            "[default: 0.0003 with labels (attention: 0.001), else 0.0001]",
         ),
     ] = None,
     weight_decay: Annotated[float, typer.Option(min=0, help="Of matrices.")] = 0.05,
     text_dropout: Annotated[
         float, typer.Option(min=0, max=0.99, help="Share of pairs whose text is hidden in a step, with labels.")
-    ] = 0.5,
+    ] = 0.0,
     label_smoothing: Annotated[float, typer.Option(min=0, max=0.99, help="Of the labels.")] = 0.1,
     class_weights: Annotated[
         ClassWeights | None, typer.Option(help="balanced: rare labels count as much as frequent ones.")
@@ -176,9 +174,9 @@ def train(
         refuse_same_file([output, *files_of(output)], [place.path for id in ids for place in pairs.places(id)])
     balanced = class_weights is not None
     lesson = partial(labelled.objective, known, labels, str(task), text_dropout, label_smoothing, balanced)
-    usual = _usual(known is not None, loaded.config.method if loaded else given["method"])
-    drawn = partial(_drawn, usual.drawn, feature_dim, seed, given)
-    first = partial(_fitting, loaded, weights) if loaded else drawn
+    usual = _usual(known is not None, given)
+    drawn = partial(_drawn, known is not None, feature_dim, seed, given)
+    beginning = partial(_fitting, loaded, weights) if loaded else drawn
     rate = usual.lr if lr is None else lr
     settings = Settings(
         epochs or usual.epochs, batch_size, rate, weight_decay, patience or usual.patience, seed, device
@@ -186,7 +184,16 @@ def train(
     try:
         with Reporter(quiet) as reporter:
             result = train_on(
-                output, ids, pairs.places, lesson, first, settings, (validation, held_out), reporter, resume, overwrite
+                output,
+                ids,
+                pairs.places,
+                lesson,
+                beginning,
+                settings,
+                (validation, held_out),
+                reporter,
+                resume,
+                overwrite,
             )
     except KeyboardInterrupt:
         go_on = os.path.exists(files_of(output)[-1])
@@ -278,30 +285,43 @@ def _usable(pairs: Any, labels: dict[str, str] | None, allow_missing: bool, quie
     return ids
 
 
-def _usual(labelled: bool, method: str) -> Pace:
+def _usual(labelled: bool, given: dict[str, Any]) -> Pace:
+    """The pace for the method and options that were ``given``, none where a checkpoint is trained further."""
     if not labelled:
         return WITHOUT_LABELS
-    return TRANSFORMER_WITH_LABELS if method == "transformer" else WITH_LABELS
+    return FROM_NOTHING if given.get("method") == "attention" and "residual" not in given else WITH_LABELS
 
 
-def _fitting(loaded: Any, path: str | None, text_dim: int, image_dim: int) -> Any:
-    """The weights of a checkpoint to begin with, for features of these widths."""
+def _fitting(loaded: Any, path: str | None, data: Any) -> Any:
+    """The weights of a checkpoint to begin with."""
+    from fusecli.training.start import Beginning
+
+    text_dim, image_dim = data.texts.width, data.images.width
     if (text_dim, image_dim) != (loaded.text_dim, loaded.image_dim):
         found, wanted = f"Dt={text_dim}, Di={image_dim}", f"Dt={loaded.text_dim}, Di={loaded.image_dim}"
         raise ShapeError("features do not fit the weights", where=path, found=found, wanted=wanted)
-    return loaded
+    return Beginning(loaded, [loaded])
 
 
-def _drawn(how: str, feature_dim: int | None, seed: int, options: dict[str, Any], text_dim: int, image_dim: int) -> Any:
-    """New weights to begin with, for features of these widths; for ``how`` see `Pace`."""
+def _drawn(labelled: bool, feature_dim: int | None, seed: int, options: dict[str, Any], data: Any) -> Any:
+    """New weights to begin with."""
     from fusecli import checkpoint
+    from fusecli.training.start import Beginning, laid_apart
 
-    draw: Callable[..., Any] = getattr(checkpoint, how)
-    widths = {"text_dim": text_dim, "image_dim": image_dim}
+    def draw(how: Callable[..., Any]) -> Any:
+        widths = {"text_dim": data.texts.width, "image_dim": data.images.width}
+        return how(feature_dim or data.texts.width, seed=seed, **widths, **{"num_heads": 8, **options})
+
     try:
-        return draw(feature_dim or text_dim, seed=seed, **widths, **{"num_heads": 8, **options})
+        untrained = draw(checkpoint.init)
+        if labelled and untrained.config.can_forget_text:
+            return Beginning(untrained, [untrained])
+        start = draw(checkpoint.orthogonal)
     except CheckpointError as error:
         raise UsageError(error.what, found=error.found, wanted=error.wanted) from None
+    if not labelled:
+        return Beginning(start, [start])
+    return Beginning(untrained, laid_apart(start, data))
 
 
 class Reporter:

@@ -26,6 +26,8 @@ from fusecli.training.represent import Fusion, Representation
 MAX_NORM = 1.0
 #: Share of all steps in which the learning rate rises.
 WARM_UP = 0.1
+#: Share of the loss by which training has to better what it began with: a hundred pairs tell no more from chance.
+MARGIN = 0.02
 #: How much faster a head learns, which starts from nothing, than the fusion.
 HEAD_LR = 10.0
 
@@ -102,7 +104,7 @@ def fit(
         run.restore(state)
     progress = run.progress
     if not state and represent.parameters():  # what training does not better is kept as it was
-        progress.best_loss = objective.judge(head, represent, data)[0].loss
+        progress.best_loss = (1 - MARGIN) * objective.judge(head, represent, data)[0].loss
         if not math.isfinite(progress.best_loss):
             raise ValuesError("features give no finite numbers", hint="scale them down")
         keeper.state(run.state())

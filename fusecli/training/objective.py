@@ -85,8 +85,8 @@ ITERATIONS = 50
 class Supervised:
     """What classes and numbers have in common: a linear head on the vector of a pair.
 
-    In training, the text of some pairs is hidden (``text_dropout``): where the text alone tells nearly all, nothing
-    else would be learned from the image (Neverova et al. 2016, section 3.3, of dropping whole modalities).
+    In training, the text of some pairs can be hidden (``text_dropout``), so that more is learned from the image
+    (Neverova et al. 2016, section 3.3, of dropping whole modalities).
 
     What is judged is not the head that learned along, which is worn out on the pairs that it saw, but a fresh one.
     """

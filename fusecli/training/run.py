@@ -23,6 +23,7 @@ from fusecli.training.data import Data, read, require_enough
 from fusecli.training.loop import Progress, Settings, StateError, fit, fresh_head
 from fusecli.training.objective import Head, Objective
 from fusecli.training.represent import Fusion, Representation
+from fusecli.training.start import Beginning
 from fusecli.training.table import Row, compare, verdict
 from fusecli.weights import Weights
 
@@ -83,7 +84,7 @@ def train_on(
     ids: Sequence[str],
     places: Callable[[str], tuple[Place, Place]],
     make_objective: Callable[[Data], Objective],
-    first_weights: Callable[[int, int], Weights],
+    beginning: Callable[[Data], Beginning],
     settings: Settings,
     shares: tuple[float, float],
     reporter: Reporter,
@@ -97,7 +98,7 @@ def train_on(
         ids: of the pairs.
         places: where image and text of each lie.
         make_objective: what is to be learned of the pairs.
-        first_weights: the weights to begin with, for the widths of text and image.
+        beginning: gives the weights to begin with.
         settings: how to train.
         shares: of the pairs for validation and held out.
         reporter: is told how far it is.
@@ -115,8 +116,7 @@ def train_on(
     data = read(ids, places, os.path.dirname(output) or ".", *shares, lambda done: reporter.read(done, len(ids)))
     require_enough(data)
     objective = make_objective(data)
-    untrained = first_weights(data.texts.width, data.images.width)
-    return train(output, untrained, objective, data, settings, reporter, resume)
+    return train(output, beginning(data), objective, data, settings, reporter, resume)
 
 
 def begin(output: str, resume: bool, overwrite: bool) -> None:
@@ -137,21 +137,22 @@ def begin(output: str, resume: bool, overwrite: bool) -> None:
 
 def train(
     output: str,
-    untrained: Weights,
+    beginning: Beginning,
     objective: Objective,
     data: Data,
     settings: Settings,
     reporter: Reporter,
     resume: bool,
 ) -> Result:
-    """Train ``untrained`` and write the best weights to ``output``; then compare on the held-out pairs.
+    """Train from ``beginning`` on and write the best weights to ``output``; then compare on the held-out pairs.
 
     Raises:
         UsageError: the run to go on with had other pairs or options.
         TrainingError: the training diverged.
     """
+    start = _best(beginning.starts, objective, data, settings)
     facts = {
-        "weights": checkpoint.fingerprint(untrained),
+        "weights": checkpoint.fingerprint(start),
         "objective": objective.name,
         **objective.facts(),
         **{name: value for name, value in asdict(settings).items() if name != "device"},
@@ -162,7 +163,7 @@ def train(
     }
     keeper = _Files(output, objective, facts)
     state = keeper.begin(resume)
-    fusion = Fusion(untrained, settings.device)
+    fusion = Fusion(start, settings.device)
     try:
         progress = fit(fusion, objective, data, settings, keeper, reporter.step, reporter.epoch, state)
     except StateError:
@@ -172,16 +173,28 @@ def train(
         raise
     del state
     if not progress.best_epoch:  # what training does not better is left as it was
-        fusion = Fusion(untrained, settings.device)
+        fusion = Fusion(start, settings.device)
         fresh = fresh_head(objective, fusion, settings)
         keeper.best(fusion, objective.judge(fresh, fusion, data)[1], progress)
     trained = checkpoint.load(output)
     head = _read_head(beside(output, HEAD), settings.device)
-    rows = compare(objective, data, settings, untrained, trained, head, reporter.comparing)
+    rows = compare(objective, data, settings, beginning.untrained, trained, head, reporter.comparing)
     result = Result(progress, objective.score_name, rows, checkpoint.fingerprint(trained))
     keeper.log(result.facts())
     keeper.end()
     return result
+
+
+def _best(starts: list[Weights], objective: Objective, data: Data, settings: Settings) -> Weights:
+    """Of some weights those with the lowest loss on the pairs for validation."""
+    if len(starts) == 1:
+        return starts[0]
+
+    def loss(weights: Weights) -> float:
+        fusion = Fusion(weights, settings.device, learned=False)
+        return objective.judge(fresh_head(objective, fusion, settings), fusion, data)[0].loss
+
+    return min(starts, key=loss)
 
 
 def _read_head(path: str, device: str) -> Head:
