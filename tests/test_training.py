@@ -123,14 +123,12 @@ def test_labels_are_learned_from_an_image_that_is_laid_apart_from_the_text(
     [weights] = laid_apart(drawn, data, [1.0])
     if method == "tanh":
         weights = Weights(weights.config, {**weights.tensors, "gamma": np.array([20.0], np.float32)})  # open
-    fused = np.stack([fusecli.fuse(weights, image, text).mean(0) for image, text in zip(images, texts, strict=True)])
     by_text = np.stack([fusecli.fuse(weights, images[0], text).mean(0) for text in texts[200:]])
     by_image = np.stack([fusecli.fuse(weights, image, texts[0]).mean(0) for image in images[200:]])
     by_text, by_image = by_text - by_text.mean(0), by_image - by_image.mean(0)
     overlap = np.linalg.norm(by_text @ by_image.T) / (np.linalg.norm(by_text) * np.linalg.norm(by_image))
     assert overlap < (0.12 if method == "transformer" or layer_norm else 1e-5)
     assert np.var(by_image) == pytest.approx(np.var(by_text), rel=0.5)
-    assert np.isfinite(fused).all()
 
 
 def test_how_fast_it_learns_depends_on_what_is_learned(run: Run, lesson: list[str], tmp_path: Path) -> None:
