@@ -132,8 +132,9 @@ class FolderStore:
         """
         owner = os.getpid()
         if owner != self._owner:
-            self._owner, self._own = owner, f"{self.temporary}/{owner}"
-            os.makedirs(self._own, exist_ok=True)
+            own = f"{self.temporary}/{owner}"
+            os.makedirs(own, exist_ok=True)
+            self._own, self._owner = own, owner  # in this order: there may be threads
         return self._own
 
     def is_input(self, id: str, *paths: str) -> bool:

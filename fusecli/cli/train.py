@@ -313,15 +313,15 @@ def _drawn(labelled: bool, feature_dim: int | None, seed: int, options: dict[str
         return how(feature_dim or data.texts.width, seed=seed, **widths, **{"num_heads": 8, **options})
 
     try:
+        if not labelled:
+            start = draw(checkpoint.orthogonal)
+            return Beginning(start, [start])
         untrained = draw(checkpoint.init)
-        if labelled and untrained.config.can_forget_text:
+        if untrained.config.can_forget_text:
             return Beginning(untrained, [untrained])
-        start = draw(checkpoint.orthogonal)
+        return Beginning(untrained, laid_apart(draw(checkpoint.orthogonal), data))
     except CheckpointError as error:
         raise UsageError(error.what, found=error.found, wanted=error.wanted) from None
-    if not labelled:
-        return Beginning(start, [start])
-    return Beginning(untrained, laid_apart(start, data))
 
 
 class Reporter:

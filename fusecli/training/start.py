@@ -26,6 +26,8 @@ Map = Callable[[NumpyArray], NumpyArray]
 #: How much varies by the image, as shares of how much varies by the text (standard deviations): what is tried. Of 0.125
 #: to 1.4, half as much did best where the texts say nearly all, as much or more where they are blurred.
 SHARES = (0.35, 0.7, 1.4)
+#: What varies less than this share of the whole (squares) is not scaled up further.
+FLAT = 1e-6
 #: What queries are scaled by: the attention begins nearly even, so that all of the image counts.
 EVEN = 0.1
 
@@ -120,7 +122,8 @@ def _turn(images: NumpyArray, texts: NumpyArray) -> NumpyArray:
     """A matrix ``[D, width]`` from ``images [pairs, width]`` to where ``texts [pairs, D]`` leave room."""
     (image_axes, image_spread), (text_axes, text_spread) = _axes(images), _axes(texts)
     count = min(len(image_axes), len(text_axes))
-    scale = math.sqrt(text_spread / image_spread) if image_spread > 0 and text_spread > 0 else 1.0
+    least = FLAT * float(np.square(images).sum(1).mean())  # of images that are all the same, rounding is left
+    scale = math.sqrt(text_spread / max(image_spread, least)) if image_spread > 0 and text_spread > 0 else 1.0
     turn: NumpyArray = scale * text_axes[:, :count] @ image_axes[:, ::-1][:, :count].T
     return turn
 
