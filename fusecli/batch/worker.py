@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -35,6 +35,7 @@ EVERYONES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, e
 
 #: Bytes of a text from which its blocks of rows are shared by threads: tenths of a second for one.
 LARGE = 2**26
+NOT_LARGE = nullcontext(False)
 
 
 def work(job: Job, item: Item) -> list[Outcome]:
@@ -99,12 +100,10 @@ def _fuse(job: Job, task: Task, image: Stored, row: Any, shared: float) -> Outco
     pieces: list[Piece] = []
     dumps: list[Piece] = []
     output, seconds = _output(job, task.id, pieces, dumps), Seconds()
+    large = job.threads > 1 and text.nbytes >= LARGE
     try:
-        if job.threads > 1 and text.nbytes >= LARGE:
-            with _only_large(job.folder) as alone:
-                output = output._replace(threads=job.threads if alone else 1)
-                fuse_pair(job.weights, image, text, output, job.to_device, row, seconds)
-        else:
+        with _only_large(job.folder) if large else NOT_LARGE as alone:
+            output = output._replace(threads=job.threads) if alone else output
             fuse_pair(job.weights, image, text, output, job.to_device, row, seconds)
     except Exception as error:
         return _failed(task.id, error)
