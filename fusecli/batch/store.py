@@ -108,8 +108,7 @@ class FolderStore:
     label: Label | None = None  # what each result says of itself, in a format that has room for it
     _there: dict[str, dict[str, bool]] = field(default_factory=dict)  # what was in a folder at first: is it a link?
     _count: Iterator[int] = field(default_factory=count)
-    _owner: int = 0  # the process whose folder for files on their way is `_own`
-    _own: str = ""
+    _owner: int = 0  # the process whose folder for files on their way is there
 
     def open(
         self, id: str, name: str, shape: tuple[int, ...], dtype: str, told: list[Piece]
@@ -132,10 +131,9 @@ class FolderStore:
         """
         owner = os.getpid()
         if owner != self._owner:
-            own = f"{self.temporary}/{owner}"
-            os.makedirs(own, exist_ok=True)
-            self._own, self._owner = own, owner  # in this order: there may be threads
-        return self._own
+            os.makedirs(f"{self.temporary}/{owner}", exist_ok=True)
+            self._owner = owner
+        return f"{self.temporary}/{owner}"
 
     def is_input(self, id: str, *paths: str) -> bool:
         """Whether the result would take the place of one of ``paths``, which are read for it."""

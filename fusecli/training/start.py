@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fusecli.arrays import layer_norm
+from fusecli.arrays import layer_norm, linear
 from fusecli.errors import ValuesError
 from fusecli.formats import NumpyArray
 from fusecli.training.data import Data, Rows
@@ -85,7 +85,7 @@ def _ways(weights: Weights) -> tuple[Map, Map, str]:
     tensors, config, dim = weights.tensors, weights.config, weights.dim
 
     def through(name: str) -> Map:
-        return lambda x: x @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
+        return lambda x: linear(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
 
     def values(name: str, x: NumpyArray) -> NumpyArray:
         value: NumpyArray = x @ tensors[f"{name}.in_proj_weight"][2 * dim :].T
