@@ -96,9 +96,13 @@ class Rows:
             rows[: self.length(at)] = self[at]
         return torch.from_numpy(block), torch.arange(longest) < lengths[:, None]
 
+    def mean(self, at: int) -> torch.Tensor:
+        """The mean row of one pair ``[width]``, in float32."""
+        return torch.from_numpy(self[at].mean(0, dtype=np.float64)).float()
+
     def means(self) -> torch.Tensor:
-        """The mean row of each pair ``[pairs, width]``, in float32."""
-        return torch.from_numpy(np.stack([self[at].mean(0, dtype=np.float64) for at in range(len(self))])).float()
+        """The mean row of each pair ``[pairs, width]``."""
+        return torch.stack([self.mean(at) for at in range(len(self))])
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 
 from fusecli.errors import FileError, InputError
 from fusecli.training.data import Data
-from fusecli.training.objective import Classes, Match, Numbers, Objective
+from fusecli.training.match import Match
+from fusecli.training.objective import Classes, Numbers, Objective
 
 
 def read_labels(path: str, column: str = "label") -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -20,14 +20,12 @@ from torch import nn
 from fusecli.errors import TrainingError, ValuesError
 from fusecli.training.data import Batch, Data, ahead, batches, load
 from fusecli.training.objective import Head, Objective
-from fusecli.training.represent import Fusion, Representation
+from fusecli.training.represent import Fusion
 
 #: Gradients are scaled down to this norm.
 MAX_NORM = 1.0
 #: Share of all steps in which the learning rate rises.
 WARM_UP = 0.1
-#: Share of the loss by which training has to better what it began with: a hundred pairs tell no more from chance.
-MARGIN = 0.02
 #: How much faster a head learns, which starts from nothing, than the fusion.
 HEAD_LR = 10.0
 
@@ -58,25 +56,11 @@ class Progress:
 class Keeper(Protocol):
     """Keeps what a run has come to."""
 
-    def best(self, represent: Representation, head: Head, progress: Progress) -> None:
+    def best(self, fusion: Fusion, head: Head, progress: Progress) -> None:
         """The weights are better than all before."""
 
     def state(self, state: dict[str, Any]) -> None:
         """An epoch is over, and this is enough to go on from it."""
-
-
-@dataclass
-class InMemory:
-    """Keeps the best weights of a run that nobody needs afterwards."""
-
-    head: Head = field(default_factory=dict)
-
-    def best(self, represent: Representation, head: Head, progress: Progress) -> None:
-        """See `Keeper`."""
-        self.head = {name: nn.Parameter(tensor.detach().clone()) for name, tensor in head.items()}
-
-    def state(self, state: dict[str, Any]) -> None:
-        """See `Keeper`: nothing."""
 
 
 #: Called after each step with epoch, step, steps of an epoch and loss.
@@ -84,34 +68,33 @@ Tell = Callable[[int, int, int, float], None]
 
 
 def fit(
-    represent: Representation,
+    fusion: Fusion,
     objective: Objective,
     data: Data,
     settings: Settings,
     keeper: Keeper,
-    tell: Tell = lambda epoch, step, steps, loss: None,
-    tell_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
+    tell: Tell,
+    tell_epoch: Callable[[dict[str, Any]], None],
     state: dict[str, Any] | None = None,
 ) -> Progress:
-    """Train a head and whatever there is to learn in ``represent``; from ``state`` on, if given.
+    """Train a fusion, and a head along with it; from ``state`` on, if given.
 
     Raises:
         TrainingError: the loss is no number any more; the best weights so far have been kept.
     """
-    head = fresh_head(objective, represent, settings)
-    run = _Run(represent, objective, data, settings, head)
+    run = _Run(fusion, objective, data, settings)
     if state:
         run.restore(state)
     progress = run.progress
-    if not state and represent.parameters():  # what training does not better is kept as it was
-        progress.best_loss = (1 - MARGIN) * objective.judge(head, represent, data)[0].loss
+    if not state:  # what training does not better is kept as it was
+        progress.best_loss = (1 - objective.margin) * objective.judge(fusion, data)[0].loss
         if not math.isfinite(progress.best_loss):
             raise ValuesError("features give no finite numbers", hint="scale them down")
         keeper.state(run.state())
     while progress.epoch < settings.epochs and progress.epoch - progress.best_epoch < settings.patience:
         began = time.perf_counter()
         loss = run.epoch(tell)
-        measured, judged = objective.judge(head, represent, data)
+        measured, judged = objective.judge(fusion, data)
         if not math.isfinite(measured.loss):
             raise run.diverged(progress.epoch + 1, run.steps, measured.loss)
         progress.epoch += 1
@@ -126,17 +109,10 @@ def fit(
         progress.log.append(record)
         if measured.loss < progress.best_loss:
             progress.best_epoch, progress.best_loss = progress.epoch, measured.loss
-            keeper.best(represent, judged, progress)
+            keeper.best(fusion, judged, progress)
         keeper.state(run.state())
         tell_epoch(record)
     return progress
-
-
-def fresh_head(objective: Objective, represent: Representation, settings: Settings) -> dict[str, nn.Parameter]:
-    """The head that a training begins with."""
-    torch.manual_seed(settings.seed)
-    fresh = objective.head(represent.width)
-    return {name: nn.Parameter(tensor.detach().to(settings.device)) for name, tensor in fresh.items()}
 
 
 class StateError(Exception):
@@ -146,25 +122,19 @@ class StateError(Exception):
 class _Run:
     """Weights, optimizer and schedule of one training."""
 
-    def __init__(
-        self,
-        represent: Representation,
-        objective: Objective,
-        data: Data,
-        settings: Settings,
-        head: dict[str, nn.Parameter],
-    ) -> None:
-        self._represent, self._objective, self._data, self._settings = represent, objective, data, settings
-        self._head = head
+    def __init__(self, fusion: Fusion, objective: Objective, data: Data, settings: Settings) -> None:
+        self._fusion, self._objective, self._data, self._settings = fusion, objective, data, settings
+        torch.manual_seed(settings.seed)
+        head = {name: tensor.detach().to(settings.device) for name, tensor in objective.head(fusion.width).items()}
+        self._head = {name: nn.Parameter(tensor) for name, tensor in head.items()}
         self.progress = Progress()
-        fusion = represent.parameters()
+        ours, along = fusion.parameters(), list(self._head.values())
         groups = [
-            {"params": [p for p in fusion if p.ndim > 1], "lr": settings.lr},
-            {"params": [p for p in fusion if p.ndim < 2], "lr": settings.lr, "weight_decay": 0.0},
-            {"params": list(head.values()), "lr": settings.lr * HEAD_LR},
+            {"params": [p for p in ours if p.ndim > 1], "lr": settings.lr},
+            {"params": [p for p in ours if p.ndim < 2], "lr": settings.lr, "weight_decay": 0.0},
+            {"params": along, "lr": settings.lr * HEAD_LR},
         ]
-        self._learned = [*fusion, *head.values()]
-        groups = [group for group in groups if group["params"]]
+        self._learned = [*ours, *along]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
         self.steps = len(batches(data, data.parts["train"], settings.batch_size, torch.Generator()))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, partial(_rate, self.steps * settings.epochs))
@@ -177,7 +147,7 @@ class _Run:
         made = batches(self._data, self._data.parts["train"], settings.batch_size, torch.Generator().manual_seed(seed))
         total = 0.0
         loaded = ahead(partial(load, self._data), made)
-        with _training(self._represent), contextlib.closing(loaded):  # its thread ends here, whatever happens
+        with self._fusion.training(), contextlib.closing(loaded):  # its thread ends here, whatever happens
             for step, batch in enumerate(loaded, 1):
                 loss = self._step(batch.to(settings.device))
                 if not math.isfinite(loss):
@@ -191,7 +161,7 @@ class _Run:
         self.optimizer.zero_grad()
         # bfloat16 has the range of float32: no scaling of the loss.
         with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
-            loss = self._objective.loss(self._head, self._represent, batch)
+            loss = self._objective.loss(self._head, self._fusion, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self._learned, MAX_NORM)
         if not torch.isfinite(norm):
@@ -210,9 +180,8 @@ class _Run:
 
     def state(self) -> dict[str, Any]:
         """All that is needed to go on."""
-        named = self._represent.named if isinstance(self._represent, Fusion) else {}
         return {
-            "fusion": {name: tensor.detach() for name, tensor in named.items()},
+            "fusion": {name: tensor.detach() for name, tensor in self._fusion.named.items()},
             "head": {name: tensor.detach() for name, tensor in self._head.items()},
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -222,8 +191,7 @@ class _Run:
     def restore(self, state: dict[str, Any]) -> None:
         """Go back to a saved state; `StateError` if it is none of this run."""
         try:
-            if isinstance(self._represent, Fusion):
-                self._represent.restore(state["fusion"])
+            self._fusion.restore(state["fusion"])
             with torch.no_grad():
                 for name, tensor in self._head.items():
                     tensor.copy_(state["head"][name])
@@ -232,12 +200,6 @@ class _Run:
             self.progress = Progress(**state["progress"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise StateError(str(error)) from None
-
-
-@contextlib.contextmanager
-def _training(represent: Representation) -> Iterator[None]:
-    with represent.training() if isinstance(represent, Fusion) else contextlib.nullcontext():
-        yield
 
 
 def _rate(steps: int, step: int) -> float:

@@ -1,16 +1,14 @@
-"""What is learned: classes, numbers, or which picture belongs to a text; each with a small head of its own.
+"""What is learned: classes or numbers here, which picture belongs to a text in `fusecli.training.match`.
 
 An objective turns vectors of pairs (`fusecli.training.represent`) into a loss, and into a score for every pair of a
-part of the data. `probe` gives any representation the same head, trained in the same way.
+part of the data, under a small head of its own. `judge` gives any representation the head that suits it.
 """
 
 from __future__ import annotations
 
-import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from fusecli.errors import ValuesError
 from fusecli.training.data import Batch, Data, batches, load
-from fusecli.training.represent import EVALUATED, Representation, masked_mean
+from fusecli.training.represent import EVALUATED, Fusion, Representation
 
 Head = Mapping[str, nn.Parameter]
 
@@ -42,15 +40,19 @@ class Objective(Protocol):
 
     name: str
     score_name: str
+    margin: float  # share of the loss by which training has to better what it began with
 
     def head(self, width: int) -> dict[str, nn.Parameter]:
-        """A fresh head for vectors of ``width``."""
+        """A head for vectors of ``width`` that learns along with a fusion."""
 
-    def loss(self, head: Head, represent: Representation, batch: Batch) -> torch.Tensor:
+    def loss(self, head: Head, fusion: Fusion, batch: Batch) -> torch.Tensor:
         """The mean loss of a batch, to be learned from."""
 
-    def judge(self, head: Head, represent: Representation, data: Data) -> tuple[Measured, Head]:
-        """How the pairs for validation come out, and under which head."""
+    def judge(self, represent: Representation, data: Data) -> tuple[Measured, Head]:
+        """The head that suits the pairs to train on, made afresh, and how the pairs for validation come out under it.
+
+        What is judged is not the head that learned along, which is worn out on the pairs that it saw.
+        """
 
     def measure(self, head: Head, represent: Representation, data: Data, part: list[int]) -> Measured:
         """How the pairs of ``part`` come out; nothing is learned."""
@@ -65,17 +67,17 @@ class Objective(Protocol):
         """What has to be known to use a head."""
 
 
-def vectors(represent: Representation, data: Data, wanted: list[int], device: str) -> torch.Tensor:
+def vectors(represent: Representation, data: Data, wanted: list[int]) -> torch.Tensor:
     """The vectors ``[pairs, width]``, those of the pairs ``wanted`` filled in."""
     found = torch.zeros(len(data.ids), represent.width)
     with torch.no_grad():
         for which in batches(data, wanted, EVALUATED, None):
-            found[which] = represent.own(load(data, which).to(device)).float().cpu()
+            found[which] = represent.own(load(data, which).to(represent.device)).float().cpu()
     return found
 
 
 #: Share of a pair's vector that the head does not see in training.
-HEAD_DROPOUT, MATCH_DROPOUT = 0.5, 0.1
+HEAD_DROPOUT = 0.5
 #: Strengths of the penalty on squared weights that a head is tried with; the validation part chooses.
 PENALTIES = (1e-3, 1e-2, 3e-2, 1e-1)
 #: Iterations that a head is given: more hardly change anything.
@@ -87,10 +89,9 @@ class Supervised:
 
     In training, the text of some pairs can be hidden (``text_dropout``), so that more is learned from the image
     (Neverova et al. 2016, section 3.3, of dropping whole modalities).
-
-    What is judged is not the head that learned along, which is worn out on the pairs that it saw, but a fresh one.
     """
 
+    margin = 0.02  # a hundred pairs tell no less from chance
     outputs: int
 
     def __init__(self, targets: torch.Tensor, text_dropout: float) -> None:
@@ -103,23 +104,22 @@ class Supervised:
             "head.bias": nn.Parameter(torch.zeros(self.outputs)),
         }
 
-    def loss(self, head: Head, represent: Representation, batch: Batch) -> torch.Tensor:
+    def loss(self, head: Head, fusion: Fusion, batch: Batch) -> torch.Tensor:
         """See `Objective`."""
         shown = torch.rand(len(batch.which), 1, 1) >= self._text_dropout
         batch = replace(batch, texts=batch.texts * shown.to(batch.texts.device))
-        x = F.dropout(represent.own(batch), HEAD_DROPOUT)
+        x = F.dropout(fusion.own(batch), HEAD_DROPOUT)
         return self.loss_of(_applied(head, x), self.targets[batch.which].to(x.device))
 
     def checksum(self) -> str:
         """See `Objective`."""
         return f"{zlib.crc32(self.targets.numpy().data):08x}"
 
-    def judge(self, head: Head, represent: Representation, data: Data) -> tuple[Measured, Head]:
+    def judge(self, represent: Representation, data: Data) -> tuple[Measured, Head]:
         """See `Objective`."""
-        device = str(head["head.weight"].device)
-        x = vectors(represent, data, data.parts["train"] + data.parts["validation"], device)
+        x = vectors(represent, data, data.parts["train"] + data.parts["validation"])
         measured, best = self._fitted(x, data)
-        return measured, {name: nn.Parameter(tensor.to(device)) for name, tensor in best.items()}
+        return measured, {name: nn.Parameter(tensor.to(represent.device)) for name, tensor in best.items()}
 
     def _fitted(self, x: torch.Tensor, data: Data) -> tuple[Measured, Head]:
         """The best linear head on ``x [pairs, width]``, and how the pairs for validation come out under it.
@@ -156,10 +156,9 @@ class Supervised:
 
     def measure(self, head: Head, represent: Representation, data: Data, part: list[int]) -> Measured:
         """See `Objective`."""
-        device = str(head["head.weight"].device)
-        x = vectors(represent, data, part, device)[part]
+        x = vectors(represent, data, part)[part].to(represent.device)
         with torch.no_grad():
-            return self.measured(_applied(head, x.to(device)).cpu(), self.targets[part])
+            return self.measured(_applied(head, x).cpu(), self.targets[part])
 
     def loss_of(self, outputs: torch.Tensor, targets: torch.Tensor, smoothing: float | None = None) -> torch.Tensor:
         """The loss in training; of classes, with the ``smoothing`` that was asked for unless told otherwise."""
@@ -243,115 +242,3 @@ class Numbers(Supervised):
     def facts(self) -> dict[str, Any]:
         """See `Objective`."""
         return {"mean": self.mean, "std": self.std, "text_dropout": self._text_dropout}
-
-
-class Match:
-    """Tell the image of a text from the images of other pairs.
-
-    The score of a text and an image is the cosine, times a learned factor, between the mean text and the mean of
-    what the fusion makes of both, each under a linear map of its own. The loss is a cross-entropy over the images of a
-    group (van den Oord et al. 2018, equation 4), which is hard: a pair of the batch, drawn, and those whose texts are
-    closest to its own. A pair scores 1 if its image comes first among those of `pool` pairs of its part: the same
-    number whatever the size of the data, or scores could not be compared.
-    """
-
-    name, score_name = "match", "recall@1"
-    #: Width that text and fusion are compared in; pairs of a group; pairs that are measured.
-    space, group, pool = 256, 16, 200
-
-    def __init__(self, text_dim: int) -> None:
-        self._text_dim = text_dim
-
-    def head(self, width: int) -> dict[str, nn.Parameter]:
-        """See `Objective`."""
-        return {
-            "text_head.weight": _linear_weight(self.space, self._text_dim),
-            "fused_head.weight": _linear_weight(self.space, width),
-            "logit_scale": nn.Parameter(torch.tensor([math.log(10.0)])),
-        }
-
-    def loss(self, head: Head, represent: Representation, batch: Batch) -> torch.Tensor:
-        """See `Objective`."""
-        hidden = partial(F.dropout, p=MATCH_DROPOUT)
-        text = self._text(head, batch, hidden)  # [B, space]
-        groups = self._groups(text.detach())  # [groups, G]
-        size = groups.shape[1]
-        order = groups.flatten()
-        mates = groups.repeat_interleave(size, 0)  # [B, G], the texts that each image meets
-        images = replace(batch, images=batch.images[order], image_mask=batch.image_mask[order])
-        fused = self._fused(head, hidden(represent.each(images, mates)))  # [B, G, space]
-        scores = (fused * text[mates]).sum(2) * _factor(head)  # image by text
-        scores = scores.reshape(-1, size, size)  # [groups, G, G]
-        true = torch.arange(size, device=scores.device).repeat(len(groups))
-        return F.cross_entropy(scores.mT.flatten(0, 1), true)
-
-    def _groups(self, text: torch.Tensor) -> torch.Tensor:
-        """Positions of pairs ``[groups, G]``; what is left over is left out this time."""
-        size = min(self.group, len(text))
-        close = text @ text.mT
-        close.fill_diagonal_(math.inf)
-        free = torch.arange(len(text), device=text.device)
-        groups = []
-        for _ in range(len(text) // size):
-            anchor = free[torch.randint(len(free), ())]
-            nearest = close[anchor, free].topk(size).indices
-            groups.append(free[nearest])
-            free = free[~torch.isin(free, groups[-1])]
-        return torch.stack(groups)
-
-    def checksum(self) -> str:
-        """See `Objective`: there are none."""
-        return ""
-
-    def judge(self, head: Head, represent: Representation, data: Data) -> tuple[Measured, Head]:
-        """See `Objective`."""
-        return self.measure(head, represent, data, data.parts["validation"]), head
-
-    def measure(self, head: Head, represent: Representation, data: Data, part: list[int]) -> Measured:
-        """See `Objective`."""
-        device = str(head["logit_scale"].device)
-        part = self._pooled(part)
-        with torch.no_grad():
-            text = torch.cat(
-                [
-                    self._text(head, load(data, part[at : at + EVALUATED]).to(device))
-                    for at in range(0, len(part), EVALUATED)
-                ]
-            )
-            beside = represent.beside(data, part)
-            columns = [(text * self._fused(head, beside(image).to(device))).sum(1) for image in part]
-            scores = torch.stack(columns, 1).cpu() * _factor(head).cpu()  # [texts, images]
-        true = torch.arange(len(part))
-        # Equal scores count as beaten: a representation that cannot tell images apart scores nothing, nor does NaN.
-        rank = (~(scores < scores.diagonal()[:, None])).sum(1)
-        return Measured(float(F.cross_entropy(scores, true)), (rank <= 1).float())
-
-    def guess(self, part: list[int], train: list[int]) -> torch.Tensor:
-        """See `Objective`: chance."""
-        count = len(self._pooled(part))
-        return torch.full((count,), 1 / count)
-
-    def facts(self) -> dict[str, Any]:
-        """See `Objective`."""
-        return {}
-
-    def _pooled(self, part: list[int]) -> list[int]:
-        count = min(len(part), self.pool)
-        return [part[k * len(part) // count] for k in range(count)]  # evenly spread
-
-    def _text(
-        self, head: Head, batch: Batch, hidden: Callable[[torch.Tensor], torch.Tensor] = lambda x: x
-    ) -> torch.Tensor:
-        means = hidden(masked_mean(batch.texts, batch.text_mask))
-        return F.normalize(F.linear(means, head["text_head.weight"]), dim=1)
-
-    def _fused(self, head: Head, x: torch.Tensor) -> torch.Tensor:
-        return F.normalize(F.linear(x, head["fused_head.weight"]), dim=-1)
-
-
-def _linear_weight(rows: int, columns: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(rows, columns).uniform_(-1, 1) / math.sqrt(columns))
-
-
-def _factor(head: Head) -> torch.Tensor:
-    return head["logit_scale"].clamp(max=math.log(100.0)).exp()

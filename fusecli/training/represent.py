@@ -23,18 +23,13 @@ class Representation(Protocol):
     """Gives a vector for each pair."""
 
     width: int
+    device: str
 
     def own(self, batch: Batch) -> torch.Tensor:
         """Vectors ``[B, width]`` of the pairs of a batch."""
 
-    def each(self, batch: Batch, which: torch.Tensor) -> torch.Tensor:
-        """Vectors ``[B, G, width]`` of each image of a batch with the texts ``which [B, G]`` of the batch."""
-
     def beside(self, data: Data, texts: list[int]) -> Callable[[int], torch.Tensor]:
         """Gives, for an image, its vectors ``[len(texts), width]`` with each text; nothing is learned from them."""
-
-    def parameters(self) -> list[nn.Parameter]:
-        """What there is to learn."""
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -44,6 +39,8 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 class Means:
     """Mean rows of text, image, or both side by side."""
+
+    device = "cpu"
 
     def __init__(self, data: Data, text: bool, image: bool) -> None:
         self._text, self._image = text, image
@@ -57,13 +54,6 @@ class Means:
         parts += [masked_mean(batch.images, batch.image_mask)] if self._image else []
         return torch.cat(parts, 1)
 
-    def each(self, batch: Batch, which: torch.Tensor) -> torch.Tensor:
-        """See `Representation`."""
-        parts = [masked_mean(batch.texts, batch.text_mask)[which]] if self._text else []
-        image = masked_mean(batch.images, batch.image_mask)[:, None]
-        parts += [image.expand(-1, which.shape[1], -1)] if self._image else []
-        return torch.cat(parts, 2)
-
     def beside(self, data: Data, texts: list[int]) -> Callable[[int], torch.Tensor]:
         """See `Representation`."""
         left = [] if self._texts is None else [self._texts[texts]]
@@ -73,10 +63,6 @@ class Means:
             return torch.cat(left + right, 1)
 
         return give
-
-    def parameters(self) -> list[nn.Parameter]:
-        """See `Representation`."""
-        return []
 
 
 class Fusion:
@@ -88,7 +74,7 @@ class Fusion:
     """
 
     def __init__(self, weights: Weights, device: str = "cpu", learned: bool = True) -> None:
-        self._device, self._learned = device, learned
+        self.device, self._learned = device, learned
         self.config: Config = weights.config
         self.named = {
             name: nn.Parameter(torch.tensor(tensor, dtype=torch.float32, device=device), requires_grad=learned)
@@ -100,7 +86,7 @@ class Fusion:
         self._frozen: Weights | None = None
 
     def parameters(self) -> list[nn.Parameter]:
-        """See `Representation`."""
+        """What there is to learn."""
         return list(self.named.values()) if self._learned else []
 
     @contextmanager
@@ -135,7 +121,10 @@ class Fusion:
         return self._frozen
 
     def each(self, batch: Batch, which: torch.Tensor) -> torch.Tensor:
-        """See `Representation`. The image is projected once; its texts follow one another as one long text."""
+        """Vectors ``[B, G, width]`` of each image of a batch with the texts ``which [B, G]`` of the batch.
+
+        The image is projected once; its texts follow one another as one long text.
+        """
         if self.config.self_attention:  # texts that follow one another would see each other
             columns = [replace(batch, texts=batch.texts[at], text_mask=batch.text_mask[at]) for at in which.mT]
             return torch.stack([self.own(column) for column in columns], 1)
@@ -149,17 +138,17 @@ class Fusion:
     def beside(self, data: Data, texts: list[int]) -> Callable[[int], torch.Tensor]:
         """See `Representation`."""
         frozen = self.frozen()
-        rows = torch.cat([torch.from_numpy(data.texts[at]).float() for at in texts]).to(self._device)
+        rows = torch.cat([torch.from_numpy(data.texts[at]).float() for at in texts]).to(self.device)
         lengths = torch.tensor([data.texts.length(at) for at in texts])
 
         def give(image: int) -> torch.Tensor:
             seen = Seen(frozen, torch.from_numpy(data.images[image]).float(), rows, len(rows), "float32")
             parts = [seen.meet(rows[block]).fused for block in seen.blocks()]
-            return torch.segment_reduce(torch.cat(parts), "mean", lengths=lengths.to(self._device))
+            return torch.segment_reduce(torch.cat(parts), "mean", lengths=lengths.to(self.device))
 
         def give_apart(image: int) -> torch.Tensor:
             parts = [texts[at : at + EVALUATED] for at in range(0, len(texts), EVALUATED)]
-            return torch.cat([self.own(load(data, some, [image] * len(some)).to(self._device)) for some in parts])
+            return torch.cat([self.own(load(data, some, [image] * len(some)).to(self.device)) for some in parts])
 
         return give_apart if self.config.self_attention else give
 

@@ -20,9 +20,9 @@ from fusecli.collections import Place
 from fusecli.errors import FileError, OutputError, TrainingError, UsageError
 from fusecli.formats import write_whole
 from fusecli.training.data import Data, read, require_enough
-from fusecli.training.loop import Progress, Settings, StateError, fit, fresh_head
+from fusecli.training.loop import Progress, Settings, StateError, fit
 from fusecli.training.objective import Head, Objective
-from fusecli.training.represent import Fusion, Representation
+from fusecli.training.represent import Fusion
 from fusecli.training.start import Beginning
 from fusecli.training.table import Row, compare, verdict
 from fusecli.weights import Weights
@@ -150,7 +150,7 @@ def train(
         UsageError: the run to go on with had other pairs or options.
         TrainingError: the training diverged.
     """
-    start = _best(beginning.starts, objective, data, settings)
+    start = _best(beginning.starts, objective, data, settings.device)
     facts = {
         "weights": checkpoint.fingerprint(start),
         "objective": objective.name,
@@ -174,27 +174,21 @@ def train(
     del state
     if not progress.best_epoch:  # what training does not better is left as it was
         fusion = Fusion(start, settings.device)
-        fresh = fresh_head(objective, fusion, settings)
-        keeper.best(fusion, objective.judge(fresh, fusion, data)[1], progress)
+        keeper.best(fusion, objective.judge(fusion, data)[1], progress)
     trained = checkpoint.load(output)
     head = _read_head(beside(output, HEAD), settings.device)
-    rows = compare(objective, data, settings, beginning.untrained, trained, head, reporter.comparing)
+    rows = compare(objective, data, settings.device, beginning.untrained, trained, head, reporter.comparing)
     result = Result(progress, objective.score_name, rows, checkpoint.fingerprint(trained))
     keeper.log(result.facts())
     keeper.end()
     return result
 
 
-def _best(starts: list[Weights], objective: Objective, data: Data, settings: Settings) -> Weights:
+def _best(starts: list[Weights], objective: Objective, data: Data, device: str) -> Weights:
     """Of some weights those with the lowest loss on the pairs for validation."""
     if len(starts) == 1:
         return starts[0]
-
-    def loss(weights: Weights) -> float:
-        fusion = Fusion(weights, settings.device, learned=False)
-        return objective.judge(fresh_head(objective, fusion, settings), fusion, data)[0].loss
-
-    return min(starts, key=loss)
+    return min(starts, key=lambda start: objective.judge(Fusion(start, device, learned=False), data)[0].loss)
 
 
 def _read_head(path: str, device: str) -> Head:
@@ -240,12 +234,11 @@ class _Files:
         """What to say of a state that cannot be used."""
         return FileError("not the state of a training", where=self._state, hint="start afresh with --overwrite")
 
-    def best(self, represent: Representation, head: Head, progress: Progress) -> None:
+    def best(self, fusion: Fusion, head: Head, progress: Progress) -> None:
         """See `Keeper`."""
         from safetensors.numpy import save
 
-        assert isinstance(represent, Fusion)
-        weights = represent.snapshot()
+        weights = fusion.snapshot()
         about = {
             "objective": self._objective.name,
             "epoch": progress.best_epoch,

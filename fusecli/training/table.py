@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fusecli.training.data import Data
-from fusecli.training.loop import InMemory, Settings, fit, fresh_head
-from fusecli.training.objective import Head, Objective, Supervised
+from fusecli.training.objective import Head, Objective
 from fusecli.training.represent import Fusion, Means, Representation
 from fusecli.weights import Weights
 
@@ -59,7 +58,7 @@ def resampled(scores: torch.Tensor) -> tuple[float, float]:
 def compare(
     objective: Objective,
     data: Data,
-    settings: Settings,
+    device: str,
     untrained: Weights,
     trained: Weights,
     head: Head,
@@ -70,7 +69,7 @@ def compare(
     Args:
         objective: what was to be learned.
         data: the pairs.
-        settings: how it was trained.
+        device: where the fusion is computed.
         untrained: the weights before.
         trained: the weights after.
         head: that of the trained weights.
@@ -82,26 +81,16 @@ def compare(
         ("text only", lambda: Means(data, text=True, image=False)),
         ("image only", lambda: Means(data, text=False, image=True)),
         ("both side by side", lambda: Means(data, text=True, image=True)),
-        ("this fusion, untrained", lambda: Fusion(untrained, settings.device, learned=False)),
+        ("this fusion, untrained", lambda: Fusion(untrained, device, learned=False)),
     ]
     rows = [row(guess, objective.guess(test, train))]
     for name, make in others:
         tell(name)
         represent = make()
-        fitted = _head_for(objective, represent, data, settings)
+        _, fitted = objective.judge(represent, data)
         rows.append(row(name, objective.measure(fitted, represent, data, test).scores))
-    fusion = Fusion(trained, settings.device, learned=False)
+    fusion = Fusion(trained, device, learned=False)
     return [*rows, row("this fusion, trained", objective.measure(head, fusion, data, test).scores)]
-
-
-def _head_for(objective: Objective, represent: Representation, data: Data, settings: Settings) -> Head:
-    device = "cpu" if isinstance(represent, Means) else settings.device
-    settings = replace(settings, device=device)
-    if isinstance(objective, Supervised):
-        return objective.judge(fresh_head(objective, represent, settings), represent, data)[1]
-    keeper = InMemory()
-    fit(represent, objective, data, settings, keeper)
-    return keeper.head
 
 
 def verdict(rows: list[Row]) -> str:
