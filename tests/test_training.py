@@ -19,7 +19,7 @@ from fusecli import Weights, checkpoint
 from fusecli.training import table
 from fusecli.training.data import batches, part_of, read
 from fusecli.training.loop import _rate
-from fusecli.training.match import Match
+from fusecli.training.match import Match, canonical
 from fusecli.training.start import laid_apart
 from tests.conftest import FUSECLI, Run
 
@@ -152,6 +152,28 @@ def test_without_labels_it_learns_which_image_belongs_to_a_text(run: Run, tmp_pa
     assert facts["score"] == "recall@1"
     assert scores["this fusion, trained"] > 20 * scores["chance"]
     assert scores["text only"] == 0
+
+
+def test_a_head_is_made_of_canonical_correlations(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((200, 6))
+    y = x[:, :3] @ rng.standard_normal((3, 4)) + rng.standard_normal((200, 4))
+    x, y = x - x.mean(0), y - y.mean(0)
+    # Björck and Golub 1973: cosines between the subspaces that the columns span.
+    expected = np.linalg.svd(np.linalg.qr(x)[0].T @ np.linalg.qr(y)[0])[1]
+    of_x, of_y, cross = (torch.from_numpy(z) for z in (x.T @ x, y.T @ y, x.T @ y))
+    ours, theirs = canonical(of_x, of_y, cross, 1e-12, 4)
+    left, right = x @ ours.numpy().T, y @ theirs.numpy().T
+    for side, other, power in ((left, left, 1), (right, right, 1), (left, right, 2)):
+        np.testing.assert_allclose(side.T @ other, np.diag(expected**power), atol=1e-8)
+
+
+def test_a_fusion_that_only_repeats_the_text_matches_nothing(tmp_path: Path) -> None:
+    from fusecli.training.represent import Fusion
+
+    data, _ = _drawn(tmp_path, 300)
+    weights = checkpoint.init(8, 2, method="gated", gate="tanh")  # shut
+    measured, _ = Match(8).judge(Fusion(weights, learned=False), data)
+    assert measured.score == 0
 
 
 def test_numbers_can_be_learned(run: Run, lesson: list[str]) -> None:
