@@ -19,7 +19,7 @@ from fusecli import Weights, checkpoint
 from fusecli.training import table
 from fusecli.training.data import batches, part_of, read
 from fusecli.training.loop import _rate
-from fusecli.training.match import Match, canonical
+from fusecli.training.match import Match, _moments, canonical
 from fusecli.training.start import laid_apart
 from tests.conftest import FUSECLI, Run
 
@@ -165,6 +165,16 @@ def test_a_head_is_made_of_canonical_correlations(rng: np.random.Generator) -> N
     left, right = x @ ours.numpy().T, y @ theirs.numpy().T
     for side, other, power in ((left, left, 1), (right, right, 1), (left, right, 2)):
         np.testing.assert_allclose(side.T @ other, np.diag(expected**power), atol=1e-8)
+
+
+def test_a_head_is_made_beside_the_texts_of_other_pairs(tmp_path: Path) -> None:
+    from fusecli.training.represent import Means
+
+    data, _ = _drawn(tmp_path)
+    moments = _moments(Means(data, text=True, image=False), data, data.parts["train"])
+    seen, told, cross = moments.covariances()
+    assert torch.allclose(seen, told)
+    assert cross.norm() < 0.1 * told.norm()
 
 
 def test_a_fusion_that_only_repeats_the_text_matches_nothing(tmp_path: Path) -> None:
