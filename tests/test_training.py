@@ -19,7 +19,7 @@ from fusecli import Weights, checkpoint
 from fusecli.training import table
 from fusecli.training.data import batches, part_of, read
 from fusecli.training.loop import _rate
-from fusecli.training.match import Match, _moments, canonical
+from fusecli.training.match import Match, Moments, _moments, canonical
 from fusecli.training.start import laid_apart
 from tests.conftest import FUSECLI, Run
 
@@ -165,6 +165,18 @@ def test_a_head_is_made_of_canonical_correlations(rng: np.random.Generator) -> N
     left, right = x @ ours.numpy().T, y @ theirs.numpy().T
     for side, other, power in ((left, left, 1), (right, right, 1), (left, right, 2)):
         np.testing.assert_allclose(side.T @ other, np.diag(expected**power), atol=1e-8)
+
+
+def test_small_differences_between_large_numbers_count(rng: np.random.Generator) -> None:
+    x = torch.from_numpy(1e8 + rng.standard_normal((300, 3)))
+    moments = Moments(2, 1)
+    for part in x.split(100):
+        moments.add(part[:, :2], part[:, 2:])
+    seen, told, cross = moments.covariances()
+    expected = np.cov(x.numpy().T, bias=True)
+    for found, wanted in ((seen, expected[:2, :2]), (told, expected[2:, 2:]), (cross, expected[:2, 2:])):
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    np.testing.assert_allclose(torch.cat(moments.means()), x.mean(0), rtol=1e-14)
 
 
 def test_a_head_is_made_beside_the_texts_of_other_pairs(tmp_path: Path) -> None:

@@ -94,7 +94,10 @@ def fit(
     while progress.epoch < settings.epochs and progress.epoch - progress.best_epoch < settings.patience:
         began = time.perf_counter()
         loss = run.epoch(tell)
-        measured, judged = objective.judge(fusion, data)
+        try:
+            measured, judged = objective.judge(fusion, data)
+        except ValuesError:  # at the start they were not too large
+            raise run.diverged(progress.epoch + 1, run.steps, math.nan) from None
         if not math.isfinite(measured.loss):
             raise run.diverged(progress.epoch + 1, run.steps, measured.loss)
         progress.epoch += 1

@@ -160,21 +160,25 @@ class Moments:
     """Sums over samples of what a pair comes to ``x [samples, Dx]`` and what it is to tell ``y [samples, Dy]``."""
 
     def __init__(self, width: int, wanted: int) -> None:
-        self._count = 0
+        self._count, self._width = 0, width
+        # Sums are taken from the middle of the first samples, or what varies would drown in what does not.
+        self._origin = torch.zeros(width + wanted, dtype=torch.float64)
         self._sums = torch.zeros(width + wanted, dtype=torch.float64)
         self._products = torch.zeros(width + wanted, width + wanted, dtype=torch.float64)
-        self._width = width
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """More samples."""
         both = torch.cat([x, y], 1).double()
+        if not self._count:
+            self._origin = both.mean(0)
+        both -= self._origin
         self._count += len(both)
         self._sums += both.sum(0)
         self._products += both.mT @ both
 
     def means(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Of ``x`` and of ``y``."""
-        mean = self._sums / self._count
+        mean = self._sums / self._count + self._origin
         return mean[: self._width], mean[self._width :]
 
     def covariances(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -184,10 +188,10 @@ class Moments:
             ValuesError: the features are too large.
         """
         mean, at = self._sums / self._count, self._width
-        all_ = self._products / self._count - torch.outer(mean, mean)
-        if not torch.isfinite(all_).all():
+        both = self._products / self._count - torch.outer(mean, mean)
+        if not torch.isfinite(both).all():
             raise ValuesError("numbers too large to learn from", hint="scale the features down")
-        return all_[:at, :at], all_[at:, at:], all_[:at, at:]
+        return both[:at, :at], both[at:, at:], both[:at, at:]
 
 
 def canonical(
