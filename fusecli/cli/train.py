@@ -313,11 +313,12 @@ def _drawn(labelled: bool, feature_dim: int | None, seed: int, options: dict[str
         return how(feature_dim or data.texts.width, seed=seed, **widths, **{"num_heads": 8, **options})
 
     try:
-        untrained, orthogonal = draw(checkpoint.init), draw(checkpoint.orthogonal)
+        untrained = draw(checkpoint.init)
         if untrained.config.can_forget_text:
-            return Beginning(untrained, [untrained if labelled else orthogonal])
+            return Beginning(untrained, [untrained if labelled else draw(checkpoint.orthogonal)])
         # Without labels it is only the image that is to be told: of all shares the largest suits best.
-        return Beginning(untrained, laid_apart(orthogonal, data, SHARES if labelled else SHARES[-1:]))
+        shares = SHARES if labelled else SHARES[-1:]
+        return Beginning(untrained, laid_apart(draw(checkpoint.orthogonal), data, shares))
     except CheckpointError as error:
         raise UsageError(error.what, found=error.found, wanted=error.wanted) from None
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from fusecli.errors import ValuesError
-from fusecli.training.data import Batch, Data, load
+from fusecli.training.data import Batch, Data, batches, load
 from fusecli.training.objective import Head, Measured
 from fusecli.training.represent import EVALUATED, Fusion, Representation, masked_mean
 
@@ -85,8 +85,8 @@ class Match:
 
     def judge(self, represent: Representation, data: Data) -> tuple[Measured, Head]:
         """See `Objective`. The head is not learned but computed: see `canonical`."""
-        moments, part = _moments(represent, data, data.parts["train"]), self._pooled(data.parts["validation"])
-        heads = [_head(moments, penalty, self.space, represent.device) for penalty in PENALTIES]
+        heads = _heads(_moments(represent, data, data.parts["train"]), self.space, represent.device)
+        part = self._pooled(data.parts["validation"])
         tried = [
             (_measured(factor * cosines), {**head, "logit_scale": _log(factor, represent.device)})
             for head, cosines in zip(heads, self._cosines(heads, represent, data, part), strict=True)
@@ -227,13 +227,16 @@ def _root(covariance: torch.Tensor, penalty: float) -> torch.Tensor:
     return lower
 
 
-def _head(moments: Moments, penalty: float, space: int, device: str) -> dict[str, nn.Parameter]:
-    fused, text = canonical(*moments.covariances(), penalty, space)
-    head = {}
-    for name, weight, mean in zip(("fused", "text"), (fused, text), moments.means(), strict=True):
-        weight = weight / weight.square().mean().sqrt().clamp(min=1e-30)  # cosines do not mind
-        head[f"{name}_head.weight"], head[f"{name}_head.bias"] = weight, -weight @ mean
-    return {name: nn.Parameter(tensor.float().to(device)) for name, tensor in head.items()}
+def _heads(moments: Moments, space: int, device: str) -> list[dict[str, nn.Parameter]]:
+    """A head for each of `PENALTIES`."""
+    covariances, means, heads = moments.covariances(), moments.means(), []
+    for penalty in PENALTIES:
+        head = {}
+        for name, weight, mean in zip(("fused", "text"), canonical(*covariances, penalty, space), means, strict=True):
+            weight = weight / weight.square().mean().sqrt().clamp(min=1e-30)  # cosines do not mind
+            head[f"{name}_head.weight"], head[f"{name}_head.bias"] = weight, -weight @ mean
+        heads.append({name: nn.Parameter(tensor.float().to(device)) for name, tensor in head.items()})
+    return heads
 
 
 def _moments(represent: Representation, data: Data, part: list[int]) -> Moments:
@@ -243,12 +246,11 @@ def _moments(represent: Representation, data: Data, part: list[int]) -> Moments:
     """
     moments = Moments(represent.width, data.texts.width)
     order = [part[at] for at in torch.randperm(len(part), generator=torch.Generator().manual_seed(0)).tolist()]
-    for shift in range(1, 1 + min(len(part) - 1, max(1, SAMPLES // len(part)))):
-        other = dict(zip(order, order[shift:] + order[:shift], strict=True))
-        images = sorted(part, key=data.cost)
-        for at in range(0, len(images), EVALUATED):
-            some = images[at : at + EVALUATED]
-            batch = load(data, [other[image] for image in some], some).to(represent.device)
+    place = {pair: at for at, pair in enumerate(order)}
+    for some in batches(data, part, EVALUATED, None):
+        own = torch.stack([data.texts.mean(pair) for pair in some])
+        for shift in range(1, 1 + min(len(part) - 1, max(1, SAMPLES // len(part)))):
+            others = [order[(place[pair] + shift) % len(order)] for pair in some]
             with torch.no_grad():
-                moments.add(represent.own(batch).cpu(), torch.stack([data.texts.mean(image) for image in some]))
+                moments.add(represent.own(load(data, others, some).to(represent.device)).cpu(), own)
     return moments

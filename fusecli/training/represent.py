@@ -87,13 +87,13 @@ class Fusion:
 
     def parameters(self) -> list[nn.Parameter]:
         """What there is to learn."""
-        return list(self.named.values()) if self._learned else []
+        return list(self.named.values())
 
     @contextmanager
     def training(self) -> Iterator[None]:
         """Here weights change, and dropout is at work."""
         self._frozen = None
-        self._drop = self.config.dropout if self.config.method == "transformer" and self._learned else 0.0
+        self._drop = self.config.dropout if self.config.method == "transformer" else 0.0
         try:
             yield
         finally:
