@@ -232,6 +232,14 @@ def contiguous(x: Array) -> Array:
     return x.contiguous() if is_torch(x) else np.ascontiguousarray(x)
 
 
+def cut(x: Array, at: int) -> tuple[Array, Array]:
+    """``x[:at]`` and ``x[at:]``. Slices of a tensor would each have a gradient as large as the whole, mostly zeros."""
+    if is_torch(x):
+        first, second = x.split([at, len(x) - at])
+        return first, second
+    return x[:at], x[at:]
+
+
 def needs_grad(*arrays: Array) -> bool:
     """True if torch would record operations on one of ``arrays``."""
     tensors = [x for x in arrays if is_torch(x)]

@@ -29,6 +29,7 @@ from fusecli.arrays import (
     Array,
     cast,
     contiguous,
+    cut,
     detach,
     dot,
     dtype_name,
@@ -122,7 +123,8 @@ def unfolded(in_proj: tuple[Array, Array], out_proj: tuple[Array, Array], num_he
     scale = _scale(dim, num_heads)
     weight, bias = in_proj
     out, out_bias = out_proj
-    return Maps(weight[:dim] * scale, bias[:dim] * scale, weight[dim:], out, out @ bias[2 * dim :] + out_bias)
+    query, key_value = cut(weight, dim)
+    return Maps(query * scale, bias[:dim] * scale, key_value, out, out @ bias[2 * dim :] + out_bias)
 
 
 class Order(Enum):

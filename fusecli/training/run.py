@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +22,7 @@ from fusecli.errors import FileError, OutputError, TrainingError, UsageError
 from fusecli.formats import write_whole
 from fusecli.training.data import Data, read, require_enough
 from fusecli.training.loop import Progress, Settings, StateError, fit
-from fusecli.training.objective import Head, Objective
+from fusecli.training.objective import Head, Measured, Objective
 from fusecli.training.represent import Fusion
 from fusecli.training.start import Beginning
 from fusecli.training.table import Row, compare, verdict
@@ -150,9 +151,9 @@ def train(
         UsageError: the run to go on with had other pairs or options.
         TrainingError: the training diverged.
     """
-    start = _best(beginning.starts, objective, data, settings.device)
+    start = _best([_Start(weights, objective, data, settings.device) for weights in beginning.starts])
     facts = {
-        "weights": checkpoint.fingerprint(start),
+        "weights": checkpoint.fingerprint(start.weights),
         "objective": objective.name,
         **objective.facts(),
         **{name: value for name, value in asdict(settings).items() if name != "device"},
@@ -163,9 +164,11 @@ def train(
     }
     keeper = _Files(output, objective, facts)
     state = keeper.begin(resume)
-    fusion = Fusion(start, settings.device)
+    fusion = Fusion(start.weights, settings.device)
     try:
-        progress = fit(fusion, objective, data, settings, keeper, reporter.step, reporter.epoch, state)
+        progress = fit(
+            fusion, objective, data, settings, keeper, reporter.step, reporter.epoch, lambda: start.loss, state
+        )
     except StateError:
         raise keeper.damaged() from None
     except TrainingError:
@@ -173,8 +176,7 @@ def train(
         raise
     del state
     if not progress.best_epoch:  # what training does not better is left as it was
-        fusion = Fusion(start, settings.device)
-        keeper.best(fusion, objective.judge(fusion, data)[1], progress)
+        keeper.best(start.fusion, start.judged[1], progress)
     trained = checkpoint.load(output)
     head = _read_head(beside(output, HEAD), settings.device)
     rows = compare(objective, data, settings.device, beginning.untrained, trained, head, reporter.comparing)
@@ -184,11 +186,27 @@ def train(
     return result
 
 
-def _best(starts: list[Weights], objective: Objective, data: Data, device: str) -> Weights:
-    """Of some weights those with the lowest loss on the pairs for validation."""
-    if len(starts) == 1:
-        return starts[0]
-    return min(starts, key=lambda start: objective.judge(Fusion(start, device, learned=False), data)[0].loss)
+class _Start:
+    """Weights to begin with, judged once, if at all."""
+
+    def __init__(self, weights: Weights, objective: Objective, data: Data, device: str) -> None:
+        self.weights, self.fusion = weights, Fusion(weights, device, learned=False)
+        self._objective, self._data = objective, data
+
+    @cached_property
+    def judged(self) -> tuple[Measured, Head]:
+        """See `Objective`."""
+        return self._objective.judge(self.fusion, self._data)
+
+    @property
+    def loss(self) -> float:
+        """On the pairs for validation."""
+        return self.judged[0].loss
+
+
+def _best(starts: list[_Start]) -> _Start:
+    """The one with the lowest loss; a lone one is not judged."""
+    return min(starts, key=lambda start: start.loss) if len(starts) > 1 else starts[0]
 
 
 def _read_head(path: str, device: str) -> Head:
