@@ -90,6 +90,14 @@ def to_numpy(x: Array) -> Array:
     return (x.float() if dtype_name(x) == "bfloat16" else x).numpy()
 
 
+def numpy_can_have(x: Array) -> bool:
+    """True for a tensor in memory that torch keeps no record of, neither for gradients nor to trace or compile."""
+    if not is_torch(x) or x.device.type != "cpu" or needs_grad(x):
+        return False
+    torch = sys.modules["torch"]
+    return not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+
+
 def import_torch() -> Any:
     """torch: a second and 200 MB, so it is imported only where it is asked for.
 

@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, overload
 
-from fusecli.arrays import Array, cast, compute_dtype, dtype_name, is_torch, joined, layer_norm, like, needs_grad
+from fusecli.arrays import (
+    Array,
+    cast,
+    compute_dtype,
+    dtype_name,
+    is_torch,
+    joined,
+    layer_norm,
+    like,
+    needs_grad,
+    numpy_can_have,
+    to_numpy,
+)
 from fusecli.errors import ShapeError, UsageError
 from fusecli.methods import METHODS, Met, Method, View, one_row_is_enough, single
 from fusecli.weights import Config, Weights
@@ -124,7 +136,8 @@ def fuse(weights: Weights, image: Array, text: Array, *, need_weights: bool = Fa
     Args:
         weights: from `fusecli.load`, `fusecli.init` or built by hand.
         image: ``[M, Di]``, NumPy or torch, any float dtype; ``[Di]`` and ``[1, M, Di]`` are read as that.
-        text: ``[N, Dt]``, likewise. The work is done where the text lives.
+        text: ``[N, Dt]``, likewise. The work is done where the text lives: by NumPy for tensors on the CPU too, unless
+            a gradient is wanted.
         need_weights: return the attention as well.
 
     Returns:
@@ -139,12 +152,14 @@ def fuse(weights: Weights, image: Array, text: Array, *, need_weights: bool = Fa
     if need_weights:
         require_attention(weights.config)
     text = as_rows(text, "text", weights.text_dim)
-    dtype = compute_dtype(text, image)
+    dtype, given = compute_dtype(text, image), text
     training = is_torch(text) and needs_grad(*weights.tensors.values())
+    if numpy_can_have(text) and not training and not needs_grad(image):
+        text = to_numpy(text)
     seen = Seen(weights, image, text, len(text), dtype, training=training)
     parts = [seen.meet(text[rows], need_weights=need_weights) for rows in seen.blocks()]
-    fused = cast(joined([part.fused for part in parts], 0), dtype_name(text))
-    return (fused, joined([part.attention for part in parts], 1)) if need_weights else fused
+    fused = cast(like(joined([part.fused for part in parts], 0), given), dtype_name(given))
+    return (fused, like(joined([part.attention for part in parts], 1), given)) if need_weights else fused
 
 
 def as_rows(x: Array, what: str, width: int) -> Array:

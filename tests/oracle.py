@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -66,3 +69,15 @@ def assert_as_good(ours: Any, exact: Any, single: Any) -> None:
     allowed = 2 * abs(single - exact).max() + 1e-6
     error = abs(np.asarray(ours, np.float64) - exact).max()
     assert error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
+
+
+@contextmanager
+def in_torch() -> Iterator[None]:
+    """Here torch computes for tensors on the CPU too, as it does on CUDA."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fusecli.fusion.numpy_can_have", lambda x: False)
+        yield
+
+
+#: What makes an array of NumPy's one of each kind, and where that kind is computed with.
+KINDS = ((np.asarray, nullcontext), (torch.from_numpy, in_torch))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fusecli import Config, Weights, fuse
 from fusecli.errors import CheckpointError, ShapeError, ValuesError
-from tests.oracle import article, assert_as_good, both_precisions, features, weights_of
+from tests.oracle import KINDS, article, assert_as_good, both_precisions, features, weights_of
 
 FLOATS = ["float16", "float32", "float64"]
 
@@ -22,8 +22,9 @@ def _hold_against_article(m: int, n: int, h: int, widths: tuple[int, int, int], 
     image = features(rng, m, image_dim, norm, shared=seed % 2)
     text = features(rng, n, text_dim, norm)
     exact, single = both_precisions(module, image, text)
-    for convert in (np.asarray, torch.from_numpy):
-        fused, attended = fuse(weights_of(module), convert(image), convert(text), need_weights=True)
+    for convert, here in KINDS:
+        with here():
+            fused, attended = fuse(weights_of(module), convert(image), convert(text), need_weights=True)
         assert_as_good(fused, exact[0], single[0])
         if m > 1:
             assert_as_good(attended, exact[1], single[1])
@@ -140,6 +141,29 @@ def test_weights_of_torch_serve_features_of_numpy_and_back(drawn: tuple[Weights,
     ours = fuse(Weights(weights.config, tensors), image, text)
     np.testing.assert_allclose(ours, fuse(weights, image, text), atol=1e-6)
     assert isinstance(fuse(weights, image, torch.from_numpy(text)), torch.Tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_numpy_computes_for_tensors_on_the_cpu(drawn: tuple[Weights, Any, Any], dtype: torch.dtype) -> None:
+    weights, image, text = drawn
+    image, text = torch.from_numpy(image), torch.from_numpy(text).to(dtype)
+    fused, attended = fuse(weights, image, text, need_weights=True)
+    assert (fused.dtype, attended.device.type) == (dtype, "cpu")
+    expected = fuse(weights, image.numpy(), (text.float() if dtype == torch.bfloat16 else text).numpy())
+    assert torch.equal(fused, torch.from_numpy(expected).to(dtype))
+
+
+@pytest.mark.filterwarnings("ignore")  # of tracing itself
+def test_what_is_traced_is_no_constant(drawn: tuple[Weights, Any, Any]) -> None:
+    weights, image, text = drawn[0], *map(torch.from_numpy, drawn[1:])
+    traced = torch.jit.trace(lambda text: fuse(weights, image, text), (text,), check_trace=False)  # type: ignore[no-untyped-call]
+    assert torch.allclose(traced(text.flip(1)), fuse(weights, image, text.flip(1)), atol=1e-5)
+
+
+def test_gradients_of_features_flow_through_fixed_weights(drawn: tuple[Weights, Any, Any]) -> None:
+    weights, image, text = drawn[0], *(torch.from_numpy(x).requires_grad_() for x in drawn[1:])
+    assert fuse(weights, image, text.detach()).requires_grad
+    assert fuse(weights, image.detach(), text).requires_grad
 
 
 @pytest.mark.parametrize("shape", [(0, 32), (9, 33), (2, 9, 32), (1, 1, 9, 32), ()])

@@ -20,7 +20,7 @@ from fusecli.fusion import Seen
 from fusecli.methods import single_rows
 from tests.batches import D
 from tests.conftest import Run
-from tests.oracle import assert_as_good, features
+from tests.oracle import KINDS, assert_as_good, features
 from tests.oracle_methods import oracle
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -47,9 +47,10 @@ def _hold(
     single = module.float()(torch.from_numpy(image), torch.from_numpy(text))
     exact = module.double()(torch.from_numpy(image).double(), torch.from_numpy(text).double())
     shown = exact[1] is not None
-    for convert in (np.asarray, torch.from_numpy):
-        ours = fuse(weights, convert(image), convert(text), need_weights=True) if shown else None
-        fused = ours[0] if ours else fuse(weights, convert(image), convert(text))
+    for convert, here in KINDS:
+        with here():
+            ours = fuse(weights, convert(image), convert(text), need_weights=True) if shown else None
+            fused = ours[0] if ours else fuse(weights, convert(image), convert(text))
         assert_as_good(fused, exact[0].numpy(), single[0].numpy())
         if ours and m > 1:
             assert_as_good(ours[1], exact[1][0].numpy(), single[1][0].numpy()) if exact[
