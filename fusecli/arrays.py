@@ -240,12 +240,13 @@ def contiguous(x: Array) -> Array:
     return x.contiguous() if is_torch(x) else np.ascontiguousarray(x)
 
 
-def cut(x: Array, at: int) -> tuple[Array, Array]:
-    """``x[:at]`` and ``x[at:]``. Slices of a tensor would each have a gradient as large as the whole, mostly zeros."""
-    if is_torch(x):
-        first, second = x.split([at, len(x) - at])
-        return first, second
-    return x[:at], x[at:]
+def cut(x: Array, at: int, axis: int = 0) -> tuple[Array, Array]:
+    """The first ``at`` and the rest along ``axis``, as views.
+
+    Slices of a tensor would each have a gradient as large as the whole, mostly zeros.
+    """
+    first, rest = x.split([at, x.shape[axis] - at], axis) if is_torch(x) else np.split(x, [at], axis)
+    return first, rest
 
 
 def needs_grad(*arrays: Array) -> bool:
@@ -256,13 +257,15 @@ def needs_grad(*arrays: Array) -> bool:
 
 def linear(x: Array, weight: Array, bias: Array) -> Array:
     """``x [..., rows, K] @ weightᵀ + bias`` with ``weight [D, K]``: ``[..., rows, D]``, as `torch.nn.Linear`."""
+    if is_torch(x):
+        return sys.modules["torch"].nn.functional.linear(x, weight, bias)
     y = dot(x, weight.mT)
     y += bias
     return y
 
 
-def layer_norm(x: Array, weight: Array, bias: Array) -> Array:
-    """``x`` with each row brought to mean 0 and variance 1, times ``weight``, plus ``bias``.
+def layer_norm(x: Array, weight: Array = None, bias: Array = None) -> Array:
+    """``x`` with each row brought to mean 0 and variance 1, times ``weight``, plus ``bias``, if they are given.
 
     Ba, Kiros and Hinton 2016, equation 4; eps and the biased variance as in `torch.nn.LayerNorm`.
     """
@@ -270,8 +273,9 @@ def layer_norm(x: Array, weight: Array, bias: Array) -> Array:
         return sys.modules["torch"].nn.functional.layer_norm(x, x.shape[-1:], weight, bias, LAYER_NORM_EPS)
     y = x - x.mean(-1, keepdims=True)
     y /= np.sqrt(np.square(y).mean(-1, keepdims=True) + LAYER_NORM_EPS)
-    y *= weight
-    y += bias
+    if weight is not None:
+        y *= weight
+        y += bias
     return y
 
 

@@ -71,7 +71,8 @@ class Seen:
             if self.m == 1 and not training and mask is None and one_row_is_enough(weights):
                 row = single(weights, image[0], lambda x, weight: weight @ x)  # [D]
             elif weights.config.layer_norm:
-                image = layer_norm(image, tensors["image_norm.weight"], tensors["image_norm.bias"])
+                learned = () if training else (tensors["image_norm.weight"], tensors["image_norm.bias"])
+                image = layer_norm(image, *learned)
         self._one_row = row is not None
         view = View(weights, image, template, n, dtype, training, row, mask, drop)
         self._method: Method = METHODS[weights.config.method](view)

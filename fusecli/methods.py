@@ -14,6 +14,7 @@ A method is built from a `View` of an image and then meets text rows, in blocks 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -22,6 +23,7 @@ from typing import NamedTuple, Protocol
 from fusecli import attention
 from fusecli.arrays import (
     Array,
+    cut,
     dot,
     dtype_name,
     filled,
@@ -53,7 +55,7 @@ class View:
     """
 
     weights: Weights
-    image: Array  # [M, Di], normed if there is a norm; None where `row` is at hand
+    image: Array  # [M, Di], normed if there is a norm, in training without weight and bias; None where there is a `row`
     template: Array  # what kind of array to compute with
     n: int  # text rows in all
     dtype: str
@@ -64,8 +66,20 @@ class View:
 
     @cached_property
     def tensors(self) -> Mapping[str, Array]:
-        """The tensors by name, in the dtype to compute in."""
-        return self.weights.at(self.template, self.dtype)
+        """The tensors by name, in the dtype to compute in.
+
+        In training ``image_proj`` also does what is learned of ``image_norm``: no gradient is then carried to the rows.
+        """
+        tensors = self.weights.at(self.template, self.dtype)
+        if not (self.training and self.weights.config.layer_norm):
+            return tensors
+        weight = tensors["image_proj.weight"]
+        shift = weight @ tensors["image_norm.bias"] + tensors["image_proj.bias"]
+        return {
+            **tensors,
+            "image_proj.weight": weight * tensors["image_norm.weight"],
+            "image_proj.bias": shift,
+        }
 
     def layer(self, name: str) -> tuple[Array, Array]:
         """Weight and bias of a layer."""
@@ -107,8 +121,11 @@ class Attend:
         if view.training:
             layers = layers_of(view.tensors, self._heads)
             self._text_proj = layers.text
-            image = linear(image, *layers.image)  # [M, D]
             maps = attention.unfolded(layers.in_proj, layers.out_proj, self._heads)
+            if attention.with_image_pays(math.prod(image.shape[:-1]), weights.dim, weights.image_dim):
+                maps = attention.with_image(maps, *layers.image)
+            else:
+                image = linear(image, *layers.image)  # [M, D]
         else:
             maps = weights.folded(view.template, view.dtype)
         plan = view.plan(image.shape[-2], weights.text_dim, weights.image_dim)
@@ -151,7 +168,7 @@ class Gated:
             self._tanh = namespace(view.template).tanh(view.tensors["gamma"])  # [1]
             return
         weight, self._shift = view.layer("gate_proj")
-        self._by_text, self._by_image = weight[:, : self._dim], weight[:, self._dim :]
+        self._by_text, self._by_image = cut(weight, self._dim, 1)
         if self._attend.row is not None:
             self._shift = self._by_image @ self._attend.row + self._shift  # [D]
 
@@ -236,7 +253,10 @@ class Transformer:
             in_proj = tensors[f"{name}.in_proj_weight"], tensors[f"{name}.in_proj_bias"]
             return attention.unfolded(in_proj, view.layer(f"{name}.out_proj"), heads)
 
-        maps = make() if view.training else view.weights.kept(name, view.template, view.dtype, make)
+        if view.training:
+            maps = make()
+        else:
+            maps = view.weights.kept(name, view.template, view.dtype, lambda: attention.merged(make()))
         dim = view.weights.dim
         return attention.see(rows, maps, heads, view.plan(rows.shape[-2], dim, dim), mask)
 

@@ -164,6 +164,18 @@ def test_gradcheck(method: str, options: dict[str, Any], m: int, layer_norm: boo
     assert torch.autograd.gradcheck(run, (image, text, *tensors))
 
 
+@EVERY
+def test_training_computes_the_same(method: str, options: dict[str, Any], rng: np.random.Generator) -> None:
+    drawn = oracle(method, 8, 2, 8, 6, layer_norm=True, **{**options, **_small(options)})[1]
+    tensors = {name: x + 0.3 * rng.standard_normal(x.shape, np.float32) for name, x in drawn.tensors.items()}
+    image, text = rng.standard_normal((20, 6), np.float32), rng.standard_normal((4, 8), np.float32)
+    learned = {name: torch.from_numpy(tensor).requires_grad_() for name, tensor in tensors.items()}
+    fused = fuse(Weights(drawn.config, learned), torch.from_numpy(image), torch.from_numpy(text))
+    assert fused.requires_grad
+    expected = fuse(Weights(drawn.config, tensors), image, text)
+    np.testing.assert_allclose(fused.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
 def _small(options: dict[str, Any]) -> dict[str, Any]:
     return {"dim_feedforward": 5} if "dim_feedforward" in options or "num_layers" in options else {}
 

@@ -26,19 +26,22 @@ def test_it_is_the_articles_module(m: int) -> None:
     torch.testing.assert_close(ours(image, text), theirs(image, text)[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("m", [1, 5])
-def test_gradients_are_the_articles(m: int) -> None:
+@pytest.mark.parametrize("m", [1, 5, 200])  # of 200 rows the maps of the image are multiplied first
+def test_numbers_and_gradients_are_the_articles(m: int) -> None:
     theirs = Article(32, 4, 24, 40)
+    torch.nn.init.normal_(theirs.attention.in_proj_bias)
     ours = ImageTextFusion(32, 4, text_dim=24, image_dim=40)
     ours.load_state_dict(theirs.state_dict())
     image, text = _pair(m, 7, 40, 24)
-    ours(image, text).square().sum().backward()
-    theirs(image, text)[0].square().sum().backward()
+    fused, expected = ours(image, text), theirs(image, text)[0]
+    torch.testing.assert_close(fused, expected, rtol=1e-5, atol=1e-6)
+    fused.square().sum().backward()
+    expected.square().sum().backward()
     for name, parameter in theirs.named_parameters():
         torch.testing.assert_close(ours.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize("m", [1, 3, 9])
 def test_gradcheck(m: int) -> None:
     module = ImageTextFusion(8, 2, text_dim=6, image_dim=5).double()
     image = torch.randn(m, 5, dtype=torch.float64, requires_grad=True)
