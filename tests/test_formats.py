@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -217,6 +218,34 @@ def test_new_files_follow_the_umask_and_links_stay_links(tmp_path: Path) -> None
     assert stat.S_IMODE((tmp_path / "real.npy").stat().st_mode) == 0o640
 
 
+@pytest.fixture(params=["unnamed", "refused", "unknown"])
+def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system that has files without a name, one that has none of them on this file system, one that has none."""
+    if request.param == "unknown":
+        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    if request.param == "refused":
+        real = os.open
+
+        def refuse(path: str, flags: int, *rest: Any, **named: Any) -> int:
+            if flags & os.O_TMPFILE == os.O_TMPFILE:
+                raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+            return real(path, flags, *rest, **named)
+
+        monkeypatch.setattr(os, "open", refuse)
+
+
+@pytest.mark.usefixtures("system")
+def test_a_file_appears_whole_and_in_place_of_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "x.npy"
+    for data in (b"old", b"new"):
+        with open_sink(str(path)) as sink:
+            sink.put(0, data)
+            assert not path.exists() or path.read_bytes() == b"old"
+        assert path.read_bytes() == data
+        assert os.listdir(tmp_path) == ["x.npy"]
+
+
+@pytest.mark.usefixtures("system")
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
     path = tmp_path / "x.npy"
     path.write_bytes(b"old")
