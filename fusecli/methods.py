@@ -36,6 +36,7 @@ from fusecli.arrays import (
     rows_apart,
     sigmoid,
 )
+from fusecli.maps import Maps, merged, unfolded, with_image, with_image_pays
 from fusecli.weights import Weights, layers_of
 
 
@@ -121,9 +122,9 @@ class Attend:
         if view.training:
             layers = layers_of(view.tensors, self._heads)
             self._text_proj = layers.text
-            maps = attention.unfolded(layers.in_proj, layers.out_proj, self._heads)
-            if attention.with_image_pays(math.prod(image.shape[:-1]), weights.dim, weights.image_dim):
-                maps = attention.with_image(maps, *layers.image)
+            maps = unfolded(layers.in_proj, layers.out_proj, self._heads)
+            if with_image_pays(math.prod(image.shape[:-1]), weights.dim, weights.image_dim):
+                maps = with_image(maps, *layers.image)
             else:
                 image = linear(image, *layers.image)  # [M, D]
         else:
@@ -249,14 +250,11 @@ class Transformer:
         view, heads = self._view, self._config.num_heads
         tensors = view.tensors
 
-        def make() -> attention.Maps:
+        def make() -> Maps:
             in_proj = tensors[f"{name}.in_proj_weight"], tensors[f"{name}.in_proj_bias"]
-            return attention.unfolded(in_proj, view.layer(f"{name}.out_proj"), heads)
+            return unfolded(in_proj, view.layer(f"{name}.out_proj"), heads)
 
-        if view.training:
-            maps = make()
-        else:
-            maps = view.weights.kept(name, view.template, view.dtype, lambda: attention.merged(make()))
+        maps = make() if view.training else view.weights.kept(name, view.template, view.dtype, lambda: merged(make()))
         dim = view.weights.dim
         return attention.see(rows, maps, heads, view.plan(rows.shape[-2], dim, dim), mask)
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from fusecli import attention
 from fusecli.arrays import FLOAT_NAMES, Array, cast, dtype_name, is_torch, like, needs_grad, place
 from fusecli.errors import CheckpointError
+from fusecli.maps import Layers, Maps, fold
 
 Kept = TypeVar("Kept")
 
@@ -254,13 +254,13 @@ class Weights:
     def _cast(self, names: Iterable[str], template: Array, dtype: str) -> dict[str, Array]:
         return {name: cast(like(self.tensors[name], template), dtype) for name in names}
 
-    def folded(self, template: Array, dtype: str) -> attention.Maps:
+    def folded(self, template: Array, dtype: str) -> Maps:
         """The folded maps of the article's attention as ``dtype`` where ``template`` lives; folded in float64, once."""
 
-        def make() -> attention.Maps:
+        def make() -> Maps:
             names = tensor_shapes(Config(), 1, 1, 1)
             own = self.tensors["attention.out_proj.weight"]
-            exact = attention.fold(layers_of(self._cast(names, own, "float64"), self.config.num_heads))
+            exact = fold(layers_of(self._cast(names, own, "float64"), self.config.num_heads))
             unrounded = None if dtype == "float64" else partial(self.folded, template, "float64")
             return replace(exact.like(template, dtype), exact=unrounded)
 
@@ -276,13 +276,13 @@ class Weights:
         return kept
 
 
-def layers_of(tensors: Mapping[str, Array], num_heads: int) -> attention.Layers:
+def layers_of(tensors: Mapping[str, Array], num_heads: int) -> Layers:
     """The layers of the article's module among ``tensors``."""
 
     def take(name: str) -> tuple[Array, Array]:
         return tensors[f"{name}weight"], tensors[f"{name}bias"]
 
-    return attention.Layers(
+    return Layers(
         text=take("text_proj."),
         image=take("image_proj."),
         in_proj=take("attention.in_proj_"),

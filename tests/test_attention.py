@@ -9,6 +9,7 @@ import torch
 
 from fusecli import attention, fusion
 from fusecli.attention import Order, Plan
+from fusecli.maps import fold
 from fusecli.weights import layers_of
 from tests.oracle import article, assert_as_good, both_precisions, features, weights_of
 
@@ -90,7 +91,7 @@ def test_folding_is_the_layers_one_after_another(rng: np.random.Generator) -> No
     weights = weights_of(article(24, 3, text_dim=20, image_dim=28))
     text = rng.standard_normal((5, 20))
     layers = layers_of(weights.at(text, "float64"), 3)
-    maps = attention.fold(layers)
+    maps = fold(layers)
     (query, query_bias), *_ = layers.thirds()
     projected = (text @ layers.text[0].T + layers.text[1]) @ query.T + query_bias
     np.testing.assert_allclose(text @ maps.query.T + maps.query_bias, projected / np.sqrt(8), rtol=1e-12)
