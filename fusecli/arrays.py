@@ -86,16 +86,24 @@ def to_numpy(x: Array) -> Array:
     """``x`` as a NumPy array (bfloat16 tensors as float32, which holds them exactly)."""
     if not is_torch(x):
         return x
-    x = x.detach().cpu()
-    return (x.float() if dtype_name(x) == "bfloat16" else x).numpy()
+    return (x.float() if dtype_name(x) == "bfloat16" else x).numpy(force=True)
 
 
-def numpy_can_have(x: Array) -> bool:
-    """True for a tensor in memory that torch keeps no record of, neither for gradients nor to trace or compile."""
-    if not is_torch(x) or x.device.type != "cpu" or needs_grad(x):
+def numpy_can_have(*arrays: Array) -> bool:
+    """Whether NumPy can compute with ``arrays`` unnoticed: torch records, traces or compiles nothing of them."""
+    tensors = [x for x in arrays if is_torch(x)]
+    if not tensors or needs_grad(*tensors):
         return False
     torch = sys.modules["torch"]
-    return not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+    return not (torch.jit.is_tracing() or torch.compiler.is_compiling()) and all(map(_is_plain, tensors))
+
+
+def _is_plain(x: Array) -> bool:
+    try:
+        x.data_ptr()
+    except RuntimeError:  # it stands for others, in torch.func, or is sparse
+        return False
+    return sys.modules["torch"].autograd.forward_ad.unpack_dual(x).tangent is None
 
 
 def import_torch() -> Any:

@@ -155,7 +155,7 @@ def fuse(weights: Weights, image: Array, text: Array, *, need_weights: bool = Fa
     text = as_rows(text, "text", weights.text_dim)
     dtype, given = compute_dtype(text, image), text
     training = is_torch(text) and needs_grad(*weights.tensors.values())
-    if numpy_can_have(text) and not training and not needs_grad(image):
+    if is_torch(text) and text.device.type == "cpu" and numpy_can_have(text, image, *weights.tensors.values()):
         text = to_numpy(text)
     seen = Seen(weights, image, text, len(text), dtype, training=training)
     parts = [seen.meet(text[rows], need_weights=need_weights) for rows in seen.blocks()]

@@ -166,6 +166,31 @@ def test_gradients_of_features_flow_through_fixed_weights(drawn: tuple[Weights, 
     assert fuse(weights, image.detach(), text).requires_grad
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # of torch's own, when jvp is first used
+def test_derivatives_forward_flow_through_all_that_is_given(drawn: tuple[Weights, Any, Any]) -> None:
+    weights = drawn[0]
+    forward_ad: Any = torch.autograd.forward_ad
+    image, text = (torch.from_numpy(x) for x in drawn[1:])
+    name = "attention.out_proj.bias"  # the fused rows move as it moves
+    tensors = {name: torch.from_numpy(tensor) for name, tensor in weights.tensors.items()}
+
+    def by_bias(bias: Any) -> Any:
+        return fuse(Weights(weights.config, {**tensors, name: bias}), image, text)
+
+    def by_text(text: Any) -> Any:
+        return fuse(weights, image, text)
+
+    def by_image(image: Any) -> Any:
+        return fuse(weights, image, text)
+
+    for function, x in ((by_text, text), (by_image, image), (by_bias, tensors[name])):
+        fused, change = torch.func.jvp(function, (x,), (1e-3 * x,))[:2]
+        assert torch.allclose(fused + change, function(1.001 * x), atol=1e-3)
+        with forward_ad.dual_level():
+            dual = function(forward_ad.make_dual(x, 1e-3 * x))
+            assert torch.allclose(forward_ad.unpack_dual(dual).tangent, change, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(0, 32), (9, 33), (2, 9, 32), (1, 1, 9, 32), ()])
 def test_text_that_does_not_fit_is_refused(drawn: tuple[Weights, Any, Any], shape: tuple[int, ...]) -> None:
     weights, image, _ = drawn
