@@ -78,7 +78,7 @@ def like(x: Array, template: Array) -> Array:
             return x.to(template.device)
         if str(x.dtype) == "bfloat16":  # torch cannot take ml_dtypes arrays; float32 holds them
             x = x.astype(np.float32)
-        return torch.from_numpy(np.array(x)).to(template.device)
+        return torch.from_numpy(np.array(x, order="C")).to(template.device)
     return to_numpy(x)
 
 
@@ -99,11 +99,14 @@ def numpy_can_have(*arrays: Array) -> bool:
 
 
 def _is_plain(x: Array) -> bool:
+    torch = sys.modules["torch"]
+    if type(x) not in (torch.Tensor, torch.nn.Parameter) or torch.utils._python_dispatch.is_in_torch_dispatch_mode():
+        return False  # somebody wants to see every operation
     try:
-        x.data_ptr()
+        memory = x.data_ptr()
     except RuntimeError:  # it stands for others, in torch.func, or is sparse
         return False
-    return sys.modules["torch"].autograd.forward_ad.unpack_dual(x).tangent is None
+    return (memory != 0 or x.numel() == 0) and torch.autograd.forward_ad.unpack_dual(x).tangent is None
 
 
 def import_torch() -> Any:

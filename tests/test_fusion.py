@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
-from fusecli import Config, Weights, fuse
+from fusecli import Config, Weights, checkpoint, fuse
 from fusecli.errors import CheckpointError, ShapeError, ValuesError
 from tests.oracle import KINDS, article, assert_as_good, both_precisions, features, weights_of
 
@@ -158,6 +159,22 @@ def test_what_is_traced_is_no_constant(drawn: tuple[Weights, Any, Any]) -> None:
     weights, image, text = drawn[0], *map(torch.from_numpy, drawn[1:])
     traced = torch.jit.trace(lambda text: fuse(weights, image, text), (text,), check_trace=False)  # type: ignore[no-untyped-call]
     assert torch.allclose(traced(text.flip(1)), fuse(weights, image, text.flip(1)), atol=1e-5)
+
+
+def test_torch_sees_what_it_functionalizes_or_counts(drawn: tuple[Weights, Any, Any]) -> None:
+    weights, image, text = drawn[0], *map(torch.from_numpy, drawn[1:])
+    functional = torch.func.functionalize(lambda text: fuse(weights, image, text))
+    assert torch.allclose(functional(text), fuse(weights, image, text), atol=1e-5)
+    with FlopCounterMode(display=False) as counter:
+        fuse(weights, image, text)
+    assert counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("method", ["attention", "concat", "weighted-sum", "gated"])
+def test_fused_tensors_lie_in_rows(rng: np.random.Generator, method: str) -> None:
+    weights = checkpoint.init(32, num_heads=4, method=method)
+    image, text = (torch.from_numpy(features(rng, rows, 32, norm=20)) for rows in (6, 9))
+    assert fuse(weights, image, text).is_contiguous()
 
 
 def test_gradients_of_features_flow_through_fixed_weights(drawn: tuple[Weights, Any, Any]) -> None:
