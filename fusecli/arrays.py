@@ -92,16 +92,20 @@ def to_numpy(x: Array) -> Array:
 def numpy_can_have(*arrays: Array) -> bool:
     """Whether NumPy can compute with ``arrays`` unnoticed: torch records, traces or compiles nothing of them."""
     tensors = [x for x in arrays if is_torch(x)]
-    if not tensors or needs_grad(*tensors):
+    if needs_grad(*tensors):
         return False
     torch = sys.modules["torch"]
-    return not (torch.jit.is_tracing() or torch.compiler.is_compiling()) and all(map(_is_plain, tensors))
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return False
+    if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:  # somebody wants to see every operation
+        return False
+    return all(map(_is_plain, tensors))
 
 
 def _is_plain(x: Array) -> bool:
     torch = sys.modules["torch"]
-    if type(x) not in (torch.Tensor, torch.nn.Parameter) or torch.utils._python_dispatch.is_in_torch_dispatch_mode():
-        return False  # somebody wants to see every operation
+    if type(x) not in (torch.Tensor, torch.nn.Parameter):
+        return False
     try:
         memory = x.data_ptr()
     except RuntimeError:  # it stands for others, in torch.func, or is sparse

@@ -33,7 +33,7 @@ def _bash(command: str, folder: Path) -> str:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = {key: value for key, value in os.environ.items() if key != "FUSECLI_WEIGHTS"} | {"PATH": path}
     done = subprocess.run(
-        ["bash", "-c", command], cwd=folder, env=env, text=True, timeout=300, check=False,
+        ["bash", "-c", command], cwd=folder, env=env, text=True, timeout=60, check=False,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode == 0, f"{command}\n{done.stdout}"
