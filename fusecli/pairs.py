@@ -1,25 +1,14 @@
-"""What meets what: features in files, one pair of them, and the path read → fuse → write."""
+"""What meets what: features in files, and the pair that two of them make."""
 
 from __future__ import annotations
 
-import math
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from operator import itemgetter
-from time import perf_counter
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
 
-import numpy as np
-
-from fusecli.arrays import Array, cast, first_nonfinite, to_numpy
-from fusecli.errors import FileError, OutputError, ShapeError, UsageError, ValuesError
-from fusecli.formats import FileSource, NumpyArray, Sink, Stored, format_of, itemsize, open_sink, open_tensors
-from fusecli.fusion import Seen
-from fusecli.methods import one_row_is_enough, single_rows
-from fusecli.weights import Weights
+from fusecli.arrays import first_nonfinite
+from fusecli.errors import FileError, ShapeError, UsageError, ValuesError
+from fusecli.formats import NumpyArray, Stored, open_tensors
 
 #: Names that encoders and dataset tools give their tensors, the most telling first.
 KNOWN_NAMES = {
@@ -98,73 +87,6 @@ def read_finite(stored: Stored, finite: bool = True, rows: slice | None = None) 
     return block
 
 
-#: Text rows of a block that is only checked and answered, with M = 1: it stays in the cache.
-COPIED_ROWS = 128
-#: Text rows of a block otherwise: some threads with such blocks, of D = 768 and 8 heads, stay under 300 MiB.
-FUSED_ROWS = 2048
-
-#: Opens the place of one result: ``(name, shape, dtype)`` to a sink and the offset where the numbers begin.
-Opener: TypeAlias = Callable[[str, tuple[int, ...], str], AbstractContextManager[tuple[Sink, int]]]
-
-
-class Output(NamedTuple):
-    """Where results go and in what form."""
-
-    fused: Opener
-    attention: Opener | None = None
-    attention_mean: bool = False  # [N, M] instead of [H, N, M]
-    attention_dtype: str | None = None  # None: what the pair is computed in
-    dtype: str | None = None  # None: the text's
-    finite: bool = True  # refuse NaN and Inf
-    stream: bool = False  # what has gone out cannot be taken back
-    gate: bool = False  # the attention's place has room for the mean gate of each token behind it, see `gate_of`
-    threads: int = 1  # for texts of many blocks
-
-
-def takes_gate(weights: Weights, path_or_suffix: str) -> bool:
-    """Whether attention that is written there has the gates beside it: where there are gates, and names."""
-    return weights.config.method == "gated" and path_or_suffix.endswith(".safetensors")
-
-
-def gate_of(shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """Name and shape of the mean gates that belong to attention of ``shape``, ``[H, N, M]`` or ``[N, M]``."""
-    return "gate", (shape[-2],)
-
-
-def to_file(
-    path: str, format: str | None = None, gate: bool = False, metadata: Mapping[str, str] | None = None
-) -> Opener:
-    """Results into one file, in ``format`` or by its suffix; ``-`` is standard output; with ``gate``, room for that."""
-
-    @contextmanager
-    def opener(name: str, shape: tuple[int, ...], dtype: str) -> Iterator[tuple[Sink, int]]:
-        second = gate_of(shape) if gate else None
-        header: bytes = format_of(path, format).header(name, shape, dtype, metadata or {}, second)
-        with open_sink(path) as sink:
-            sink.put(0, header)
-            yield sink, len(header)
-
-    return opener
-
-
-@dataclass(slots=True)
-class Seconds:
-    """Where the time went."""
-
-    read: float = 0.0
-    fuse: float = 0.0
-    write: float = 0.0
-
-
-class Fused(NamedTuple):
-    """What was done with one pair."""
-
-    n: int
-    m: int
-    dim: int
-    dtype: str
-
-
 def pair_id(image: str, text: str) -> str:
     """What a single pair is called: what the paths of its files end in alike, as in ``batch``; else both stems.
 
@@ -215,172 +137,6 @@ def compute_dtype_of(*sides: Stored) -> str:
 
 
 WIDE = ("float64", "longdouble")
-
-
-def fuse_pair(
-    weights: Weights,
-    image: Stored,
-    text: Stored,
-    output: Output,
-    to_device: Callable[[NumpyArray], Array] = lambda x: x,
-    row: Array = None,
-    seconds: Seconds | None = None,
-) -> Fused:
-    """Read a pair, fuse it, write it: text rows go through in blocks, memory stays flat in ``N``.
-
-    Args:
-        weights: the fusion.
-        image: from `find_features`.
-        text: from `find_features`.
-        output: where and how to write.
-        to_device: moves an array to where the work is done.
-        row: what `fusecli.methods.single_rows` gave for this image, if it has been asked already.
-        seconds: the time taken is added to it.
-
-    Raises:
-        InputError: a file is bad, or does not fit the weights; nothing has been written then.
-        OutputError: the result cannot be written, or finite features gave numbers that its dtype cannot hold.
-    """
-    require_width(image, weights.image_dim, "image")
-    require_width(text, weights.text_dim, "text")
-    seconds = seconds or Seconds()
-    n, finite, compute = text.shape[0], output.finite, compute_dtype_of(image, text)
-    began = perf_counter()
-    rows = to_device(cast(read_finite(image, finite), compute)) if row is None else row
-    read = perf_counter()
-    if row is None and len(rows) == 1 and one_row_is_enough(weights):
-        row = single_rows(weights, rows)[0]
-    seen = Seen(weights, rows, rows, n, compute, row=row)
-    looked = perf_counter()
-    blocks = list(seen.blocks(COPIED_ROWS if seen.only_adds else FUSED_ROWS))
-    first = read_finite(text, finite, blocks[0])
-    if output.stream:  # look before writing
-        for block in blocks[1:]:
-            read_finite(text, finite, block)
-    seconds.read = perf_counter() - looked + read - began
-    seconds.fuse = looked - read
-    dtype = output.dtype or text.dtype
-    with _Opened(output.fused, "fused", (n, weights.dim), dtype, finite) as fused:
-        into = _Blocks(seen, text, output, to_device, seconds, fused)
-        if output.attention:
-            shape = (n, seen.m) if output.attention_mean else (weights.config.num_heads, n, seen.m)
-            dtype_of_weights = output.attention_dtype or compute
-            with _Opened(output.attention, "attention", shape, dtype_of_weights, finite) as into.attention:
-                into.do_all(blocks, first)
-        else:
-            into.do_all(blocks, first)
-    seconds.write = perf_counter() - began - seconds.read - seconds.fuse
-    return Fused(n, seen.m, weights.dim, dtype)
-
-
-@dataclass(slots=True)
-class _Blocks:
-    """Takes text blocks of one pair through reading, fusing and writing."""
-
-    seen: Seen
-    text: Stored
-    output: Output
-    to_device: Callable[[NumpyArray], Array]
-    seconds: Seconds
-    fused: _ArrayFile
-    attention: _ArrayFile | None = None
-
-    def do_all(self, blocks: list[slice], first: NumpyArray) -> None:
-        """All blocks, on several threads if there are many; ``first`` has been read."""
-        self.do(blocks[0], first)
-        threads = min(self.output.threads, len(blocks) - 1)
-        if threads < 2 or self.output.stream or not isinstance(self.text.source, FileSource):
-            for block in blocks[1:]:
-                self.do(block)
-            return
-        from concurrent.futures import ThreadPoolExecutor  # 10 ms that small texts do not need
-
-        bad: list[tuple[int, BaseException]] = []  # what is told of is the first that one thread would have met
-
-        def every(start: int) -> None:
-            with np.errstate(all="ignore"):
-                for block in blocks[start::threads]:
-                    if bad and block.start > min(start for start, _ in bad):
-                        break
-                    try:
-                        self.do(block)
-                    except Exception as error:
-                        bad.append((block.start, error))
-
-        with ThreadPoolExecutor(threads) as pool:
-            try:
-                list(pool.map(every, range(1, 1 + threads)))
-            except BaseException as error:  # Ctrl-C: the threads are to stop as well
-                bad.append((-1, error))
-                raise
-        if bad:
-            raise min(bad, key=itemgetter(0))[1]
-
-    def do(self, block: slice, part: NumpyArray | None = None) -> None:
-        """One block, read already or not."""
-        start = perf_counter()
-        if part is None:
-            part = read_finite(self.text, self.output.finite, block)
-        read = perf_counter()
-        needed = self.attention is not None
-        met = self.seen.meet(self.to_device(cast(part, self.seen.dtype)), need_weights=needed)
-        result = to_numpy(met.fused)
-        self.seconds.read += read - start
-        self.seconds.fuse += perf_counter() - read
-        self.fused.put_rows(block.start, result, alike=self.seen.rows_alike)
-        if self.attention:
-            attended = to_numpy(met.attention)
-            self.attention.put_rows(block.start, attended.mean(0) if self.output.attention_mean else attended)
-            if self.output.gate:
-                self.attention.put_behind(block.start, to_numpy(met.gate))
-
-
-class _Opened:
-    """A context that gives an `_ArrayFile` at the place that ``opener`` opens."""
-
-    __slots__ = ("_dtype", "_finite", "_place", "_shape")
-
-    def __init__(self, opener: Opener, name: str, shape: tuple[int, ...], dtype: str, finite: bool) -> None:
-        self._place = opener(name, shape, dtype)
-        self._shape, self._dtype, self._finite = shape, dtype, finite
-
-    def __enter__(self) -> _ArrayFile:
-        sink, begin = self._place.__enter__()
-        return _ArrayFile(sink, begin, self._shape, self._dtype, self._finite)
-
-    def __exit__(self, *error: Any) -> None:
-        self._place.__exit__(*error)
-
-
-class _ArrayFile:
-    """An array written in blocks along its last axis but one."""
-
-    __slots__ = ("_begin", "_dtype", "_finite", "_shape", "_sink")
-
-    def __init__(self, sink: Sink, begin: int, shape: tuple[int, ...], dtype: str, finite: bool) -> None:
-        self._sink, self._begin, self._shape, self._dtype, self._finite = sink, begin, shape, dtype, finite
-
-    def put_rows(self, start: int, block: NumpyArray, alike: bool = False) -> None:
-        """Write ``block [n, width]`` or ``[H, n, width]`` from row ``start`` on; ``alike`` if all rows are equal."""
-        stored = cast(block, self._dtype)
-        bad = first_nonfinite(stored[:1] if alike else stored) if self._finite else None
-        if bad is not None:
-            row = bad[-2] + start
-            found = f"{float(block[bad]):.4g} in row {row}, column {bad[-1]}"
-            hint = "pass --dtype float32" if itemsize(self._dtype) < 4 else "scale the features down"
-            raise OutputError(f"result does not fit {self._dtype}", where=self._sink.name, found=found, hint=hint)
-        if stored.ndim == 2:
-            self._sink.put(self._begin + start * self._shape[1] * stored.itemsize, stored)
-            return
-        rows, width = self._shape[-2:]
-        for head, part in enumerate(stored):
-            self._sink.put(self._begin + (head * rows + start) * width * stored.itemsize, part)
-
-    def put_behind(self, start: int, values: NumpyArray) -> None:
-        """Write ``values [n]`` of an array ``[N]`` that stands behind this one, from ``start`` on."""
-        stored = np.ascontiguousarray(cast(values, self._dtype))
-        end = self._begin + math.prod(self._shape) * stored.itemsize
-        self._sink.put(end + start * stored.itemsize, stored)
 
 
 def require_width(stored: Stored, width: int, side: str) -> None:

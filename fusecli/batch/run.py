@@ -23,7 +23,7 @@ from fusecli.collections import SUFFIXES
 from fusecli.dumps import Label, Tokens
 from fusecli.errors import OutputError, UsageError
 from fusecli.formats import safetensors
-from fusecli.pairs import takes_gate
+from fusecli.path import takes_gate
 from fusecli.weights import Weights
 
 #: Ids that are shown of many.

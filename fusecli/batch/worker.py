@@ -20,14 +20,8 @@ from fusecli.collections import Place
 from fusecli.errors import FusecliError, OutputError
 from fusecli.formats import NumpyArray, Stored
 from fusecli.methods import one_row_is_enough, single_rows
-from fusecli.pairs import (
-    Output,
-    Seconds,
-    compute_dtype_of,
-    fuse_pair,
-    read_finite,
-    require_width,
-)
+from fusecli.pairs import compute_dtype_of, read_finite, require_width
+from fusecli.path import Output, Seconds, fuse_pair
 from fusecli.places import features_at
 
 #: What the whole run runs into, not this pair: no space, over quota, read-only, broken disk, file too large.

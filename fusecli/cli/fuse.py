@@ -84,7 +84,7 @@ def fuse(
     """
     import numpy as np
 
-    from fusecli import pairs
+    from fusecli import pairs, path
     from fusecli.errors import OutputError, UsageError
     from fusecli.formats import is_stream
 
@@ -103,14 +103,14 @@ def fuse(
         note(f"untrained weights (seed {seed}): the numbers mean nothing yet; pass --weights FILE", quiet)
     if stored_image.shape[0] == 1:
         _tell_of_one_row(loaded.config, quiet)
-    gate = attention is not None and pairs.takes_gate(loaded, attention)
+    gate = attention is not None and path.takes_gate(loaded, attention)
     told = None
     if attention and attention.endswith(".safetensors"):
         shape = (stored_text.shape[0], stored_image.shape[0])
         told = _metadata(loaded, attention_mean, tokens, size, pairs.pair_id(image, text), shape)
-    form = pairs.Output(
-        pairs.to_file(output, format),
-        pairs.to_file(attention, gate=gate, metadata=told) if attention else None,
+    form = path.Output(
+        path.to_file(output, format),
+        path.to_file(attention, gate=gate, metadata=told) if attention else None,
         attention_mean=attention_mean,
         attention_dtype=attention_dtype,
         dtype=dtype,
@@ -121,7 +121,7 @@ def fuse(
     )
     try:
         with np.errstate(all="ignore"):  # what overflows is found by looking
-            done = pairs.fuse_pair(loaded, stored_image, stored_text, form, _mover(device))
+            done = path.fuse_pair(loaded, stored_image, stored_text, form, _mover(device))
     except BrokenPipeError:
         if attention is None:
             raise
