@@ -164,6 +164,12 @@ def joined(parts: list[Array], axis: int) -> Array:
     return parts[0] if len(parts) == 1 else namespace(parts[0]).concatenate(parts, axis=axis)
 
 
+def padded(x: Array, count: int) -> Array:
+    """``x [B, ...]`` with zeros behind it, up to ``count`` along the first axis."""
+    rest = (count - len(x), *x.shape[1:])
+    return joined([x, x.new_zeros(rest) if is_torch(x) else np.zeros(rest, x.dtype)] if rest[0] else [x], 0)
+
+
 def ones(shape: tuple[int, ...], template: Array) -> Array:
     """An array of ones: kind, device and dtype of ``template``."""
     return template.new_ones(shape) if is_torch(template) else np.ones(shape, template.dtype)
@@ -186,9 +192,19 @@ def exp_and_sums(x: Array) -> tuple[Array, Array]:
         return x, sum(x[..., at : at + 64].sum(-1, keepdims=True) for at in range(0, x.shape[-1], 64))
 
 
+def range_of(x: Array) -> tuple[float, float]:
+    """The smallest and the largest number in ``x``; NaN if there is one."""
+    if is_torch(x):
+        torch = sys.modules["torch"]
+        both = torch.stack(torch.aminmax(x)).cpu()  # one wait for the device, not two
+        return float(both[0]), float(both[1])
+    return float(x.min()), float(x.max())
+
+
 def largest(x: Array) -> float:
     """The largest absolute value in ``x``; NaN if there is one."""
-    return max(float(x.max()), -float(x.min()))
+    low, high = range_of(x)
+    return max(high, -low)
 
 
 def products_beside(a: Array, b: Array) -> Array:
@@ -233,12 +249,13 @@ def dot(a: Array, b: Array) -> Array:
 def rows_apart(x: Array, weight: Array) -> Array:
     """``x [B, K] @ weightᵀ`` as ``[B, D]``, where the numbers of a row depend on no other row, nor on ``B``.
 
-    A matrix product rounds differently for different numbers of rows. So NumPy gets products of one size
-    only, `ROWS_APART` rows, of zeros if need be.
+    A matrix product rounds differently for different numbers of rows. So there are products of one size only,
+    `ROWS_APART` rows, of zeros if need be.
     """
-    if is_torch(x):
-        return x @ weight.mT
     b, width = x.shape
+    if is_torch(x):
+        tiles = padded(x, -(-b // ROWS_APART) * ROWS_APART).split(ROWS_APART)
+        return sys.modules["torch"].cat([tile @ weight.mT for tile in tiles])[:b]
     tiles = np.zeros((-(-b // ROWS_APART), ROWS_APART, width), x.dtype)
     tiles.reshape(-1, width)[:b] = x
     product = _in_blocks(weight, ROWS_APART)[:, None] @ tiles.mT  # [parts, tiles, D / parts, 4]

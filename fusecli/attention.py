@@ -19,9 +19,11 @@ Everything works on NumPy arrays and torch tensors alike; with torch, autograd f
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
+from typing import Any
 
 from fusecli.arrays import (
     THIN,
@@ -40,6 +42,7 @@ from fusecli.arrays import (
     namespace,
     needs_grad,
     products_beside,
+    range_of,
 )
 from fusecli.maps import Maps
 
@@ -192,12 +195,10 @@ def meet(text: Array, side: ImageSide, *, need_weights: bool = False) -> tuple[A
         The fused rows ``[N, D]`` and, if asked for, the attention weights ``[H, N, M]``.
     """
     if side.plan.scores is side.plan.values is Order.DIRECT:
-        return _meet_by_heads(text, side, side.keys, need_weights)
+        return _meet_by_heads(text, side, need_weights)
     scores = side.keys.scores(text)  # [H, N, M]
-    weighed = _softmax(scores, side.keys.order, text)
-    if weighed is None:
-        weighed = _shifted_softmax(side.keys.exact.scores(cast(text, "float64")), text)
-    weights, total = weighed  # [H, N, M], [H, N, 1]
+    exact = partial(_exact_scores, text, side)
+    weights, total = _softmax(scores, side.keys.order, text, exact)  # [H, N, M], [H, N, 1]
     divided: Array = None
     if need_weights or side.plan.values is Order.IMAGE:
         divided = weights / total  # not in place: autograd still needs the exponentials
@@ -207,26 +208,35 @@ def meet(text: Array, side: ImageSide, *, need_weights: bool = False) -> tuple[A
     return _mix(weights, total, side), divided if need_weights else None
 
 
-def _meet_by_heads(text: Array, side: ImageSide, keys: Keys, need_weights: bool) -> tuple[Array, Array | None]:
+def _exact_scores(text: Array, side: ImageSide) -> Array:
+    return side.keys.exact.scores(cast(text, "float64"))  # [H, N, M]
+
+
+def _meet_by_heads(text: Array, side: ImageSide, need_weights: bool) -> tuple[Array, Array | None]:
     # A few heads at a time, so that their scores are still in the cache when the values are taken.
     n, m, heads = text.shape[-2], side.image.shape[-2], side.num_heads
-    query = keys.queries(cast(text, dtype_name(keys.image)))  # [H, N, d]
+    query = side.keys.queries(text)  # [H, N, d]
     step = heads if is_torch(text) else max(1, TILE // (n * m))
     mixed, dump = [], []
     for start in range(0, heads, step):
         some = (..., slice(start, start + step), slice(None), slice(None))
-        scores = dot(query[some], keys.rows[some].mT)  # [h, N, M]
-        if side.mask is not None:
-            scores = namespace(scores).where(side.mask, scores, -math.inf)
-        weighed = _softmax(scores, keys.order, text)
-        if weighed is None:
-            return _meet_by_heads(text, side, keys.exact, need_weights)
-        weights, total = weighed  # [h, N, M], [h, N, 1]
+        scores = _masked(dot(query[some], side.keys.rows[some].mT), side.mask)  # [h, N, M]
+        exact = partial(_exact_scores_of_heads, text, side, some)
+        weights, total = _softmax(scores, Order.DIRECT, text, exact)  # [h, N, M], [h, N, 1]
         if need_weights:
             dump.append(weights / total)
         mixed.append((dot(weights, side.values[some]) / total).swapaxes(-3, -2))  # [N, h, d]
     beside = joined(mixed, -2).reshape(*text.shape[:-1], -1)  # [N, D]
     return _finish(beside, side.maps.out.mT, side), joined(dump, -3) if need_weights else None
+
+
+def _exact_scores_of_heads(text: Array, side: ImageSide, some: Any) -> Array:
+    keys = side.keys.exact
+    return _masked(dot(keys.queries(cast(text, "float64"))[some], keys.rows[some].mT), side.mask)  # [h, N, M]
+
+
+def _masked(scores: Array, mask: Array | None) -> Array:
+    return scores if mask is None else namespace(scores).where(mask, scores, -math.inf)
 
 
 #: Products that are summed at once, where rounding counts.
@@ -273,17 +283,25 @@ LARGE_SCORE = 3.0
 LARGE_TOTAL = 1e20
 
 
-def _softmax(scores: Array, order: Order, text: Array) -> tuple[Array, Array] | None:
+def _softmax(scores: Array, order: Order, text: Array, exact: Callable[[], Array]) -> tuple[Array, Array]:
     """``exp`` of scores ``[H, N, M]`` and its row sums ``[H, N, 1]``; their quotient is the softmax.
 
-    Overwrites ``scores``. The result has the dtype of ``text``; None if float32 does not do.
+    Overwrites ``scores``. Where float32 does not do, ``exact`` gives them in float64. The result has the dtype of
+    ``text``.
     """
     if dtype_name(scores) == "float64" or needs_grad(scores):
         return _shifted_softmax(scores, text)
     if order is not Order.DIRECT and not largest(scores) <= LARGE_SCORE:
-        return None
+        return _shifted_softmax(exact(), text)
     weights, total = exp_and_sums(scores)
-    return (weights, total) if total.min() > 1 / LARGE_TOTAL and total.max() < LARGE_TOTAL else None
+    if total.ndim > 3:  # a batch: what one pair needs changes no number of another
+        good = ((total > 1 / LARGE_TOTAL) & (total < LARGE_TOTAL)).all(axis=(-3, -2, -1), keepdims=True)
+        if not good.all():
+            others, where = _shifted_softmax(exact(), text), namespace(total).where
+            return where(good, weights, others[0]), where(good, total, others[1])
+        return weights, total
+    low, high = range_of(total)
+    return (weights, total) if low > 1 / LARGE_TOTAL and high < LARGE_TOTAL else _shifted_softmax(exact(), text)
 
 
 def _shifted_softmax(scores: Array, text: Array) -> tuple[Array, Array]:

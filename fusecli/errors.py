@@ -115,3 +115,8 @@ class ValuesError(InputError, ValueError):
 
 class CheckpointError(InputError, ValueError):
     """A checkpoint lacks a tensor, has one too many, or one of the wrong shape."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice, here or on a GPU: torch's error for that has no base that can be named here."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

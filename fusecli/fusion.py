@@ -16,10 +16,12 @@ from fusecli.arrays import (
     like,
     needs_grad,
     numpy_can_have,
+    ones,
+    padded,
     to_numpy,
 )
 from fusecli.errors import ShapeError, UsageError
-from fusecli.methods import METHODS, Met, Method, View, one_row_is_enough, single
+from fusecli.methods import METHODS, Met, Method, View, adds_one_row, one_row_is_enough, single
 from fusecli.weights import Config, Weights
 
 #: Scores of one block of text rows at most, in numbers: 32 MiB of float32.
@@ -85,7 +87,7 @@ class Seen:
     @property
     def only_adds(self) -> bool:
         """Whether nothing is multiplied for a text row: it is answered at the speed of copying."""
-        return self._one_row and self.weights.config.method == "attention"
+        return self._one_row and adds_one_row(self.weights)
 
     @property
     def block_rows(self) -> int:
@@ -113,6 +115,44 @@ class Seen:
         if self._norm is not None:
             text = layer_norm(text, *self._norm)
         return self._method.meet(text, mask, need_weights)
+
+
+#: Pairs that are computed at once on a GPU, and rows of all of them together, at most: what fills it.
+TOGETHER, ROWS_TOGETHER = 64, 2**13
+
+
+def pairs_together(weights: Weights, n: int, m: int) -> int:
+    """How many pairs of ``n`` text and ``m`` image rows `fuse_together` computes at once; 1: it does not pay.
+
+    By shapes alone, so that a pair gives the same numbers in whatever company it comes.
+    """
+    scores = weights.config.num_heads * n * max(m, n if weights.config.self_attention else 0)
+    return max(1, min(TOGETHER, ROWS_TOGETHER // (n + m), BLOCK_SCORES // scores))
+
+
+def fuse_together(weights: Weights, images: Array, texts: Array, dtype: str, *, need_weights: bool = False) -> Met:
+    """Fuse pairs of one shape at once, as `Seen` would one by one.
+
+    The numbers of a pair do not depend on the others, nor on how many there are: a batch is always filled up to
+    `pairs_together`, since libraries choose their ways, and with them the last digits, by size.
+
+    Args:
+        weights: the fusion.
+        images: ``[B, M, Di]``.
+        texts: ``[B, N, Dt]``, of the same kind, on the same device.
+        dtype: ``"float32"`` or ``"float64"``, what both are of.
+        need_weights: give the attention as well.
+
+    Returns:
+        Fused rows ``[B, N, D]`` and, if asked for, attention ``[B, H, N, M]`` and gates ``[B, N]``.
+    """
+    (count, m), n = images.shape[:2], texts.shape[1]
+    size = pairs_together(weights, n, m)
+    images, texts = padded(images, size), padded(texts, size)
+    mask = cast(ones((size, max(m, n)), images), "bool")
+    seen = Seen(weights, images, texts, n, dtype, mask=mask[:, :m])
+    met = seen.meet(texts, need_weights=need_weights, mask=mask[:, :n])
+    return Met(*(None if x is None else x[:count] for x in met))
 
 
 def require_attention(config: Config) -> None:

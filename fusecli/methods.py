@@ -184,10 +184,10 @@ class Gated:
                 gate += dot(seen, self._by_image.mT)
             gate = sigmoid(gate)
         fused = text + gate * seen
-        return Met(fused, attended, self._mean(gate, len(text)) if need_weights else None)
+        return Met(fused, attended, self._mean(gate, text.shape[:-1]) if need_weights else None)
 
-    def _mean(self, gate: Array, n: int) -> Array:
-        return filled((n,), gate) if self._tanh is not None else gate.mean(-1)
+    def _mean(self, gate: Array, shape: tuple[int, ...]) -> Array:
+        return filled(shape, gate) if self._tanh is not None else gate.mean(-1)
 
 
 class Pooled:
@@ -292,6 +292,11 @@ METHODS: dict[str, type[Method]] = {
 def one_row_is_enough(weights: Weights) -> bool:
     """Whether an image of one row can be brought to what it adds before any text is seen; see `single_rows`."""
     return weights.config.method != "transformer"
+
+
+def adds_one_row(weights: Weights) -> bool:
+    """Whether that is all there is: nothing is multiplied for a text row any more."""
+    return weights.config.method == "attention"
 
 
 def single_rows(weights: Weights, images: Array) -> Array:

@@ -15,8 +15,8 @@ import numpy as np
 from fusecli.arrays import Array, cast, first_nonfinite, to_numpy
 from fusecli.errors import OutputError
 from fusecli.formats import FileSource, NumpyArray, Sink, Stored, format_of, itemsize, open_sink
-from fusecli.fusion import Seen
-from fusecli.methods import one_row_is_enough, single_rows
+from fusecli.fusion import Seen, fuse_together, pairs_together
+from fusecli.methods import Met, adds_one_row, one_row_is_enough, single_rows
 from fusecli.pairs import compute_dtype_of, read_finite, require_width
 from fusecli.weights import Weights
 
@@ -87,13 +87,18 @@ class Fused(NamedTuple):
     dtype: str
 
 
+#: Moves an array to where the work is done; None where NumPy does it.
+Mover: TypeAlias = Callable[[NumpyArray], Array] | None
+
+
 def fuse_pair(
     weights: Weights,
     image: Stored,
     text: Stored,
     output: Output,
-    to_device: Callable[[NumpyArray], Array] = lambda x: x,
+    to_device: Mover = None,
     row: Array = None,
+    met: Met | None = None,
     seconds: Seconds | None = None,
 ) -> Fused:
     """Read a pair, fuse it, write it: text rows go through in blocks, memory stays flat in ``N``.
@@ -103,8 +108,9 @@ def fuse_pair(
         image: from `find_features`.
         text: from `find_features`.
         output: where and how to write.
-        to_device: moves an array to where the work is done.
+        to_device: to a GPU.
         row: what `fusecli.methods.single_rows` gave for this image, if it has been asked already.
+        met: what `fuse_alike` gave for this pair, if it has been asked already.
         seconds: the time taken is added to it.
 
     Raises:
@@ -114,54 +120,126 @@ def fuse_pair(
     require_width(image, weights.image_dim, "image")
     require_width(text, weights.text_dim, "text")
     seconds = seconds or Seconds()
-    n, finite, compute = text.shape[0], output.finite, compute_dtype_of(image, text)
-    began = perf_counter()
-    rows = to_device(cast(read_finite(image, finite), compute)) if row is None else row
-    read = perf_counter()
-    if row is None and len(rows) == 1 and one_row_is_enough(weights):
-        row = single_rows(weights, rows)[0]
-    seen = Seen(weights, rows, rows, n, compute, row=row)
-    looked = perf_counter()
-    blocks = list(seen.blocks(COPIED_ROWS if seen.only_adds else FUSED_ROWS))
-    first = read_finite(text, finite, blocks[0])
-    if output.stream:  # look before writing
-        for block in blocks[1:]:
-            read_finite(text, finite, block)
-    seconds.read = perf_counter() - looked + read - began
-    seconds.fuse = looked - read
+    n, m, finite, compute = text.shape[0], image.shape[0], output.finite, compute_dtype_of(image, text)
+    began, blocks = perf_counter(), None
+    if met is None and to_device and pairs_together(weights, n, m) > 1:
+        sides = [read_finite(image, finite)], [read_finite(text, finite)]
+        seconds.read = perf_counter() - began
+        (met,) = fuse_alike(weights, *sides, compute, to_device, output.attention is not None)
+        seconds.fuse = perf_counter() - began - seconds.read
+    if met is None:
+        blocks = _Blocks(weights, image, text, compute, output, to_device, row, seconds)
     dtype = output.dtype or text.dtype
     with _Opened(output.fused, "fused", (n, weights.dim), dtype, finite) as fused:
-        into = _Blocks(seen, text, output, to_device, seconds, fused)
+        results = _Results(output, fused)
         if output.attention:
-            shape = (n, seen.m) if output.attention_mean else (weights.config.num_heads, n, seen.m)
-            dtype_of_weights = output.attention_dtype or compute
-            with _Opened(output.attention, "attention", shape, dtype_of_weights, finite) as into.attention:
-                into.do_all(blocks, first)
+            shape = (n, m) if output.attention_mean else (weights.config.num_heads, n, m)
+            with _Opened(output.attention, "attention", shape, output.attention_dtype or compute, finite) as dump:
+                results.attention = dump
+                _put_all(results, met, blocks)
         else:
-            into.do_all(blocks, first)
+            _put_all(results, met, blocks)
     seconds.write = perf_counter() - began - seconds.read - seconds.fuse
-    return Fused(n, seen.m, weights.dim, dtype)
+    return Fused(n, m, weights.dim, dtype)
+
+
+def fuse_alike(
+    weights: Weights,
+    images: list[NumpyArray],
+    texts: list[NumpyArray],
+    dtype: str,
+    to_device: Callable[[NumpyArray], Array],
+    need_weights: bool,
+) -> list[Met]:
+    """Fuse pairs of one shape on a GPU: ``images [M, Di]`` and ``texts [N, Dt]``, one result a pair, for NumPy.
+
+    At most `pairs_together`; the numbers of a pair do not depend on the others.
+    """
+    rows = to_device(np.stack([cast(image, dtype) for image in images]))  # [B, M, Di]
+    if rows.shape[1] == 1 and adds_one_row(weights):  # so there is nothing left to do for a GPU
+        answers = to_numpy(single_rows(weights, rows[:, 0]))  # [B, D]
+        return [
+            Seen(weights, row, row, len(text), dtype, row=row).meet(cast(text, dtype), need_weights=need_weights)
+            for row, text in zip(answers, texts, strict=True)
+        ]
+    many = to_device(np.stack([cast(text, dtype) for text in texts]))  # [B, N, Dt]
+    met = fuse_together(weights, rows, many, dtype, need_weights=need_weights)
+    parts = [None if x is None else to_numpy(x) for x in met]
+    return [Met(*(None if x is None else x[at] for x in parts)) for at in range(len(images))]
 
 
 @dataclass(slots=True)
-class _Blocks:
-    """Takes text blocks of one pair through reading, fusing and writing."""
+class _Results:
+    """Where the results of a pair go, block by block."""
 
-    seen: Seen
-    text: Stored
     output: Output
-    to_device: Callable[[NumpyArray], Array]
-    seconds: Seconds
     fused: _ArrayFile
     attention: _ArrayFile | None = None
 
-    def do_all(self, blocks: list[slice], first: NumpyArray) -> None:
-        """All blocks, on several threads if there are many; ``first`` has been read."""
-        self.do(blocks[0], first)
-        threads = min(self.output.threads, len(blocks) - 1)
-        if threads < 2 or self.output.stream or not isinstance(self.text.source, FileSource):
+    def put(self, start: int, met: Met, alike: bool = False) -> None:
+        """Write what came of the text rows from ``start`` on; ``alike`` if all of them are equal."""
+        self.fused.put_rows(start, to_numpy(met.fused), alike=alike)
+        if self.attention:
+            attended = to_numpy(met.attention)
+            self.attention.put_rows(start, attended.mean(0) if self.output.attention_mean else attended)
+            if self.output.gate:
+                self.attention.put_behind(start, to_numpy(met.gate))
+
+
+def _put_all(results: _Results, met: Met | None, blocks: _Blocks | None) -> None:
+    if met is not None:
+        results.put(0, met)
+    elif blocks is not None:
+        blocks.do_all(results)
+
+
+class _Blocks:
+    """Takes the text of one pair through reading, fusing and writing, a block of rows at a time.
+
+    The image and the first block are read at once, and all of them if what is written cannot be taken back.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        image: Stored,
+        text: Stored,
+        compute: str,
+        output: Output,
+        to_device: Mover,
+        row: Array,
+        seconds: Seconds,
+    ) -> None:
+        began = perf_counter()
+        self._to_device, self._text, self._output, self._seconds = to_device, text, output, seconds
+        rows = self._moved(cast(read_finite(image, output.finite), compute)) if row is None else row
+        read = perf_counter()
+        if row is None and len(rows) == 1 and one_row_is_enough(weights):
+            row = single_rows(weights, rows)[0]
+        if row is not None and adds_one_row(weights):
+            rows = row = to_numpy(row)
+            self._to_device = None
+        self._seen = seen = Seen(weights, rows, rows, text.shape[0], compute, row=row)
+        looked = perf_counter()
+        self._blocks = list(seen.blocks(COPIED_ROWS if seen.only_adds else FUSED_ROWS))
+        self._first = read_finite(text, output.finite, self._blocks[0])
+        if output.stream:  # look before writing
+            for block in self._blocks[1:]:
+                read_finite(text, output.finite, block)
+        seconds.read = perf_counter() - looked + read - began
+        seconds.fuse = looked - read
+
+    def _moved(self, x: NumpyArray) -> Array:
+        return x if self._to_device is None else self._to_device(x)
+
+    def do_all(self, results: _Results) -> None:
+        """All blocks, on several threads if there are many."""
+        blocks = self._blocks
+        self._do(results, blocks[0], self._first)
+        threads = min(self._output.threads, len(blocks) - 1)
+        if threads < 2 or self._output.stream or not isinstance(self._text.source, FileSource):
             for block in blocks[1:]:
-                self.do(block)
+                self._do(results, block)
             return
         from concurrent.futures import ThreadPoolExecutor  # 10 ms that small texts do not need
 
@@ -173,7 +251,7 @@ class _Blocks:
                     if bad and block.start > min(start for start, _ in bad):
                         break
                     try:
-                        self.do(block)
+                        self._do(results, block)
                     except Exception as error:
                         bad.append((block.start, error))
 
@@ -186,23 +264,17 @@ class _Blocks:
         if bad:
             raise min(bad, key=itemgetter(0))[1]
 
-    def do(self, block: slice, part: NumpyArray | None = None) -> None:
+    def _do(self, results: _Results, block: slice, part: NumpyArray | None = None) -> None:
         """One block, read already or not."""
-        start = perf_counter()
+        start, seen = perf_counter(), self._seen
         if part is None:
-            part = read_finite(self.text, self.output.finite, block)
+            part = read_finite(self._text, self._output.finite, block)
         read = perf_counter()
-        needed = self.attention is not None
-        met = self.seen.meet(self.to_device(cast(part, self.seen.dtype)), need_weights=needed)
-        result = to_numpy(met.fused)
-        self.seconds.read += read - start
-        self.seconds.fuse += perf_counter() - read
-        self.fused.put_rows(block.start, result, alike=self.seen.rows_alike)
-        if self.attention:
-            attended = to_numpy(met.attention)
-            self.attention.put_rows(block.start, attended.mean(0) if self.output.attention_mean else attended)
-            if self.output.gate:
-                self.attention.put_behind(block.start, to_numpy(met.gate))
+        met = seen.meet(self._moved(cast(part, seen.dtype)), need_weights=results.attention is not None)
+        met = met._replace(fused=to_numpy(met.fused))  # waits for the device
+        self._seconds.read += read - start
+        self._seconds.fuse += perf_counter() - read
+        results.put(block.start, met, alike=seen.rows_alike)
 
 
 class _Opened:

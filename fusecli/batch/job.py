@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, TypeAlias
 
-from fusecli.arrays import Array
 from fusecli.batch.store import Store
 from fusecli.collections import Place
-from fusecli.errors import FusecliError, OutputError
-from fusecli.formats import NumpyArray
+from fusecli.errors import FusecliError, OutputError, is_out_of_memory
+from fusecli.path import Mover
 from fusecli.weights import Weights
 
 
@@ -63,7 +62,7 @@ class Outcome(NamedTuple):
 
 def failed(id: str, error: Exception, stop: bool = False) -> Outcome:
     """The outcome of a pair that ended in ``error``."""
-    if isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         error = FusecliError("out of memory", hint="use fewer workers")
     elif isinstance(error, OSError):
         error = OutputError("cannot be written", where=error.filename2 or error.filename, found=error.strerror)
@@ -80,7 +79,7 @@ class Job:
     options: Options
     fused: Store
     attention: Store | None
-    to_device: Callable[[NumpyArray], Array] = lambda x: x
+    to_device: Mover = None
     folder: str = ""  # with the state of the run
     threads: int = 1  # for a large text
 

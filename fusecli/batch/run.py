@@ -238,7 +238,7 @@ def _job(request: Request, folder: str) -> Job:
         gate = kind == "attention" and takes_gate(request.weights, request.suffix)
         return FolderStore(path, request.suffix, temporary, gate, label)
 
-    mover = (lambda x: x) if request.device == "cpu" else to_device(request.device)
+    mover = None if request.device == "cpu" else to_device(request.device)
     attention = store(request.attention, "attention") if request.attention else None
     threads = request.workers if request.device == "cpu" else 1
     return Job(request.weights, request.options, store(request.output, "fused"), attention, mover, folder, threads)
@@ -299,9 +299,9 @@ def _drive(request: Request, job: Job, feed: ListFeed | StreamFeed, teller: _Tel
         summary.stopped = teller.first_failure
         return
     if request.device != "cpu":
-        from fusecli.batch import inline  # 10 ms that only a GPU needs
+        from fusecli.batch import inline, together  # 10 ms that only a GPU needs
 
-        runner = partial(inline.run, partial(work, job))
+        runner = partial(inline.run, partial(together.work, job))
     with stop.on_interrupt():
         for outcomes in runner(feed, stop):
             outcomes = [*feed.outcomes(), *outcomes]

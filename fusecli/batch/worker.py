@@ -19,7 +19,7 @@ from fusecli.batch.store import FolderStore, Piece
 from fusecli.collections import Place
 from fusecli.errors import FusecliError, OutputError
 from fusecli.formats import NumpyArray, Stored
-from fusecli.methods import one_row_is_enough, single_rows
+from fusecli.methods import Met, one_row_is_enough, single_rows
 from fusecli.pairs import compute_dtype_of, read_finite, require_width
 from fusecli.path import Output, Seconds, fuse_pair
 from fusecli.places import features_at
@@ -39,7 +39,7 @@ def work(job: Job, item: Item) -> list[Outcome]:
     """
     began = perf_counter()
     with np.errstate(all="ignore"):  # what overflows is found by looking
-        images: list[Stored | Outcome] = [_open(job, task.id, task.image, "image") for task in item]
+        images: list[Stored | Outcome] = [open_side(job, task.id, task.image, "image") for task in item]
         rows = _rows_of_single_images(job, item, images)
         shared = (perf_counter() - began) / len(item)
         outcomes = []
@@ -50,12 +50,13 @@ def work(job: Job, item: Item) -> list[Outcome]:
     return outcomes
 
 
-def _open(job: Job, id: str, place: Place, side: str) -> Stored | Outcome:
+def open_side(job: Job, id: str, place: Place, side: str) -> Stored | Outcome:
+    """The features of one side of a pair, or why it has failed."""
     try:
         stored = features_at(place, side)
         require_width(stored, job.weights.image_dim if side == "image" else job.weights.text_dim, side)
     except Exception as error:
-        return _failed(id, error)
+        return failure(id, error)
     return stored
 
 
@@ -70,12 +71,12 @@ def _rows_of_single_images(job: Job, item: Item, images: list[Stored | Outcome])
             try:
                 block = read_finite(image, not job.options.allow_nonfinite)
             except Exception as error:
-                images[at] = _failed(item[at].id, error)
+                images[at] = failure(item[at].id, error)
             else:
                 dtype = compute_dtype_of(image)
                 groups.setdefault(dtype, []).append((at, cast(block, dtype)))
     for group in groups.values():
-        answers = single_rows(job.weights, job.to_device(np.concatenate([block for _, block in group])))
+        answers = single_rows(job.weights, np.concatenate([block for _, block in group]))
         for (at, _), answer in zip(group, answers, strict=True):
             rows[at] = answer
     return rows
@@ -83,14 +84,20 @@ def _rows_of_single_images(job: Job, item: Item, images: list[Stored | Outcome])
 
 def _fuse(job: Job, task: Task, image: Stored, row: Any, shared: float) -> Outcome:
     began = perf_counter()
-    text = _open(job, task.id, task.text, "text")
+    text = open_side(job, task.id, task.text, "text")
     if isinstance(text, Outcome):
         return text
     if row is not None and compute_dtype_of(image) != compute_dtype_of(image, text):
         row = None  # the text is wider than the image: once more, in its precision
+    return fuse_task(job, task, image, text, Seconds(shared + perf_counter() - began), row)
+
+
+def fuse_task(
+    job: Job, task: Task, image: Stored, text: Stored, before: Seconds, row: Any = None, met: Met | None = None
+) -> Outcome:
+    """Fuse a pair and write it; ``row`` and ``met`` as `fuse_pair` has them, ``before`` what has been spent on it."""
     if isinstance(job.fused, FolderStore) and job.fused.is_input(task.id, task.image.path, task.text.path):
-        return _failed(task.id, OutputError("the result would replace what it is made from", where=task.id))
-    shared += perf_counter() - began
+        return failure(task.id, OutputError("the result would replace what it is made from", where=task.id))
     pieces: list[Piece] = []
     dumps: list[Piece] = []
     output, seconds = _output(job, task.id, pieces, dumps), Seconds()
@@ -98,19 +105,20 @@ def _fuse(job: Job, task: Task, image: Stored, row: Any, shared: float) -> Outco
     try:
         with _only_large(job.folder) if large else NOT_LARGE as alone:
             output = output._replace(threads=job.threads) if alone else output
-            fuse_pair(job.weights, image, text, output, job.to_device, row, seconds)
+            fuse_pair(job.weights, image, text, output, job.to_device, row, met, seconds)
     except Exception as error:
-        return _failed(task.id, error)
+        return failure(task.id, error)
+    read, fuse = before.read + seconds.read, before.fuse + seconds.fuse
     facts = {
         "image": image.shape,
         "text": text.shape,
         **pieces[0].facts(),
-        "seconds": round(shared + seconds.read + seconds.fuse + seconds.write, 6),
+        "seconds": round(read + fuse + seconds.write, 6),
     }
     if dumps:
         facts["attention"] = dumps[0].facts()
     nbytes = image.nbytes + text.nbytes + pieces[0].nbytes
-    return Outcome(task.id, "fused", facts, False, seconds.read + shared, seconds.fuse, seconds.write, nbytes)
+    return Outcome(task.id, "fused", facts, False, read, fuse, seconds.write, nbytes)
 
 
 def _output(job: Job, id: str, pieces: list[Piece], dumps: list[Piece]) -> Output:
@@ -143,7 +151,8 @@ def _only_large(folder: str) -> Iterator[bool]:
         os.close(fd)
 
 
-def _failed(id: str, error: Exception) -> Outcome:
+def failure(id: str, error: Exception) -> Outcome:
+    """The outcome of a pair that ended in ``error``, and whether the others will fare no better."""
     cause = error.__cause__ if isinstance(error, FusecliError) else error
     stop = isinstance(cause, OSError) and cause.errno in EVERYONES
     return failed(id, error, stop)

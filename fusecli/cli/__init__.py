@@ -15,7 +15,7 @@ import typer
 from fusecli import __version__
 from fusecli.cli.console import complain
 from fusecli.cli.light import LightCommand, LightGroup
-from fusecli.errors import FusecliError
+from fusecli.errors import FusecliError, is_out_of_memory
 
 #: The commands in the order of the help, each with the module that it is in.
 COMMANDS = {
@@ -90,7 +90,7 @@ def _explain(error: Exception) -> int:
     if isinstance(error, FusecliError):
         complain(str(error), error.hint)
         return error.exit_code
-    if isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         complain(f"out of memory: {error}", "use smaller inputs, fewer image rows, or smaller widths")
     elif isinstance(error, OSError):
         complain(f"{error.filename or 'standard output'}: {error.strerror or error}", None)

@@ -232,9 +232,9 @@ def _is_our_terminal(path: str) -> bool:
         return False
 
 
-def _mover(device: str) -> Callable[[Any], Any]:
+def _mover(device: str) -> Callable[[Any], Any] | None:
     if device == "cpu":
-        return lambda x: x
+        return None
     from fusecli.arrays import to_device
 
     return to_device(device)
