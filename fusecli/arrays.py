@@ -30,6 +30,11 @@ def is_torch(x: Array) -> bool:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
+def is_on_gpu(x: Array) -> bool:
+    """True for a tensor that lies elsewhere than in the memory of the CPU."""
+    return is_torch(x) and x.device.type != "cpu"
+
+
 def namespace(x: Array) -> ModuleType:
     """The module whose functions work on ``x``: ``torch`` for tensors, else ``numpy``."""
     return sys.modules["torch"] if is_torch(x) else np

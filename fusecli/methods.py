@@ -28,6 +28,7 @@ from fusecli.arrays import (
     dtype_name,
     filled,
     gelu,
+    is_on_gpu,
     layer_norm,
     linear,
     mean_row,
@@ -88,8 +89,8 @@ class View:
 
     def plan(self, m: int, text_dim: int, image_dim: int) -> attention.Plan:
         """How to let the text attend to ``m`` rows, given the widths that the maps begin with."""
-        if self.training or self.mask is not None:
-            return DIRECT
+        if self.training or self.mask is not None or is_on_gpu(self.template):
+            return DIRECT  # a GPU waits for its next task longer than for the operations that other plans save
         return attention.plan(self.n, m, self.weights.dim, text_dim, image_dim, self.weights.config.num_heads)
 
 
