@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.timing import side_by_side
+from fusecli.arrays import cores
 from fusecli.attention import plan
 
 D = 768
@@ -79,7 +80,7 @@ def _ours(root: str, out: str, weights: str, *options: str) -> float:
 
 
 def _small_pairs(folder: str, weights: str, pairs: int, rounds: int) -> None:
-    root, processes = f"{folder}/small", os.cpu_count() or 1
+    root, processes = f"{folder}/small", cores()
     _make(root, pairs, 1, 16)
     print(f"batch: {pairs:,} pairs of [1, {D}] and [16, {D}] float32 in files, {processes} processes, whole command")
     for k in range(rounds):  # nothing is removed in between: making files is slow for minutes after that

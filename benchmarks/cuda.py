@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from benchmarks.batch import _make
 from benchmarks.kernel import MARKS, D, H, Module
 from benchmarks.timing import side_by_side
 from fusecli import Config, Weights, fuse
+from fusecli.arrays import cores
 from fusecli.fusion import fuse_together, pairs_together
 
 FUSECLI = [sys.executable, "-m", "fusecli"]
@@ -62,7 +62,6 @@ def _timed(*options: str) -> float:
 
 
 def _batch(folder: str) -> None:
-    cores = os.cpu_count() or 1
     for m, n, pairs in ((1, 16, 10_000), (16, 8, 10_000), (50, 77, 4000), (577, 77, 1000)):
         root = f"{folder}/{m}-{n}"
         _make(root, pairs, m, n)
@@ -70,7 +69,7 @@ def _batch(folder: str) -> None:
         for name, options in {
             "cuda": ("--device", "cuda"),
             "one worker": ("-j", "1"),
-            f"{cores} workers": ("-j", str(cores)),
+            f"{cores()} workers": ("-j", str(cores())),
         }.items():
             out = f"{root}/{name.replace(' ', '-')}"
             seconds = _timed("batch", f"{root}/img", f"{root}/txt", "-o", out, *options)

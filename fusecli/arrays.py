@@ -8,6 +8,7 @@ The mathematics is written once, over what both kinds of array share: ``@``, ``.
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable
 from functools import lru_cache
@@ -116,6 +117,11 @@ def _is_plain(x: Array) -> bool:
     except RuntimeError:  # it stands for others, in torch.func, or is sparse
         return False
     return (memory != 0 or x.numel() == 0) and torch.autograd.forward_ad.unpack_dual(x).tangent is None
+
+
+def cores() -> int:
+    """How many processors this process may use: of many, a job of a cluster or a container often has some."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def import_torch() -> Any:

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fusecli import load
+from fusecli.arrays import cores
 from fusecli.batch import worker
 from fusecli.batch.job import Job, Options, Task
 from fusecli.batch.store import FolderStore
@@ -58,6 +60,16 @@ def test_large_texts_are_shared_by_threads_and_stay_the_same(
         assert alone
         worker.work(job, [task])
     assert threads == [2, 1]
+
+
+def test_only_the_cores_that_are_ours_are_counted() -> None:
+    ours = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(ours)})
+        assert cores() == 1
+    finally:
+        os.sched_setaffinity(0, ours)
+    assert cores() == len(ours)
 
 
 def test_packed_and_stacked_sides_and_results(run: Run, many: Any, tmp_path: Path) -> None:

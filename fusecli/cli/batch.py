@@ -95,6 +95,7 @@ def batch(
 
     fusecli batch images/ texts/ -o fused/
     """
+    from fusecli.arrays import cores
     from fusecli.batch import run as batches
     from fusecli.batch.job import Options
     from fusecli.cli.progress import INTERRUPTED, Progress, explain
@@ -123,7 +124,7 @@ def batch(
         suffix=suffix,
         options=Options(dtype, attention_mean, attention_dtype, allow_nonfinite),
         facts=sources.seen_from(output),
-        workers=workers or os.cpu_count() or 1,
+        workers=workers or cores(),
         device=device,
         shard=part,
         limit=limit,

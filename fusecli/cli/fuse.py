@@ -85,6 +85,7 @@ def fuse(
     import numpy as np
 
     from fusecli import pairs, path
+    from fusecli.arrays import cores
     from fusecli.errors import OutputError, UsageError
     from fusecli.formats import is_stream
 
@@ -117,7 +118,7 @@ def fuse(
         finite=not allow_nonfinite,
         stream=is_stream(output),
         gate=gate,
-        threads=(os.cpu_count() or 1) if device == "cpu" else 1,
+        threads=cores() if device == "cpu" else 1,
     )
     try:
         with np.errstate(all="ignore"):  # what overflows is found by looking

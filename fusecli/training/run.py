@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fusecli import checkpoint
-from fusecli.arrays import to_device
+from fusecli.arrays import cores, to_device
 from fusecli.collections import Place
 from fusecli.errors import FileError, OutputError, TrainingError, UsageError
 from fusecli.formats import write_whole
@@ -110,7 +110,7 @@ def train_on(
         FusecliError: the pairs cannot be used, or the training diverged.
     """
     # The command multiplies on one thread for the sake of equal bytes everywhere; here it would take twice as long.
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(cores())
     if settings.device != "cpu":
         to_device(settings.device)
     begin(output, resume, overwrite)
