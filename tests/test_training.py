@@ -20,6 +20,7 @@ from fusecli.training import table
 from fusecli.training.data import batches, part_of, read
 from fusecli.training.loop import _rate
 from fusecli.training.match import Match, Moments, _moments, canonical
+from fusecli.training.objective import Classes
 from fusecli.training.start import laid_apart
 from tests.conftest import FUSECLI, Run
 
@@ -460,3 +461,24 @@ def test_equal_scores_are_no_hits(tmp_path: Path) -> None:
     torch.manual_seed(0)
     measured = objective.measure(objective.head(8), represent, data, list(range(30)))
     assert measured.score == 0
+
+
+def test_a_head_is_found_on_one_thread(rng: np.random.Generator) -> None:
+    """Threads that meet thousands of times wait for each other where something else runs."""
+    seen = set()
+
+    class Watched(Classes):
+        def loss_of(self, *args: Any, **options: Any) -> torch.Tensor:
+            seen.add(torch.get_num_threads())
+            return super().loss_of(*args, **options)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        objective = Watched(torch.arange(12) % 2, ["a", "b"], 0.0, 0.0, None)
+        data: Any = SimpleNamespace(parts={"train": list(range(8)), "validation": list(range(8, 12))})
+        objective._fitted(torch.from_numpy(rng.standard_normal((12, D)).astype(np.float32)), data)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {1}

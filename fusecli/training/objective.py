@@ -7,7 +7,8 @@ part of the data, under a small head of its own. `judge` gives any representatio
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -84,6 +85,17 @@ PENALTIES = (1e-3, 1e-2, 3e-2, 1e-1)
 ITERATIONS = 50
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Thousands of operations of microseconds: threads that meet after each would wait for whoever has no core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class Supervised:
     """What classes and numbers have in common: a linear head on the vector of a pair.
 
@@ -121,6 +133,7 @@ class Supervised:
         measured, best = self._fitted(x, data)
         return measured, {name: nn.Parameter(tensor.to(represent.device)) for name, tensor in best.items()}
 
+    @_one_thread()
     def _fitted(self, x: torch.Tensor, data: Data) -> tuple[Measured, Head]:
         """The best linear head on ``x [pairs, width]``, and how the pairs for validation come out under it.
 
