@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from typing import Any
 
 from fusecli.arrays import (
@@ -218,21 +218,23 @@ def _meet_by_heads(text: Array, side: ImageSide, need_weights: bool) -> tuple[Ar
     query = side.keys.queries(text)  # [H, N, d]
     step = heads if is_torch(text) else max(1, TILE // (n * m))
     mixed, dump = [], []
+
+    @cache  # for all heads that need it
+    def exact_query() -> Array:
+        return side.keys.exact.queries(cast(text, "float64"))  # [H, N, d]
+
+    def exact_scores(some: Any) -> Array:
+        return _masked(dot(exact_query()[some], side.keys.exact.rows[some].mT), side.mask)  # [h, N, M]
+
     for start in range(0, heads, step):
         some = (..., slice(start, start + step), slice(None), slice(None))
         scores = _masked(dot(query[some], side.keys.rows[some].mT), side.mask)  # [h, N, M]
-        exact = partial(_exact_scores_of_heads, text, side, some)
-        weights, total = _softmax(scores, Order.DIRECT, text, exact)  # [h, N, M], [h, N, 1]
+        weights, total = _softmax(scores, Order.DIRECT, text, partial(exact_scores, some))  # [h, N, M], [h, N, 1]
         if need_weights:
             dump.append(weights / total)
         mixed.append((dot(weights, side.values[some]) / total).swapaxes(-3, -2))  # [N, h, d]
     beside = joined(mixed, -2).reshape(*text.shape[:-1], -1)  # [N, D]
     return _finish(beside, side.maps.out.mT, side), joined(dump, -3) if need_weights else None
-
-
-def _exact_scores_of_heads(text: Array, side: ImageSide, some: Any) -> Array:
-    keys = side.keys.exact
-    return _masked(dot(keys.queries(cast(text, "float64"))[some], keys.rows[some].mT), side.mask)  # [h, N, M]
 
 
 def _masked(scores: Array, mask: Array | None) -> Array:

@@ -10,6 +10,7 @@ from fusecli.arrays import (
     cast,
     compute_dtype,
     dtype_name,
+    is_on_gpu,
     is_torch,
     joined,
     layer_norm,
@@ -195,7 +196,7 @@ def fuse(weights: Weights, image: Array, text: Array, *, need_weights: bool = Fa
     text = as_rows(text, "text", weights.text_dim)
     dtype, given = compute_dtype(text, image), text
     training = is_torch(text) and needs_grad(*weights.tensors.values())
-    if is_torch(text) and text.device.type == "cpu" and numpy_can_have(text, image, *weights.tensors.values()):
+    if is_torch(text) and not is_on_gpu(text) and numpy_can_have(text, image, *weights.tensors.values()):
         text = to_numpy(text)
     seen = Seen(weights, image, text, len(text), dtype, training=training)
     parts = [seen.meet(text[rows], need_weights=need_weights) for rows in seen.blocks()]
