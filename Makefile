@@ -28,8 +28,8 @@ map: .venv/installed  ## draw the README's map of the sample picture
 	$(BIN)/fusecli fuse sample_data/patches.npy sample_data/text.npy -w sample_data/fusion.safetensors -o $(OUT)/fused.npy -a $(OUT)/patches.safetensors --tokens sample_data/tokens.json
 	$(BIN)/fusecli show $(OUT)/patches.safetensors --image sample_data/image.png --fit contain -o docs/map.png
 
-test: .venv/installed  ## run all tests
-	$(BIN)/python -m pytest
+test: .venv/installed  ## run all tests, on all cores
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
 lint: .venv/installed  ## ruff and import-linter
 	$(BIN)/ruff check .

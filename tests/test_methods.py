@@ -152,11 +152,11 @@ def test_a_padded_batch_gives_what_each_pair_gives(method: str, options: dict[st
 @pytest.mark.parametrize("m", [1, 3])
 @pytest.mark.parametrize("layer_norm", [False, True])
 def test_gradcheck(method: str, options: dict[str, Any], m: int, layer_norm: bool) -> None:
-    weights = oracle(method, 8, 2, 8, 6, layer_norm=layer_norm, **{**options, **_small(options)})[1]
+    weights = oracle(method, 4, 2, 4, 3, layer_norm=layer_norm, **{**options, **_small(options)})[1]
     names = list(weights.tensors)
     tensors = [torch.from_numpy(weights.tensors[name]).double().requires_grad_() for name in names]
-    image = torch.randn(m, 6, dtype=torch.float64, requires_grad=True)
-    text = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+    image = torch.randn(m, 3, dtype=torch.float64, requires_grad=True)
+    text = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
 
     def run(image: Any, text: Any, *tensors: Any) -> Any:
         return fuse(Weights(weights.config, dict(zip(names, tensors, strict=True))), image, text)

@@ -211,7 +211,7 @@ def _bytes(folder: Path) -> list[bytes]:
 
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_killed_or_not(run: Run, lesson: list[str], tmp_path: Path) -> None:
-    options = ("--labels", "labels.csv", "--method", "transformer", "--epochs", 40, "--patience", 40)
+    options = ("--labels", "labels.csv", "--method", "transformer", "--epochs", 20, "--patience", 20)
     _train(run, *options)
     whole = _bytes(tmp_path)
     _train(run, *options, "--num-layers", 1)
@@ -233,7 +233,7 @@ def test_the_same_seed_gives_the_same_bytes_killed_or_not(run: Run, lesson: list
     _train(run, *options, "--resume")
     assert _bytes(tmp_path) == whole
     log = [json.loads(line) for line in (tmp_path / "f.log.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in log if "epoch" in line] == list(range(1, 41))
+    assert [line["epoch"] for line in log if "epoch" in line] == list(range(1, 21))
     assert not (tmp_path / "f.state.pt").exists()
 
 
