@@ -48,8 +48,9 @@ def dtype_name(x: Array) -> str:
 
 @lru_cache(maxsize=64)  # NumPy takes microseconds to spell a dtype, and a small fusion asks several times
 def _spelled(dtype: Any) -> str:
-    name = str(dtype).removeprefix("torch.")
-    return "longdouble" if dtype == np.longdouble and name not in FLOAT_NAMES else name
+    if not isinstance(dtype, np.dtype):
+        return str(dtype).removeprefix("torch.")
+    return "longdouble" if dtype == np.longdouble and dtype.name not in FLOAT_NAMES else dtype.name  # in any byte order
 
 
 def compute_dtype(*arrays: Array) -> str:
@@ -84,7 +85,7 @@ def like(x: Array, template: Array) -> Array:
             return x.to(template.device)
         if str(x.dtype) == "bfloat16":  # torch cannot take ml_dtypes arrays; float32 holds them
             x = x.astype(np.float32)
-        return torch.from_numpy(np.array(x, order="C")).to(template.device)
+        return torch.from_numpy(np.array(x, x.dtype.newbyteorder("="), order="C")).to(template.device)
     return to_numpy(x)
 
 

@@ -280,7 +280,8 @@ def _finish(mixed: Array, out: Array, side: ImageSide) -> Array:
 # Beyond some size float32 was seen to lose more than twice what the reference loses (drawn shapes, norms to
 # 90), so the scores are computed again in float64. The orders that leave one side unprojected round more, and
 # get there at 3. For the direct order it is 40 and more, where exp itself still works without subtracting the
-# row's maximum: so nothing is subtracted, and the row sums, between exp(max) and M exp(max), tell.
+# row's maximum: so nothing is subtracted, and the row sums, between exp(max) and M exp(max), tell. (Not so for the
+# half precision of a module: there exp soon overflows, or loses its digits below 6e-5.)
 LARGE_SCORE = 3.0
 LARGE_TOTAL = 1e20
 
@@ -291,7 +292,7 @@ def _softmax(scores: Array, order: Order, text: Array, exact: Callable[[], Array
     Overwrites ``scores``. Where float32 does not do, ``exact`` gives them in float64. The result has the dtype of
     ``text``.
     """
-    if dtype_name(scores) == "float64" or needs_grad(scores):
+    if dtype_name(scores) != "float32" or needs_grad(scores):
         return _shifted_softmax(scores, text)
     if order is not Order.DIRECT and not largest(scores) <= LARGE_SCORE:
         return _shifted_softmax(exact(), text)

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from fusecli import ImageTextFusion, checkpoint, fuse, identity, init, load, save
+from fusecli.arrays import cast
 from fusecli.checkpoint import METADATA_KEY, fingerprint, to_bytes
 from fusecli.errors import CheckpointError, FileError, OutputError, UsageError
 from tests.conftest import Run
@@ -63,11 +64,9 @@ def test_separate_projections_and_missing_biases_are_understood(tmp_path: Path, 
         state[f"attention.{letter}_proj_weight"] = part.clone()
     for name in ("text_proj.bias", "attention.in_proj_bias", "attention.out_proj.bias"):
         state[name].zero_()
-        full = {**state, "attention.in_proj_weight": stacked}
-    torch.save(full, tmp_path / "reference.pt")
-    for letter in "qkv":
-        del full[f"attention.{letter}_proj_weight"]
-    torch.save(full, tmp_path / "reference.pt")
+    whole = {name: tensor for name, tensor in state.items() if "q_proj" not in name and "v_proj" not in name}
+    del whole["attention.k_proj_weight"]
+    torch.save({**whole, "attention.in_proj_weight": stacked}, tmp_path / "reference.pt")
     for name in ("text_proj.bias", "attention.in_proj_bias", "attention.out_proj.bias"):
         del state[name]
     torch.save(state, tmp_path / "model.bin")
@@ -156,13 +155,14 @@ def test_odd_tensors_are_named_and_cost_nothing(tmp_path: Path, odd: torch.Tenso
         load(tmp_path / "model.pt")
 
 
-def test_convert_changes_the_dtype(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_convert_changes_the_dtype(run: Run, tmp_path: Path, dtype: str) -> None:
     run("init", "-o", "w.safetensors", "--method", "gated", "--feature-dim", 16, "-q")
-    run("convert", "w.safetensors", "-o", "half.safetensors", "--dtype", "float16", "-q")
+    run("convert", "w.safetensors", "-o", "half.safetensors", "--dtype", dtype, "-q")
     whole, half = (checkpoint.load(tmp_path / name) for name in ("w.safetensors", "half.safetensors"))
     assert half.config == whole.config
     for name, tensor in whole.tensors.items():
-        np.testing.assert_array_equal(half.tensors[name], tensor.astype(np.float16))
+        np.testing.assert_array_equal(half.tensors[name], cast(tensor, dtype))
 
 
 def test_weights_that_do_not_fit_a_dtype_are_refused() -> None:

@@ -130,6 +130,18 @@ def test_bfloat16_tensors_stay_bfloat16(drawn: tuple[Weights, Any, Any]) -> None
     np.testing.assert_allclose(fused.float().numpy(), expected, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("template", [np.asarray, torch.from_numpy])
+def test_any_byte_order_will_do(drawn: tuple[Weights, Any, Any], template: Any) -> None:
+    weights, image, text = drawn
+    expected = fuse(weights, image, text)
+    swapped = fuse(weights, image.astype(">f4"), template(text))
+    np.testing.assert_array_equal(swapped, expected)
+    if template is np.asarray:
+        fused = fuse(weights, image, text.astype(">f4"))
+        np.testing.assert_array_equal(fused, expected)
+        assert fused.dtype.isnative
+
+
 def test_one_vector_and_a_leading_axis_of_one_are_rows(drawn: tuple[Weights, Any, Any]) -> None:
     weights, image, text = drawn
     expected = fuse(weights, image[:1], text)

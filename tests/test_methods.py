@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -315,12 +314,12 @@ def test_gates_stand_behind_the_attention(mean: tuple[str, ...], run: Run, pair:
 
 
 @pytest.mark.parametrize("method", ["concat", "weighted-sum"])
-def test_asking_for_attention_where_there_is_none(method: str, run: Run, pair: Any, many: Any) -> None:
+def test_asking_for_attention_where_there_is_none(method: str, run: Run, pair: Any, many: Any, tmp_path: Path) -> None:
     run("init", "-o", "w.safetensors", "--method", method, "-q")
     for command in (("fuse", "regions.npy", "txt.npy"), ("batch", "img", "txt")):
         told = run(*command, "-w", "w.safetensors", "-o", "o", "-a", "a", code=2).stderr
         assert f"no attention to show: found method {method}".encode() in told
-        assert not set("oa") & {path.name for path in Path(os.curdir).iterdir()}
+        assert not set("oa") & {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import fusecli
 from fusecli import ImageTextFusion
 from tests.oracle import Article, features
 
@@ -63,3 +64,19 @@ def test_training_lowers_the_loss() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.65, -2.8])  # exp of the scores, times 2, is beyond float16; and it is below
+def test_half_precision_gives_the_same_with_and_without_gradients(dtype: torch.dtype, scale: float) -> None:
+    module = ImageTextFusion(8, 1)
+    weights = fusecli.identity(8, 1)
+    module.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in weights.tensors.items()})
+    module.to(dtype)
+    image = 2 + torch.arange(16).reshape(2, 8).div(64).to(dtype)
+    text = torch.full((3, 8), scale, dtype=dtype)
+    with torch.no_grad():
+        fused = module(image, text)
+    expected = fusecli.fuse(weights, image.float(), text.float())
+    torch.testing.assert_close(fused.float(), expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(fused, module(image, text))

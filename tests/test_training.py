@@ -266,7 +266,7 @@ def test_ids_without_label_are_listed_or_passed_over(run: Run, lesson: list[str]
     (tmp_path / "labels.csv").write_text("\n".join(lines[:-7]) + "\n")
     (tmp_path / "txt" / f"{lesson[0]}.npy").unlink()
     told = _train(run, "--labels", "labels.csv", code=3)
-    assert f"7 ids without label: {lesson[-7]}" in told or "7 ids without label: " in told
+    assert f"7 ids without label: {sorted(lesson[-7:])[0]}" in told
     assert f"1 ids without text: {lesson[0]}" in told
     _train(run, "--labels", "labels.csv", "--allow-missing", "--epochs", 1)
 
@@ -373,7 +373,8 @@ def test_no_pair_is_left(run: Run, lesson: list[str], tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_can_be_trained_further(run: Run, lesson: list[str], tmp_path: Path) -> None:
-    run("init", "-o", "w.safetensors", "--method", "gated", "--feature-dim", D, "-q")
+    run("init", "-o", "drawn.safetensors", "--method", "gated", "--feature-dim", D, "-q")
+    run("convert", "drawn.safetensors", "-o", "w.safetensors", "--dtype", "bfloat16", "-q")
     given = ("-w", "w.safetensors", "--labels", "labels.csv", "--lr", 3e-3, "--json")
     facts = json.loads(run("train", "img", "txt", "-o", "f.safetensors", *given).stdout)
     assert facts["best_epoch"] > 0
@@ -407,7 +408,7 @@ def test_features_are_read_as_they_are_and_padded_with_zeros(tmp_path: Path) -> 
     assert (block[~mask] == 0).all()
     assert mask.sum(1).tolist() == [data.images.length(0), data.images.length(3)]
     np.testing.assert_allclose(data.texts.means()[2], data.texts[2].astype(np.float64).mean(0), rtol=1e-5)
-    assert os.listdir(tmp_path) == ["i.safetensors", "t.safetensors"] or len(os.listdir(tmp_path)) == 2
+    assert sorted(os.listdir(tmp_path)) == ["i.safetensors", "t.safetensors"]
 
 
 def _padding(data: Any, made: list[list[int]]) -> float:
@@ -449,7 +450,7 @@ def test_intervals() -> None:
     row = table.row("x", torch.tensor([1.0] * 8 + [0.0] * 2))
     assert (round(row.low, 3), round(row.high, 3)) == (0.490, 0.943)  # Wilson 1927
     low, high = table.resampled(torch.randn(400, generator=torch.Generator().manual_seed(0)))
-    assert -0.2 < low < 0 < high < 0.2 or low < high
+    assert -0.2 < low < 0 < high < 0.2
 
 
 def test_equal_scores_are_no_hits(tmp_path: Path) -> None:

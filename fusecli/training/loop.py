@@ -34,13 +34,13 @@ HEAD_LR = 10.0
 class Settings:
     """How to train."""
 
-    epochs: int = 20
-    batch_size: int = 64
-    lr: float = 1e-4
-    weight_decay: float = 0.05
-    patience: int = 5  # epochs without a lower validation loss after which to stop
-    seed: int = 0
-    device: str = "cpu"
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    patience: int  # epochs without a lower validation loss after which to stop
+    seed: int
+    device: str
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from fusecli.arrays import cast
 from fusecli.fusion import Seen
 from fusecli.training.data import Batch, Data, load
 from fusecli.weights import Config, Weights
@@ -77,7 +78,7 @@ class Fusion:
         self.device, self._learned = device, learned
         self.config: Config = weights.config
         self.named = {
-            name: nn.Parameter(torch.tensor(tensor, dtype=torch.float32, device=device), requires_grad=learned)
+            name: nn.Parameter(torch.tensor(cast(tensor, "float32"), device=device), requires_grad=learned)
             for name, tensor in weights.tensors.items()
         }
         self.width = weights.dim
