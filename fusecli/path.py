@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from operator import itemgetter
 from time import perf_counter
@@ -71,11 +71,26 @@ def to_file(
 
 @dataclass(slots=True)
 class Seconds:
-    """Where the time went."""
+    """Where the time went, of all threads together."""
 
     read: float = 0.0
     fuse: float = 0.0
     write: float = 0.0
+
+    def add(self, other: Seconds) -> None:
+        """Count those of another as well."""
+        self.read += other.read
+        self.fuse += other.fuse
+        self.write += other.write
+
+
+class Pair(NamedTuple):
+    """The two sides of a pair, from `find_features`, and what is known of it already."""
+
+    image: Stored
+    text: Stored
+    row: Array = None  # what `fusecli.methods.single_rows` gave for the image
+    met: Met | None = None  # what `fuse_alike` gave for both
 
 
 class Fused(NamedTuple):
@@ -85,62 +100,45 @@ class Fused(NamedTuple):
     m: int
     dim: int
     dtype: str
+    seconds: Seconds
 
 
 #: Moves an array to where the work is done; None where NumPy does it.
 Mover: TypeAlias = Callable[[NumpyArray], Array] | None
+NOWHERE = nullcontext(None)
 
 
-def fuse_pair(
-    weights: Weights,
-    image: Stored,
-    text: Stored,
-    output: Output,
-    to_device: Mover = None,
-    row: Array = None,
-    met: Met | None = None,
-    seconds: Seconds | None = None,
-) -> Fused:
+def fuse_pair(weights: Weights, pair: Pair, output: Output, to_device: Mover = None) -> Fused:
     """Read a pair, fuse it, write it: text rows go through in blocks, memory stays flat in ``N``.
 
     Args:
         weights: the fusion.
-        image: from `find_features`.
-        text: from `find_features`.
+        pair: what to fuse.
         output: where and how to write.
         to_device: to a GPU.
-        row: what `fusecli.methods.single_rows` gave for this image, if it has been asked already.
-        met: what `fuse_alike` gave for this pair, if it has been asked already.
-        seconds: the time taken is added to it.
 
     Raises:
         InputError: a file is bad, or does not fit the weights; nothing has been written then.
         OutputError: the result cannot be written, or finite features gave numbers that its dtype cannot hold.
     """
+    image, text = pair.image, pair.text
     require_width(image, weights.image_dim, "image")
     require_width(text, weights.text_dim, "text")
-    seconds = seconds or Seconds()
-    n, m, finite, compute = text.shape[0], image.shape[0], output.finite, compute_dtype_of(image, text)
-    began, blocks = perf_counter(), None
-    if met is None and to_device and pairs_together(weights, n, m) > 1:
-        sides = [read_finite(image, finite)], [read_finite(text, finite)]
-        seconds.read = perf_counter() - began
-        (met,) = fuse_alike(weights, *sides, compute, to_device, output.attention is not None)
-        seconds.fuse = perf_counter() - began - seconds.read
-    if met is None:
-        blocks = _Blocks(weights, image, text, compute, output, to_device, row, seconds)
-    dtype = output.dtype or text.dtype
-    with _Opened(output.fused, "fused", (n, weights.dim), dtype, finite) as fused:
-        results = _Results(output, fused)
-        if output.attention:
-            shape = (n, m) if output.attention_mean else (weights.config.num_heads, n, m)
-            with _Opened(output.attention, "attention", shape, output.attention_dtype or compute, finite) as dump:
-                results.attention = dump
-                _put_all(results, met, blocks)
-        else:
-            _put_all(results, met, blocks)
-    seconds.write = perf_counter() - began - seconds.read - seconds.fuse
-    return Fused(n, m, weights.dim, dtype)
+    n, m, dtype, finite = text.shape[0], image.shape[0], output.dtype or text.dtype, output.finite
+    alike = to_device is not None and pair.met is None and pairs_together(weights, n, m) > 1
+    work = (_Whole if alike or pair.met else _Blocks)(weights, pair, output, to_device)
+    began = perf_counter()
+    attention: AbstractContextManager[_ArrayFile | None] = NOWHERE
+    if output.attention:
+        shape = (n, m) if output.attention_mean else (weights.config.num_heads, n, m)
+        of_attention = output.attention_dtype or compute_dtype_of(image, text)
+        attention = _Opened(output.attention, "attention", shape, of_attention, finite)
+    with _Opened(output.fused, "fused", (n, weights.dim), dtype, finite) as fused, attention as dump:
+        opened = perf_counter()
+        work.do_all(_Results(output, fused, dump))
+        done = perf_counter()
+    work.seconds.write += perf_counter() - done + opened - began
+    return Fused(n, m, weights.dim, dtype, work.seconds)
 
 
 def fuse_alike(
@@ -174,7 +172,7 @@ class _Results:
 
     output: Output
     fused: _ArrayFile
-    attention: _ArrayFile | None = None
+    attention: _ArrayFile | None
 
     def put(self, start: int, met: Met, alike: bool = False) -> None:
         """Write what came of the text rows from ``start`` on; ``alike`` if all of them are equal."""
@@ -186,11 +184,26 @@ class _Results:
                 self.attention.put_behind(start, to_numpy(met.gate))
 
 
-def _put_all(results: _Results, met: Met | None, blocks: _Blocks | None) -> None:
-    if met is not None:
-        results.put(0, met)
-    elif blocks is not None:
-        blocks.do_all(results)
+class _Whole:
+    """A pair that is fused at once, if that has not been done yet."""
+
+    def __init__(self, weights: Weights, pair: Pair, output: Output, to_device: Mover) -> None:
+        self.seconds = Seconds()
+        if pair.met is not None or to_device is None:
+            self._met = pair.met
+            return
+        began = perf_counter()
+        sides = [read_finite(pair.image, output.finite)], [read_finite(pair.text, output.finite)]
+        read, compute = perf_counter(), compute_dtype_of(pair.image, pair.text)
+        [self._met] = fuse_alike(weights, *sides, compute, to_device, output.attention is not None)
+        self.seconds = Seconds(read - began, perf_counter() - read)
+
+    def do_all(self, results: _Results) -> None:
+        """Write it."""
+        began = perf_counter()
+        assert self._met is not None
+        results.put(0, self._met)
+        self.seconds.write += perf_counter() - began
 
 
 class _Blocks:
@@ -199,35 +212,25 @@ class _Blocks:
     The image and the first block are read at once, and all of them if what is written cannot be taken back.
     """
 
-    def __init__(
-        self,
-        weights: Weights,
-        image: Stored,
-        text: Stored,
-        compute: str,
-        output: Output,
-        to_device: Mover,
-        row: Array,
-        seconds: Seconds,
-    ) -> None:
+    def __init__(self, weights: Weights, pair: Pair, output: Output, to_device: Mover) -> None:
         began = perf_counter()
-        self._to_device, self._text, self._output, self._seconds = to_device, text, output, seconds
-        rows = self._moved(cast(read_finite(image, output.finite), compute)) if row is None else row
+        self._to_device, self._text, self._output, row = to_device, pair.text, output, pair.row
+        compute = compute_dtype_of(pair.image, pair.text)
+        rows = self._moved(cast(read_finite(pair.image, output.finite), compute)) if row is None else row
         read = perf_counter()
         if row is None and len(rows) == 1 and one_row_is_enough(weights):
             row = single_rows(weights, rows)[0]
         if row is not None and adds_one_row(weights):
             rows = row = to_numpy(row)
             self._to_device = None
-        self._seen = seen = Seen(weights, rows, rows, text.shape[0], compute, row=row)
+        self._seen = seen = Seen(weights, rows, rows, pair.text.shape[0], compute, row=row)
         looked = perf_counter()
         self._blocks = list(seen.blocks(COPIED_ROWS if seen.only_adds else FUSED_ROWS))
-        self._first = read_finite(text, output.finite, self._blocks[0])
+        self._first = read_finite(pair.text, output.finite, self._blocks[0])
         if output.stream:  # look before writing
             for block in self._blocks[1:]:
-                read_finite(text, output.finite, block)
-        seconds.read = perf_counter() - looked + read - began
-        seconds.fuse = looked - read
+                read_finite(pair.text, output.finite, block)
+        self.seconds = Seconds(perf_counter() - looked + read - began, looked - read)
 
     def _moved(self, x: NumpyArray) -> Array:
         return x if self._to_device is None else self._to_device(x)
@@ -235,36 +238,39 @@ class _Blocks:
     def do_all(self, results: _Results) -> None:
         """All blocks, on several threads if there are many."""
         blocks = self._blocks
-        self._do(results, blocks[0], self._first)
+        self._do(results, self.seconds, blocks[0], self._first)
         threads = min(self._output.threads, len(blocks) - 1)
         if threads < 2 or self._output.stream or not isinstance(self._text.source, FileSource):
             for block in blocks[1:]:
-                self._do(results, block)
+                self._do(results, self.seconds, block)
             return
         from concurrent.futures import ThreadPoolExecutor  # 10 ms that small texts do not need
 
         bad: list[tuple[int, BaseException]] = []  # what is told of is the first that one thread would have met
 
-        def every(start: int) -> None:
+        def every(start: int) -> Seconds:
+            seconds = Seconds()
             with np.errstate(all="ignore"):
                 for block in blocks[start::threads]:
                     if bad and block.start > min(start for start, _ in bad):
                         break
                     try:
-                        self._do(results, block)
+                        self._do(results, seconds, block)
                     except Exception as error:
                         bad.append((block.start, error))
+            return seconds
 
         with ThreadPoolExecutor(threads) as pool:
             try:
-                list(pool.map(every, range(1, 1 + threads)))
+                for seconds in pool.map(every, range(1, 1 + threads)):
+                    self.seconds.add(seconds)
             except BaseException as error:  # Ctrl-C: the threads are to stop as well
                 bad.append((-1, error))
                 raise
         if bad:
             raise min(bad, key=itemgetter(0))[1]
 
-    def _do(self, results: _Results, block: slice, part: NumpyArray | None = None) -> None:
+    def _do(self, results: _Results, seconds: Seconds, block: slice, part: NumpyArray | None = None) -> None:
         """One block, read already or not."""
         start, seen = perf_counter(), self._seen
         if part is None:
@@ -272,9 +278,11 @@ class _Blocks:
         read = perf_counter()
         met = seen.meet(self._moved(cast(part, seen.dtype)), need_weights=results.attention is not None)
         met = met._replace(fused=to_numpy(met.fused))  # waits for the device
-        self._seconds.read += read - start
-        self._seconds.fuse += perf_counter() - read
+        fused = perf_counter()
         results.put(block.start, met, alike=seen.rows_alike)
+        seconds.read += read - start
+        seconds.fuse += fused - read
+        seconds.write += perf_counter() - fused
 
 
 class _Opened:

@@ -158,13 +158,26 @@ def test_a_fifo_is_written_and_not_replaced(pair: tuple[Any, Any], tmp_path: Pat
     assert (tmp_path / "pipe.npy").is_fifo()
 
 
-def test_nothing_goes_into_a_pipe_when_the_last_row_is_bad(run: Run, pair: tuple[Any, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("places", [("-o", "-"), ("-o", "out.npy", "-a", "-")])
+def test_nothing_goes_into_a_pipe_when_the_last_row_is_bad(
+    run: Run, pair: tuple[Any, Any], tmp_path: Path, places: tuple[str, ...]
+) -> None:
     text = np.ones((20_000, 768), np.float32)
     text[-1, -1] = np.inf
     np.save(tmp_path / "long.npy", text)
-    done = run("fuse", "regions.npy", "long.npy", "-o", "-", code=3)
+    done = run("fuse", "regions.npy", "long.npy", *places, code=3)
     assert done.stdout == b""
     assert b"row 19999, column 767" in done.stderr
+    assert not (tmp_path / "out.npy").exists()
+
+
+def test_attention_of_many_blocks_goes_through_a_pipe(
+    run: Run, pair: tuple[Any, Any], tmp_path: Path, rng: np.random.Generator
+) -> None:
+    np.save(tmp_path / "long.npy", rng.standard_normal((20_000, 768), dtype=np.float32))
+    piped = run("fuse", "regions.npy", "long.npy", "-o", "out.npy", "-a", "-").stdout
+    run("fuse", "regions.npy", "long.npy", "-o", "out.npy", "-a", "att.npy")
+    assert piped == (tmp_path / "att.npy").read_bytes()
 
 
 # Errors

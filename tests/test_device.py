@@ -24,7 +24,7 @@ from fusecli.collections import Place
 from fusecli.fusion import fuse_together, pairs_together
 from fusecli.methods import single_rows
 from fusecli.pairs import find_features
-from fusecli.path import Output, fuse_pair, to_file
+from fusecli.path import Output, Pair, fuse_pair, to_file
 from tests.batches import IDS, D, batch, expected, results
 from tests.conftest import Run
 from tests.oracle import article, weights_of
@@ -153,7 +153,7 @@ def test_an_item_gives_what_its_pairs_give(
             continue
         image, text = find_features(task.image.path, "image"), find_features(task.text.path, "text")
         attention = to_file(f"{tmp_path}/a.npy") if job.attention else None
-        fuse_pair(weights, image, text, Output(to_file(f"{tmp_path}/o.npy"), attention), _move(device))
+        fuse_pair(weights, Pair(image, text), Output(to_file(f"{tmp_path}/o.npy"), attention), _move(device))
         for one, folder in (("o.npy", "out"), ("a.npy", "att"))[: 1 + bool(attention)]:
             assert (tmp_path / one).read_bytes() == (tmp_path / folder / f"{task.id}.npy").read_bytes()
         on_cpu = fuse(weights, np.load(task.image.path), np.load(task.text.path))

@@ -21,7 +21,7 @@ from fusecli.errors import FusecliError, OutputError
 from fusecli.formats import NumpyArray, Stored
 from fusecli.methods import Met, one_row_is_enough, single_rows
 from fusecli.pairs import compute_dtype_of, read_finite, require_width
-from fusecli.path import Output, Seconds, fuse_pair
+from fusecli.path import Output, Pair, Seconds, fuse_pair
 from fusecli.places import features_at
 
 #: What the whole run runs into, not this pair: no space, over quota, read-only, broken disk, file too large.
@@ -96,16 +96,17 @@ def fuse_task(
     job: Job, task: Task, image: Stored, text: Stored, before: Seconds, row: Any = None, met: Met | None = None
 ) -> Outcome:
     """Fuse a pair and write it; ``row`` and ``met`` as `fuse_pair` has them, ``before`` what has been spent on it."""
-    if isinstance(job.fused, FolderStore) and job.fused.is_input(task.id, task.image.path, task.text.path):
-        return failure(task.id, OutputError("the result would replace what it is made from", where=task.id))
+    for store in (job.fused, job.attention):
+        if store and store.is_input(task.id, task.image.path, task.text.path):
+            return failure(task.id, OutputError("the result would replace what it is made from", where=task.id))
     pieces: list[Piece] = []
     dumps: list[Piece] = []
-    output, seconds = _output(job, task.id, pieces, dumps), Seconds()
+    output = _output(job, task.id, pieces, dumps)
     large = job.threads > 1 and text.nbytes >= LARGE
     try:
         with _only_large(job.folder) if large else NOT_LARGE as alone:
             output = output._replace(threads=job.threads) if alone else output
-            fuse_pair(job.weights, image, text, output, job.to_device, row, met, seconds)
+            seconds = fuse_pair(job.weights, Pair(image, text, row, met), output, job.to_device).seconds
     except Exception as error:
         return failure(task.id, error)
     read, fuse = before.read + seconds.read, before.fuse + seconds.fuse

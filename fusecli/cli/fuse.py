@@ -100,8 +100,6 @@ def fuse(
     stored_image = pairs.find_features(image, "image", image_key)
     stored_text = pairs.find_features(text, "text", text_key)
     loaded = load_weights(weights, num_heads, seed, residual, attention, lambda line: note(line, quiet))
-    if weights is None:
-        note(f"untrained weights (seed {seed}): the numbers mean nothing yet; pass --weights FILE", quiet)
     if stored_image.shape[0] == 1:
         _tell_of_one_row(loaded.config, quiet)
     gate = attention is not None and path.takes_gate(loaded, attention)
@@ -116,13 +114,13 @@ def fuse(
         attention_dtype=attention_dtype,
         dtype=dtype,
         finite=not allow_nonfinite,
-        stream=is_stream(output),
+        stream=is_stream(output) or (attention is not None and is_stream(attention)),
         gate=gate,
         threads=cores() if device == "cpu" else 1,
     )
     try:
         with np.errstate(all="ignore"):  # what overflows is found by looking
-            done = path.fuse_pair(loaded, stored_image, stored_text, form, _mover(device))
+            done = path.fuse_pair(loaded, path.Pair(stored_image, stored_text), form, _mover(device))
     except BrokenPipeError:
         if attention is None:
             raise
@@ -214,6 +212,7 @@ def load_weights(
     if path:
         loaded = checkpoint.load(path, num_heads, tell=tell)
     else:
+        tell(f"untrained weights (seed {seed}): the numbers mean nothing yet; pass --weights FILE")
         loaded = checkpoint.init(num_heads=num_heads or 8, seed=seed)
     if attention:
         require_attention(loaded.config)
