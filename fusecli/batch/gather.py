@@ -25,20 +25,15 @@ Result = tuple[str, Piece | None]
 
 
 def gather(store: PartStore, results: Callable[[], Iterator[Result]]) -> None:
-    """Write results (None: a pair that failed) to ``store.path`` in order, and remove the parts.
+    """Write results to ``store.path`` in order, and remove the parts.
 
-    A packed file lists what was fused. In a stack, where a row's number says which pair it is, a pair that failed
-    is a row of NaN. ``results`` is called several times: there may be too many to hold.
+    In a stack, where a row's number says which pair it is, a pair that failed (None) is a row of NaN. ``results`` is
+    called several times: there may be too many to hold.
 
     Raises:
         OutputError: they do not stack, or the file cannot be written.
     """
     if store.path.endswith(safetensors.SUFFIXES):
-        every = results
-
-        def results() -> Iterator[Result]:
-            return ((id, piece) for id, piece in every() if piece)
-
         told = store.label.of_many(id for id, _ in results()) if store.label else {}
         header = safetensors.header_of_many(((id, p.shape, p.dtype) for id, p in results() if p), told)
         hole = b""

@@ -1,7 +1,8 @@
 """What was done with every pair: a file of JSON lines that is only ever added to.
 
-A run begins with a line ``{"run": …}`` that holds all that decides the results; a line for each pair follows.
-Every part of a divided run has a ledger of its own; together they tell what is done.
+A run begins with a line ``{"began": …, "run": …}`` that holds the time and all that decides the results; a line for
+each pair follows. Every part of a divided run has a ledger of its own; together, in the order in which their runs
+began, they tell what is done.
 """
 
 from __future__ import annotations
@@ -10,15 +11,20 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from fusecli.batch.job import Outcome
 from fusecli.batch.store import WHOLE, Piece, believed
 from fusecli.errors import OutputError, UsageError
+
+#: How the line of a run starts.
+BEGAN = b'{"began": '
 
 Pieces: TypeAlias = "tuple[Piece, Piece | None]"
 _Kind: TypeAlias = "tuple[tuple[Any, ...], tuple[Any, ...] | None]"
@@ -45,8 +51,8 @@ class History:
     def read(cls, folder: str) -> History:
         """Read every ledger in ``folder``; lines that a crash cut short are passed over."""
         history = cls()
-        for path in sorted(Path(folder).glob("ledger*.jsonl"), key=lambda path: path.stat().st_mtime_ns):
-            for record in _lines(path):
+        for part in sorted(chain.from_iterable(map(_runs, Path(folder).glob("ledger*.jsonl")))):
+            for record in _lines(part):
                 with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError):  # no line of ours
                     history._take(record)
         history._sort()
@@ -113,11 +119,39 @@ class History:
         self._order = array("q", sorted(range(len(self._ids)), key=self._ids.__getitem__))  # stable: the last is last
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+class _Part(NamedTuple):
+    """What one run wrote to a ledger."""
+
+    began: float  # in seconds since 1970; a part of the ledger that does not say it comes first
+    path: Path
+    start: int
+    end: int
+
+
+def _runs(path: Path) -> list[_Part]:
+    """The parts of a ledger, by the lines that begin them."""
+    parts, at, start, began = [], 0, 0, 0.0
+    with open(path, "rb") as file:
         for line in file:
+            if line.startswith(BEGAN):
+                parts.append(_Part(began, path, start, at))
+                start = at
+                with contextlib.suppress(ValueError):
+                    began = float(line[len(BEGAN) :].partition(b",")[0])
+            at += len(line)
+    return [*parts, _Part(began, path, start, at)]
+
+
+def _lines(part: _Part) -> Iterator[dict[str, Any]]:
+    with open(part.path, "rb") as file:
+        file.seek(part.start)
+        left = part.end - part.start
+        for line in file:
+            left -= len(line)
+            if left < 0:
+                return
             with contextlib.suppress(ValueError, RecursionError):
-                record = json.loads(line)
+                record = json.loads(line.decode("utf-8", "replace"))
                 if isinstance(record, dict):
                     yield record
 
@@ -141,7 +175,7 @@ class Ledger:
 
     def begin(self, run: dict[str, Any]) -> None:
         """A run starts."""
-        self._write(json.dumps({"run": run}, sort_keys=True).encode() + b"\n")
+        self._write(BEGAN + f'{time.time():.3f}, "run": {json.dumps(run, sort_keys=True)}}}\n'.encode())
 
     def add(self, outcomes: Iterable[Outcome]) -> None:
         """Keep what happened.
