@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
-from fusecli.errors import FileError, ShapeError
+from fusecli.errors import FileError, ShapeError, UsageError
 from fusecli.formats import FORMATS, Source, Stored, open_source, open_tensors, safetensors, sniff
 
 SUFFIXES = tuple(suffix for module in FORMATS.values() for suffix in module.SUFFIXES)
@@ -279,11 +279,17 @@ def open_collection(
 
     Raises:
         InputError: it cannot be read, or is none of these.
+        UsageError: it is a file, where a key says nothing, or a stack, where a pattern does not.
     """
     if os.path.isdir(path):
         return Folder.open(path.rstrip("/") or "/", key, pattern, without)
+    if key is not None:
+        hint = "leave out --image-key and --text-key, or give a folder"
+        raise UsageError("one file of many pairs has no key for each of them", where=path, found=key, hint=hint)
     if sniff(open_source(path, whole=1)) == "safetensors":
         return Packed.open(path, pattern)
+    if pattern is not None:
+        raise UsageError("rows of a stack have numbers and no names", where=path, found=pattern, hint="leave it out")
     return Stacked.open(path)
 
 
@@ -306,10 +312,13 @@ class Manifest:
     Args:
         name: of the manifest, for messages.
         folder: what paths in it are relative to.
+        image_key: the tensor to take from an image's file, where a line names none.
+        text_key: likewise.
     """
 
-    def __init__(self, name: str, folder: str) -> None:
+    def __init__(self, name: str, folder: str, image_key: str | None = None, text_key: str | None = None) -> None:
         self.name, self._folder, self._line = name, folder, 0
+        self._keys = image_key, text_key
         self._columns: list[str] | None = None
         self._delimiter: str | None = None  # None: JSON
 
@@ -338,7 +347,8 @@ class Manifest:
             os.fsencode(id + image + text_path)
         except UnicodeEncodeError:
             raise self._bad(text, "names that a file can have") from None
-        return Entry(self._line, id, self._place(image, image_key), self._place(text_path, text_key))
+        keys = image_key or self._keys[0], text_key or self._keys[1]
+        return Entry(self._line, id, self._place(image, keys[0]), self._place(text_path, keys[1]))
 
     @property
     def headless(self) -> bool:

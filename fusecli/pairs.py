@@ -25,7 +25,7 @@ def find_features(path: str, side: str, key: str | None = None, whole: int = 0) 
     Args:
         path: ``.npy`` or ``.safetensors``; ``-`` is standard input.
         side: ``"image"`` or ``"text"``, for well-known names and messages.
-        key: the tensor's name; else the only tensor, else the only one with a well-known name.
+        key: the tensor's name; else the only tensor, else the one whose name comes first among the well-known.
         whole: files of up to so many bytes are read at once.
 
     Raises:

@@ -8,6 +8,7 @@ from functools import lru_cache
 from fusecli.collections import Place, stamp_of, stored_at
 from fusecli.errors import FileError
 from fusecli.formats import Source, Stored, open_source, open_tensors
+from fusecli.formats.source import reason
 from fusecli.pairs import choose, find_features
 
 #: Files of up to so many bytes are read at once; images of one row, all of an item's before its texts.
@@ -28,6 +29,8 @@ def features_at(place: Place, side: str) -> Stored:
         return find_features(place.path, side, None, WHOLE[side])
     except FileNotFoundError:
         raise FileError("no such file", where=place.path) from None
+    except (OSError, ValueError) as error:
+        raise FileError("cannot be opened", where=place.path, found=reason(error)) from None
 
 
 @lru_cache(maxsize=8)  # packed and stacked files: a few, read by many tasks

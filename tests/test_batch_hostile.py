@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from fusecli.batch.job import Outcome, Task
 from fusecli.batch.local import Pool, Stop
+from fusecli.batch.plan import Shard
 from fusecli.collections import Place
 from tests.batches import D, as_npy, batch, expected, results, statuses
 from tests.conftest import FUSECLI, Run
@@ -88,10 +89,33 @@ def test_places_and_options_that_would_do_harm(run: Run, few: Path, places: list
     assert {path: path.read_bytes() for path in few.rglob("*") if path.is_file()} == before
 
 
-def test_a_manifest_cannot_write_over_its_inputs(run: Run, few: Path) -> None:
-    before = (few / "img" / "a.npy").read_bytes()
-    batch(run, "--manifest", "m.csv", "-o", "img", code=4)
-    assert (few / "img" / "a.npy").read_bytes() == before
+@pytest.mark.parametrize(
+    ("manifest", "places"),
+    [
+        (["a,img/a.npy,txt/a.npy"], ["-o", "img"]),
+        (["a,img/b.npy,txt/a.npy", "b,img/c.npy,txt/b.npy"], ["-o", "img"]),
+        (["a,txt/b.npy,txt/c.npy", "b,txt/a.npy,txt/c.npy"], ["-o", "out", "-a", "img/../txt"]),
+        (["a,both.safetensors,txt/a.npy,k"], ["-o", "both.safetensors"]),
+        (["a,both.safetensors,txt/a.npy,k"], ["-o", "out", "-a", "both.safetensors"]),
+    ],
+)
+def test_a_manifest_cannot_write_over_its_inputs(run: Run, few: Path, manifest: list[str], places: list[str]) -> None:
+    save_file({"k": np.load(few / "img" / "a.npy")}, few / "both.safetensors")
+    lines = ["id,image,text,image_key", *(line if line.count(",") > 2 else f"{line}," for line in manifest)]
+    (few / "m.csv").write_text("\n".join(lines) + "\n")
+    before = {path: path.read_bytes() for path in few.rglob("*") if path.is_file()}
+    assert b"would replace what a pair is made from" in batch(run, "--manifest", "m.csv", *places, code=2).stderr
+    if len(manifest) == 1:  # of a stream nothing is known ahead
+        batch(run, "--manifest", "-", *places, code=4, input="\n".join(lines).encode())
+    after = {path: path.read_bytes() for path in few.rglob("*") if path.is_file()}
+    assert before.items() <= after.items()
+
+
+def test_a_tree_cannot_write_over_its_own_branches(run: Run, few: Path) -> None:
+    (few / "all" / "x" / "x").mkdir(parents=True)
+    for name in ("x/a.npy", "x/x/a.npy"):  # ids a and x/a below all/x: the result of the second is all/x/a.npy
+        (few / "all" / name).write_bytes((few / "img" / "a.npy").read_bytes())
+    assert b"would replace" in batch(run, "all/x", "all/x", "-o", "all", code=2).stderr
 
 
 def test_results_among_the_images_are_no_images(run: Run, few: Path) -> None:
@@ -242,3 +266,71 @@ def test_workers_do_not_outlive_the_main_process(few: Path) -> None:
             return
         time.sleep(0.05)
     pytest.fail("workers live on")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["i.safetensors", "--image-key", "a", "--text-key", "b"],
+        ["i.safetensors", "i.safetensors", "--image-key", "a"],
+        ["stack.npy", "stack.npy", "--text-key", "b"],
+        ["stack.npy", "--image-pattern", "{id}.i", "--text-pattern", "{id}.t"],
+        ["--manifest", "m.csv", "--image-pattern", "{id}.npy"],
+    ],
+)
+def test_what_would_say_nothing_is_refused(run: Run, few: Path, options: list[str]) -> None:
+    save_file({id: np.ones((2, D), np.float32) for id in "ab"}, few / "i.safetensors")
+    np.save(few / "stack.npy", np.ones((2, D), np.float32))
+    told = batch(run, *options, "-o", "out", code=2).stderr
+    assert b"leave" in told
+    assert not (few / "out").exists()
+
+
+def test_keys_for_a_whole_folder_or_manifest(run: Run, few: Path) -> None:
+    both = few / "both"
+    both.mkdir()
+    lines = ["id,image,text,image_key"]
+    for id in IDS:
+        sides = {name: np.load(few / folder / f"{id}.npy") for name, folder in (("mine", "img"), ("yours", "txt"))}
+        save_file({**sides, "image": sides["yours"]}, both / f"{id}.safetensors")
+        lines.append(f"{id},both/{id}.safetensors,both/{id}.safetensors,{'image' if id == 'f' else ''}")
+    (few / "k.csv").write_text("\n".join(lines) + "\n")
+    keys = ("--image-key", "mine", "--text-key", "yours")
+    wanted = expected(run, few, IDS)
+    batch(run, "both", "-o", "out", *keys)
+    assert results(few / "out") == wanted
+    batch(run, "--manifest", "k.csv", "-o", "named", *keys)
+    named = results(few / "named")
+    assert {id: named[id] for id in IDS[:-1]} == {id: wanted[id] for id in IDS[:-1]}
+    assert named["f"] != wanted["f"]  # the line's own key counts more
+    batch(run, "--manifest", "-", "-o", "piped", *keys, input=(few / "k.csv").read_bytes())
+    assert results(few / "piped") == named
+
+
+def test_a_keyed_file_that_cannot_be_opened_fails_alone(run: Run, few: Path) -> None:
+    (few / "knot.safetensors").symlink_to("knot.safetensors")
+    lines = "id,image,text,image_key\na,knot.safetensors,txt/a.npy,k\nb,img/b.npy,txt/b.npy,\n"
+    done = batch(run, "--manifest", "-", "-o", "out", "--json", code=4, input=lines.encode())
+    assert statuses(done) == {"a": "failed", "b": "fused"}
+    assert b"knot.safetensors: cannot be opened" in done.stdout
+
+
+def test_the_last_word_on_a_pair_is_that_of_the_last_run(run: Run, few: Path) -> None:
+    good = (few / "img" / "a.npy").read_bytes()
+    (few / "img" / "a.npy").write_bytes(b"junk")
+    shard = next(part for part in ("1/2", "2/2") if Shard(int(part[0]), 2).has("a"))
+    batch(run, "img", "txt", "-o", "out", "--shard", shard, code=4)
+    (few / "img" / "a.npy").write_bytes(good)
+    batch(run, "img", "txt", "-o", "out")
+    batch(run, "img", "txt", "-o", "out", "--shard", shard)  # its ledger has the older word, and is the newer file
+    told = run("batch", "img", "txt", "-o", "out", "-w", "w.safetensors", "--dry-run").stderr
+    assert b"6 done, 0 failed before, 0 to do" in told
+
+
+def test_a_file_of_all_results_is_left_as_it_is_where_nothing_is_new(run: Run, few: Path) -> None:
+    (few / "img" / "a.npy").write_bytes(b"junk")
+    files = []
+    for _ in range(2):
+        batch(run, "img", "txt", "-o", "out.safetensors", code=4)
+        files.append((few / "out.safetensors").stat().st_ino)
+    assert files[0] == files[1]

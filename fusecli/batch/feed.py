@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
 
 from fusecli.batch.job import Item, Outcome, Task, failed
 from fusecli.batch.plan import ITEM_PAIRS, Match, Shard
+from fusecli.batch.store import FolderStore, Store
 from fusecli.collections import Collection, Entry, Manifest, Place
-from fusecli.errors import FileError, InputError
+from fusecli.errors import FileError, InputError, UsageError
 
 #: Ids without work after which it is told how far we are.
 TELL = 4096
@@ -27,17 +30,44 @@ class Pairs:
     ids: list[str]
     places: Callable[[str], tuple[Place, Place]]  # raises InputError for a pair that cannot be used
     known: list[Outcome] = field(default_factory=list)  # pairs that cannot be done, and why
+    roots: Sequence[str] = ()  # folders or files that hold all features; none: they lie anywhere
 
 
-def from_collections(images: Collection, texts: Collection, found: Match) -> Pairs:
+def from_collections(images: Collection, texts: Collection, found: Match, roots: Sequence[str] = ()) -> Pairs:
     """What `fusecli.batch.plan.match` brought together."""
     known = [Outcome(id, "missing", {"missing": "text"}) for id in found.no_text]
     known += [Outcome(id, "missing", {"missing": "image"}) for id in found.no_image]
-    return Pairs(found.both, lambda name: (images.place(name), texts.place(name)), known)
+    return Pairs(found.both, lambda name: (images.place(name), texts.place(name)), known, roots)
 
 
-def from_manifest(path: str, shard: Shard | None = None) -> Pairs:
-    """The pairs that a manifest names, in its order.
+def require_apart(pairs: Pairs, stores: Iterable[Store]) -> None:
+    """Raise `UsageError` if a result would take the place of what some pair is made from.
+
+    Folders are resolved, links to files are not: `FolderStore.is_input` looks closer, at each pair by itself.
+    """
+    outputs = {os.path.realpath(store.path): store for store in stores}
+    below = tuple(f"{output}/" for output in outputs)
+    if pairs.roots and not any(f"{os.path.realpath(root)}/".startswith(below) for root in pairs.roots):
+        return
+    resolved = lru_cache(maxsize=1024)(os.path.realpath)
+    inputs = set()
+    for id in pairs.ids:
+        with contextlib.suppress(InputError):
+            for place in pairs.places(id):
+                folder, _, name = place.path.rpartition("/")
+                path = f"{resolved(folder or ('/' if place.path[:1] == '/' else '.'))}/{name}"
+                if f"{path}/".startswith(below):
+                    inputs.add(path)
+    for output, store in outputs.items() if inputs else ():
+        suffix = store.suffix if isinstance(store, FolderStore) else None
+        for target in [output] if suffix is None else (f"{output}/{id}{suffix}" for id in pairs.ids):
+            if target in inputs:
+                hint = "write to another place"
+                raise UsageError("a result would replace what a pair is made from", where=target, hint=hint)
+
+
+def from_manifest(reader: Manifest, path: str, shard: Shard | None = None) -> Pairs:
+    """The pairs that the manifest at ``path`` names, in its order.
 
     Raises:
         FileError: it cannot be read, or has no header. A line that makes no sense is an outcome.
@@ -46,7 +76,6 @@ def from_manifest(path: str, shard: Shard | None = None) -> Pairs:
     known: list[Outcome] = []
     try:
         with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
-            reader = Manifest(path, os.path.dirname(path))
             for line in lines:
                 _enter(reader, line, shard, entries, known)
     except OSError as error:
@@ -98,8 +127,10 @@ class _Feed:
 class ListFeed(_Feed):
     """Items of `Pairs`, made as they are taken."""
 
-    def __init__(self, pairs: Pairs, ids: Iterable[str], keep: Keep, size: int, limit: int | None) -> None:
+    def __init__(self, pairs: Pairs, ids: Sequence[str], keep: Keep, size: int, limit: int | None) -> None:
         super().__init__()
+        #: Pairs that will be looked at; None: as many as it takes to do ``limit``.
+        self.total = len(ids) if limit is None or limit >= len(ids) else None
         self._pairs, self._ids, self._keep, self._size = pairs, iter(ids), keep, size
         self._left = limit
         self._ended = False
@@ -136,14 +167,20 @@ class ListFeed(_Feed):
         """See `Items`: they are all there."""
         return None
 
+    @property
+    def ids(self) -> list[str]:
+        """All of them, in their order."""
+        return self._pairs.ids
+
 
 class StreamFeed(_Feed):
     """Items of a manifest on standard input: each line is work as soon as it is there."""
 
-    def __init__(self, fd: int, shard: Shard | None, keep: Keep, limit: int | None) -> None:
+    total = None
+
+    def __init__(self, reader: Manifest, fd: int, shard: Shard | None, keep: Keep, limit: int | None) -> None:
         super().__init__()
-        self._fd, self._shard, self._keep, self._left = fd, shard, keep, limit
-        self._reader = Manifest("<stdin>", "")
+        self._reader, self._fd, self._shard, self._keep, self._left = reader, fd, shard, keep, limit
         self._entries: dict[str, Entry] = {}
         self._waiting: deque[Task] = deque()
         self._rest = b""

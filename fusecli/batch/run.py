@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from fusecli.arrays import to_device
-from fusecli.batch.feed import ListFeed, Pairs, StreamFeed
+from fusecli.batch.feed import ListFeed, Pairs, StreamFeed, require_apart
 from fusecli.batch.gather import Result, gather, gathered, is_whole
 from fusecli.batch.job import Job, Options, Outcome
 from fusecli.batch.ledger import History, Ledger, Lock, require_same_run
@@ -19,7 +19,7 @@ from fusecli.batch.plan import Shard, item_size
 from fusecli.batch.store import STATE, FolderStore, PartStore, Piece, Store
 from fusecli.batch.worker import work
 from fusecli.checkpoint import dump_facts, fingerprint
-from fusecli.collections import SUFFIXES
+from fusecli.collections import SUFFIXES, Manifest
 from fusecli.dumps import Label, Tokens
 from fusecli.errors import OutputError, UsageError
 from fusecli.formats import safetensors
@@ -128,12 +128,12 @@ class Reporter(Protocol):
         """Something came of these; ``summary`` counts them already."""
 
 
-def run(request: Request, plan: Callable[[], Pairs | None], reporter: Reporter) -> Summary:
+def run(request: Request, plan: Callable[[], Pairs | Manifest], reporter: Reporter) -> Summary:
     """Do what is asked, or what is left of it.
 
     Args:
         request: what to do.
-        plan: gives the pairs, None where they are to be read from standard input as they arrive. It is called when
+        plan: gives the pairs, or the manifest that reads them from standard input as they arrive. It is called when
             the workers are there already: they need not carry what is known of millions of pairs.
         reporter: is told what happens.
 
@@ -146,6 +146,8 @@ def run(request: Request, plan: Callable[[], Pairs | None], reporter: Reporter) 
     pool = Pool(partial(work, job), request.workers if request.device == "cpu" else 0, lock.release)
     try:
         pairs = plan()
+        if isinstance(pairs, Pairs):
+            require_apart(pairs, _stores(job))
         try:
             for held in [folder, *(f"{store.path}/{STATE}" for store in _folders(job) if store is job.attention)]:
                 os.makedirs(held, exist_ok=True)
@@ -161,7 +163,7 @@ def run(request: Request, plan: Callable[[], Pairs | None], reporter: Reporter) 
 
 
 def _run(
-    request: Request, pairs: Pairs | None, reporter: Reporter, job: Job, pool: Pool, stop: Stop, folder: str
+    request: Request, pairs: Pairs | Manifest, reporter: Reporter, job: Job, pool: Pool, stop: Stop, folder: str
 ) -> Summary:
     facts = request.run_facts()
     if request.overwrite:
@@ -179,8 +181,8 @@ def _run(
         ledger.begin(facts)
         teller = _Teller(ledger, history.missing, reporter)
         feed = _feed(request, pairs, history, job)
-        reporter.planned(len(pairs.ids) if pairs else None)
-        teller.tell(pairs.known if pairs else [])
+        reporter.planned(feed.total)
+        teller.tell(pairs.known if isinstance(pairs, Pairs) else [])
         _drive(request, job, feed, teller, pool, stop)
     finally:
         for store in folders:
@@ -190,12 +192,16 @@ def _run(
     if not (summary.interrupted or summary.stopped or request.shard):
         pool.close()
         del history  # a gathering reads it anew
-        _gather(job, folder, pairs.ids if pairs else cast(StreamFeed, feed).ids, summary, pairs is None)
+        _gather(job, folder, feed, summary)
     return summary
 
 
+def _stores(job: Job) -> list[Store]:
+    return [job.fused, job.attention] if job.attention else [job.fused]
+
+
 def _folders(job: Job) -> list[FolderStore]:
-    return [store for store in (job.fused, job.attention) if isinstance(store, FolderStore)]
+    return [store for store in _stores(job) if isinstance(store, FolderStore)]
 
 
 def look(request: Request, pairs: Pairs) -> tuple[int, int, int]:
@@ -247,13 +253,13 @@ def _job(request: Request, folder: str) -> Job:
 def _history(job: Job, folder: str) -> History:
     """What the ledgers say, and where gathered results are now."""
     history = History.read(folder)
-    for store in (job.fused, job.attention):
+    for store in _stores(job):
         if isinstance(store, PartStore):
             history.move(gathered(store), attention=store is job.attention)
     return history
 
 
-def _feed(request: Request, pairs: Pairs | None, history: History, job: Job) -> ListFeed | StreamFeed:
+def _feed(request: Request, pairs: Pairs | Manifest, history: History, job: Job) -> ListFeed | StreamFeed:
     def keep(id: str) -> Outcome | None:
         pieces = history.pieces(id)
         done = pieces is not None and _is_there(job, id, *pieces)
@@ -261,8 +267,8 @@ def _feed(request: Request, pairs: Pairs | None, history: History, job: Job) -> 
             return Outcome(id, "skipped", {})
         return None
 
-    if pairs is None:
-        return StreamFeed(0, request.shard, keep, request.limit)
+    if isinstance(pairs, Manifest):
+        return StreamFeed(pairs, 0, request.shard, keep, request.limit)
     ids = [id for id in pairs.ids if id in history.failed] if request.retry_failed else pairs.ids
     return ListFeed(pairs, ids, keep, item_size(len(ids), request.workers), request.limit)
 
@@ -319,16 +325,16 @@ def _reason_to_stop(outcomes: list[Outcome], fail_fast: bool) -> Outcome | None:
     return next((x for x in outcomes if x.stop or (fail_fast and x.status == "failed")), None)
 
 
-def _gather(job: Job, folder: str, ids: list[str], summary: Summary, stream: bool) -> None:
+def _gather(job: Job, folder: str, feed: ListFeed | StreamFeed, summary: Summary) -> None:
     """Make one file of the parts, where there is something new."""
-    stores = [store for store in (job.fused, job.attention) if isinstance(store, PartStore)]
+    stores = [store for store in _stores(job) if isinstance(store, PartStore)]
     if not stores or (not summary.fused and not summary.failures and all(map(is_whole, stores))):
         return
-    history = _history(job, folder)
+    history, ids, stream = _history(job, folder), feed.ids, isinstance(feed, StreamFeed)
     for store in stores:
         stacked = not store.path.endswith(safetensors.SUFFIXES)
         order = _order(history, ids, stream, stacked)
-        mine = partial(_results, history, order, store is job.attention)
+        mine = partial(_results, history, order, store is job.attention, stacked)
         changed = not is_whole(store) or any(wanted != there for wanted, there in zip_longest(mine(), gathered(store)))
         if changed and any(piece for _, piece in mine()):
             gather(store, mine)
@@ -350,7 +356,9 @@ def _order(history: History, ids: list[str], stream: bool, stacked: bool) -> lis
     return earlier + ids if stream else ids + earlier
 
 
-def _results(history: History, order: list[str], attention: bool) -> Iterator[Result]:
+def _results(history: History, order: list[str], attention: bool, stacked: bool) -> Iterator[Result]:
+    """What a gathered file tells of; only in a stack is there a row for a pair that has failed."""
     for id in order:
         pieces = history.pieces(id)
-        yield id, pieces[attention] if pieces else None
+        if pieces or stacked:
+            yield id, pieces[attention] if pieces else None

@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -77,6 +77,9 @@ class Store(Protocol):
     def holds(self, id: str, name: str, piece: Piece) -> bool:
         """Whether a result is still there, whole."""
 
+    def is_input(self, id: str, *paths: str) -> bool:
+        """Whether the result would take the place of one of ``paths``, which are read for it."""
+
 
 def require_safe(id: str, root: str) -> None:
     """Raise `OutputError` for an id that would be written outside ``root``, or among our own files."""
@@ -136,15 +139,9 @@ class FolderStore:
         return f"{self.temporary}/{owner}"
 
     def is_input(self, id: str, *paths: str) -> bool:
-        """Whether the result would take the place of one of ``paths``, which are read for it."""
+        """See `Store`."""
         target = f"{self.path}/{id}{self.suffix}"
-        if target not in self._there.get(target.rpartition("/")[0], (target,)):
-            return False
-        for path in paths:
-            with contextlib.suppress(OSError, ValueError):
-                if os.path.samefile(target, path):
-                    return True
-        return False
+        return target in self._there.get(target.rpartition("/")[0], (target,)) and _is_one_of(target, paths)
 
     def begin(self) -> None:
         """Make room for temporary files, and remove those that a killed run left."""
@@ -187,6 +184,14 @@ class FolderStore:
         second = gate_of(shape) if self.gate else None
         header: bytes = self._format.header(name, shape, dtype, told, second)
         return header
+
+
+def _is_one_of(target: str, paths: Iterable[str]) -> bool:
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError):
+            if os.path.samefile(target, path):
+                return True
+    return False
 
 
 class _NewFile(Replacing):
@@ -258,6 +263,11 @@ class PartStore:
         self._owner, self._at = os.getpid(), 0
         self._part = f"{self.kind}-{self._owner}-{os.urandom(4).hex()}.part"
         self._fd = os.open(f"{self.folder}/{self._part}", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def is_input(self, id: str, *paths: str) -> bool:
+        """See `Store`."""
+        name = os.path.basename(self.path)
+        return any(path.endswith(name) for path in paths) and _is_one_of(self.path, paths)
 
     def holds(self, id: str, name: str, piece: Piece) -> bool:
         """See `Store`: the part is long enough."""

@@ -137,8 +137,9 @@ def batch(
     if dry_run:
         _tell_plan(request, find_pairs(sources, [output, attention], part), quiet)
         return
-    if weights is None:
-        note(f"untrained weights (seed {seed}): the numbers mean nothing yet; pass --weights FILE", quiet)
+    if attention and attention_mean and batches.is_one_file(attention) and attention.endswith(".npy"):
+        told = "will be [B, N, M], which `fusecli show` takes for heads; .safetensors says what it is"
+        note(f"{attention}: {told}", quiet)
     try:
         with Progress(quiet, json, output, suffix) as progress:
             summary = batches.run(request, partial(find_pairs, sources, [output, attention], part), progress)
@@ -193,6 +194,9 @@ def check_sources(sources: Sources) -> None:
     if sources.manifest is not None and sources.images is not None:
         raise UsageError("a manifest names both sides itself", where="--manifest", hint="leave out IMAGES and TEXTS")
     patterns = {"image": sources.image_pattern, "text": sources.text_pattern}
+    if sources.manifest is not None and any(patterns.values()):
+        hint = "leave out --image-pattern and --text-pattern"
+        raise UsageError("a manifest names every id itself", where="--manifest", hint=hint)
     told_apart = None not in patterns.values() or (sources.image_key and sources.text_key)
     if sources.manifest is None and sources.texts is None and not told_apart:
         hint = "give TEXTS too, or --image-pattern '{id}.image.npy' --text-pattern '{id}.text.npy'"
@@ -268,18 +272,20 @@ def _shard(text: str | None) -> Any:
 
 
 def find_pairs(sources: Sources, outputs: list[str | None], shard: Any) -> Any:
-    """The pairs, None where they come on standard input."""
+    """The pairs, or the manifest that reads them from standard input."""
     from fusecli.batch.feed import from_collections, from_manifest
     from fusecli.batch.plan import match
-    from fusecli.collections import open_collection
+    from fusecli.collections import Manifest, open_collection
     from fusecli.errors import FileError, InputError
 
+    keys = sources.image_key, sources.text_key
     if sources.manifest == "-":
         if sys.stdin is None:
             raise FileError("standard input is closed", where="-")
-        return None
+        return Manifest("<stdin>", "", *keys)
     if sources.manifest is not None:
-        return from_manifest(sources.manifest, shard)
+        path = sources.manifest
+        return from_manifest(Manifest(path, os.path.dirname(path), *keys), path, shard)
     image_place = sources.images or ""
     text_place = sources.texts or image_place
     own = {os.path.realpath(path) for path in outputs if path}
@@ -294,14 +300,15 @@ def find_pairs(sources: Sources, outputs: list[str | None], shard: Any) -> Any:
             wanted="the same names on both sides",
             hint="ids are paths without suffix, names of tensors or numbers of rows; see --image-pattern",
         )
-    return from_collections(images, texts, found)
+    return from_collections(images, texts, found, [image_place, text_place])
 
 
 def _tell_plan(request: Any, pairs: Any, quiet: bool) -> None:
     from fusecli.batch.run import look
+    from fusecli.collections import Manifest
     from fusecli.errors import UsageError
 
-    if pairs is None:
+    if isinstance(pairs, Manifest):
         raise UsageError("lines that have not come yet cannot be planned", where="--dry-run")
     done, bad, todo = look(request, pairs)
     note(f"{len(pairs.ids):,} pairs: {done:,} done, {bad:,} failed before, {todo:,} to do", quiet)

@@ -39,7 +39,9 @@ Weights = Annotated[
     typer.Option("--weights", "-w", metavar="FILE", envvar="FUSECLI_WEIGHTS", help="Checkpoint of the fusion."),
 ]
 AttentionMean = Annotated[bool, typer.Option("--attention-mean", help="Write its mean over heads, [N, M].")]
-AttentionDtype = Annotated[DtypeName | None, typer.Option(help="Dtype of the attention.  [default: float32]")]
+AttentionDtype = Annotated[
+    DtypeName | None, typer.Option(help="Dtype of the attention.  [default: float32, or float64 if a side is wider]")
+]
 GridSize = Annotated[
     str | None, typer.Option("--grid", metavar="HxW", help="How the image rows lie in the picture, if it is no square.")
 ]

@@ -35,7 +35,7 @@ class Progress:
             self._bar.stop()
 
     def planned(self, pairs: int | None) -> None:
-        """So many pairs are to be done (None: nobody knows)."""
+        """So many pairs are to be looked at (None: nobody knows)."""
         self._pairs = pairs
         if self._quiet or sys.stderr is None or not sys.stderr.isatty():
             return
@@ -58,12 +58,13 @@ class Progress:
         if now - self._last < (EVERY if self._bar is None else REDRAW):
             return
         self._last = now
-        done = summary.fused + summary.skipped + summary.failures
+        worked = summary.fused + summary.failures
+        done = worked + summary.skipped
         if self._bar is not None:
             self._bar.update(self._task, completed=done, rate=self._rate(summary), refresh=True)
         else:
             of = "" if self._pairs is None else f" of {self._pairs:,}"
-            note(f"{done:,}{of} pairs, {self._rate(summary)}{self._left(done)}", self._quiet)
+            note(f"{done:,}{of} pairs, {self._rate(summary)}{self._left(done, worked)}", self._quiet)
 
     def _line(self, outcome: Any) -> dict[str, Any]:
         record: dict[str, Any] = outcome.record()
@@ -80,10 +81,10 @@ class Progress:
         rate = f"{summary.fused / seconds:,.0f} pairs/s, {summary.nbytes / seconds / 1e6:,.0f} MB/s"
         return f"{rate}, {summary.failures:,} failed" if summary.failures else rate
 
-    def _left(self, done: int) -> str:
-        if self._pairs is None or not done:
+    def _left(self, done: int, worked: int) -> str:
+        if self._pairs is None or not worked:
             return ""
-        seconds = (time.monotonic() - self._start) * (self._pairs - done) / done
+        seconds = (time.monotonic() - self._start) * max(0, self._pairs - done) / worked
         return f", {seconds:,.0f} s left"
 
 

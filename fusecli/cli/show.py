@@ -95,7 +95,7 @@ def show(
     if json:
         emit(view.facts())
     if output:
-        _draw(view, output, image, str(fit), str(scale))
+        _draw(view, output, image, str(fit), str(scale), quiet)
         note(f"{output}: {view.title}", quiet)
     elif dump.m == 1 and not json:
         print(f"{printable(dump.stored.where)}: {ONE_ROW[0]}\n{ONE_ROW[1]}")
@@ -139,7 +139,7 @@ def _is_folder(output: str) -> bool:
     return output.endswith("/") or os.path.isdir(output) or not os.path.splitext(output)[1]
 
 
-def _draw(view: Any, output: str, image: str | None, fit: str, scale: str) -> None:
+def _draw(view: Any, output: str, image: str | None, fit: str, scale: str, quiet: bool) -> None:
     from fusecli.errors import UsageError
 
     suffix = os.path.splitext(output)[1].lower()
@@ -151,7 +151,7 @@ def _draw(view: Any, output: str, image: str | None, fit: str, scale: str) -> No
         from fusecli.heatmap.figure import write_figure
 
         for line in write_figure(view, output, image, fit, scale):
-            note(line, False)
+            note(line, quiet)
     else:
         hint = "-o report/ for a folder" if not suffix else None
         raise UsageError(

@@ -1,7 +1,8 @@
 """Bytes to arrays and back: one module a format, and the table that lists them.
 
 A format is a module with ``SUFFIXES``, ``open_tensors(source)`` (the arrays of a file by name, none of them
-read yet) and ``header(name, shape, dtype, metadata)`` (the bytes before the data of a file with one array).
+read yet) and ``header(name, shape, dtype, metadata, second)`` (the bytes before the data of a file with one array,
+and with a ``second`` behind it where the format has room).
 Files are told apart by their first bytes when read, by their suffix when written.
 """
 

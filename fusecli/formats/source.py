@@ -130,7 +130,7 @@ def open_source(path: str, whole: int = 0) -> Source:
     except FileNotFoundError:
         raise FileError("no such file", where=path) from None
     except (OSError, ValueError) as error:
-        raise FileError("cannot be opened", where=path, found=_reason(error)) from None
+        raise FileError("cannot be opened", where=path, found=reason(error)) from None
     if whole and (data := _whole(fd, whole)):
         return BytesSource(path, data)
     return _on_descriptor(path, fd, whole)
@@ -159,7 +159,8 @@ def _on_descriptor(name: str, fd: int, whole: int) -> Source:
     return FileSource(name, fd)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Why the system would not, in its words."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
@@ -187,7 +188,7 @@ def read_bytes(source: Source, offset: int, count: int) -> bytes:
             if got < len(piece):
                 break
     except OSError as error:
-        raise FileError("cannot be read", where=source.name, found=_reason(error)) from None
+        raise FileError("cannot be read", where=source.name, found=reason(error)) from None
     return bytes(held)
 
 
@@ -274,7 +275,7 @@ class Stored(NamedTuple):
         try:
             got = self.source.read_into(offset, target)
         except OSError as error:
-            raise FileError("cannot be read", where=self.where, found=_reason(error)) from None
+            raise FileError("cannot be read", where=self.where, found=reason(error)) from None
         if got < len(target):
             raise FileError("the data end early: the file shrank while it was read", where=self.where)
 
