@@ -23,6 +23,8 @@ from fusecli.errors import DeviceError, MissingPackageError, UsageError, ValuesE
 Array: TypeAlias = Any
 
 FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64", "longdouble")
+#: Those that do not fit into 32 bits: one of them, and a pair is computed in float64.
+WIDE = ("float64", "longdouble")
 
 
 def is_torch(x: Array) -> bool:
@@ -63,7 +65,7 @@ def compute_dtype(*arrays: Array) -> str:
     for name in names:
         if name not in FLOAT_NAMES:
             raise ValuesError("features are not floats", found=name, wanted="a float dtype")
-    return "float64" if any(name in ("float64", "longdouble") for name in names) else "float32"
+    return "float64" if any(name in WIDE for name in names) else "float32"
 
 
 def cast(x: Array, dtype: str) -> Array:

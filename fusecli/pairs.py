@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Sequence
 
-from fusecli.arrays import first_nonfinite
+from fusecli.arrays import WIDE, first_nonfinite
 from fusecli.errors import FileError, ShapeError, UsageError, ValuesError
 from fusecli.formats import NumpyArray, Stored, open_tensors
 
@@ -134,9 +134,6 @@ def compute_dtype_of(*sides: Stored) -> str:
         if side.dtype in WIDE:
             return "float64"
     return "float32"
-
-
-WIDE = ("float64", "longdouble")
 
 
 def require_width(stored: Stored, width: int, side: str) -> None:

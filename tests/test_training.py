@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,11 +17,13 @@ import torch
 
 import fusecli
 from fusecli import Weights, checkpoint
-from fusecli.training import table
+from fusecli.errors import TrainingError
+from fusecli.training import loop, table
 from fusecli.training.data import batches, part_of, read
 from fusecli.training.loop import _rate
 from fusecli.training.match import Match, Moments, _moments, canonical
 from fusecli.training.objective import Classes
+from fusecli.training.represent import Fusion
 from fusecli.training.start import laid_apart
 from tests.conftest import FUSECLI, Run
 
@@ -483,3 +486,32 @@ def test_a_head_is_found_on_one_thread(rng: np.random.Generator) -> None:
     finally:
         torch.set_num_threads(before)
     assert seen == {1}
+
+
+def test_best_weights_are_kept_when_a_later_epoch_diverges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, _ = _drawn(tmp_path, 60)
+    objective = Classes(torch.arange(60) % 2, ["a", "b"], 0.0, 0.0, None)
+    settings = loop.Settings(epochs=9, batch_size=16, lr=0.0, weight_decay=0.0, patience=9, seed=0, device="cpu")
+    step = loop._Run._step
+    told: list[Any] = []
+    monkeypatch.setattr(loop._Run, "_step", lambda self, batch: math.nan if told else step(self, batch))
+    kept = []
+    keeper: Any = SimpleNamespace(best=lambda fusion, head, progress: kept.append(progress.best_epoch), state=id)
+    listener: Any = SimpleNamespace(step=lambda *_: None, epoch=told.append)
+    with pytest.raises(TrainingError, match=r"best weights are kept, of epoch 1.*") as error:
+        loop.fit(Fusion(fusecli.init(8, 2)), loop.Lesson(objective, data, settings), keeper, listener, 100.0)
+    assert "epoch 2, step 1 of " in str(error.value)
+    assert kept == [1]
+
+
+def test_a_manifest_class_weights_and_hidden_texts(run: Run, lesson: list[str], tmp_path: Path) -> None:
+    lines = [f"{id},img/{id}.npy,txt/{id}.npy" for id in lesson]
+    (tmp_path / "m.csv").write_text("\n".join(["id,image,text", *lines]) + "\n")
+    common = ("--labels", "labels.csv", *QUICK, "--epochs", 2, "-o")
+    fingerprints = []
+    for k, options in enumerate([(), ("--class-weights", "balanced"), ("--text-dropout", 0.5)]):
+        run("train", "--manifest", "m.csv", *common, f"{k}.safetensors", *options)
+        fingerprints.append(fusecli.fingerprint(fusecli.load(tmp_path / f"{k}.safetensors")))
+    run("train", "img", "txt", *common, "tree.safetensors")
+    assert fusecli.fingerprint(fusecli.load(tmp_path / "tree.safetensors")) == fingerprints[0]
+    assert len(set(fingerprints)) == 3

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -53,6 +52,15 @@ class Progress:
     log: list[dict[str, Any]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What to learn, from what, and how."""
+
+    objective: Objective
+    data: Data
+    settings: Settings
+
+
 class Keeper(Protocol):
     """Keeps what a run has come to."""
 
@@ -63,70 +71,54 @@ class Keeper(Protocol):
         """An epoch is over, and this is enough to go on from it."""
 
 
-#: Called after each step with epoch, step, steps of an epoch and loss.
-Tell = Callable[[int, int, int, float], None]
+class Listener(Protocol):
+    """Is told how far a run is."""
+
+    def step(self, epoch: int, step: int, steps: int, loss: float) -> None:
+        """A step was taken."""
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """An epoch is over."""
 
 
 def fit(
     fusion: Fusion,
-    objective: Objective,
-    data: Data,
-    settings: Settings,
+    lesson: Lesson,
     keeper: Keeper,
-    tell: Tell,
-    tell_epoch: Callable[[dict[str, Any]], None],
-    loss_before: Callable[[], float],
+    listener: Listener,
+    loss_before: float | None = None,
     state: dict[str, Any] | None = None,
 ) -> Progress:
-    """Train a fusion, and a head along with it; from ``state`` on, if given.
+    """Train a fusion, and a head along with it.
 
     Args:
         fusion: what learns.
-        objective: what is learned.
-        data: the pairs.
-        settings: how.
+        lesson: what it learns.
         keeper: keeps the best weights, and the state after every epoch.
-        tell: is told of each step.
-        tell_epoch: is told of each epoch.
-        loss_before: gives the loss for validation before anything is learned.
+        listener: is told of each step and each epoch.
+        loss_before: for validation, before anything is learned; not needed with a state.
         state: of a run to go on with.
 
     Raises:
+        StateError: the state is of another run.
         TrainingError: the loss is no number any more; the best weights so far have been kept.
+        ValuesError: it was none from the beginning.
     """
-    run = _Run(fusion, objective, data, settings)
-    if state:
-        run.restore(state)
+    run, settings = _Run(fusion, lesson), lesson.settings
     progress = run.progress
-    if not state:  # what training does not better is kept as it was
-        progress.best_loss = (1 - objective.margin) * loss_before()
+    if state is not None:
+        progress = run.restore(state)
+    elif loss_before is not None:  # what training does not better is kept as it was
+        progress.best_loss = (1 - lesson.objective.margin) * loss_before
         if not math.isfinite(progress.best_loss):
             raise ValuesError("features give no finite numbers", hint="scale them down")
         keeper.state(run.state())
     while progress.epoch < settings.epochs and progress.epoch - progress.best_epoch < settings.patience:
-        began = time.perf_counter()
-        loss = run.epoch(tell)
-        try:
-            measured, judged = objective.judge(fusion, data)
-        except ValuesError:  # at the start they were not too large
-            raise run.diverged(progress.epoch + 1, run.steps, math.nan) from None
-        if not math.isfinite(measured.loss):
-            raise run.diverged(progress.epoch + 1, run.steps, measured.loss)
-        progress.epoch += 1
-        record = {
-            "epoch": progress.epoch,
-            "loss": round(loss, 6),
-            "validation_loss": round(measured.loss, 6),
-            f"validation_{objective.score_name}": round(measured.score, 6),
-            "lr": run.schedule.get_last_lr()[0],
-            "seconds": round(time.perf_counter() - began, 3),
-        }
-        progress.log.append(record)
-        if measured.loss < progress.best_loss:
-            progress.best_epoch, progress.best_loss = progress.epoch, measured.loss
+        record, judged = run.epoch(listener)
+        if progress.best_epoch == progress.epoch:
             keeper.best(fusion, judged, progress)
         keeper.state(run.state())
-        tell_epoch(record)
+        listener.epoch(record)
     return progress
 
 
@@ -137,7 +129,8 @@ class StateError(Exception):
 class _Run:
     """Weights, optimizer and schedule of one training."""
 
-    def __init__(self, fusion: Fusion, objective: Objective, data: Data, settings: Settings) -> None:
+    def __init__(self, fusion: Fusion, lesson: Lesson) -> None:
+        objective, data, settings = lesson.objective, lesson.data, lesson.settings
         self._fusion, self._objective, self._data, self._settings = fusion, objective, data, settings
         torch.manual_seed(settings.seed)
         head = {name: tensor.detach().to(settings.device) for name, tensor in objective.head(fusion.width).items()}
@@ -155,7 +148,31 @@ class _Run:
         self.steps = len(batches(data, data.parts["train"], settings.batch_size, torch.Generator()))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, partial(_rate, self.steps * settings.epochs))
 
-    def epoch(self, tell: Tell) -> float:
+    def epoch(self, listener: Listener) -> tuple[dict[str, Any], Head]:
+        """Learn from each pair once, and judge; returns what the log says of it, and the head that was judged."""
+        began, progress = time.perf_counter(), self.progress
+        loss = self._learned_once(listener)
+        try:
+            measured, judged = self._objective.judge(self._fusion, self._data)
+        except ValuesError:  # at the start they were not too large
+            raise self._diverged(self.steps, math.nan) from None
+        if not math.isfinite(measured.loss):
+            raise self._diverged(self.steps, measured.loss)
+        progress.epoch += 1
+        record = {
+            "epoch": progress.epoch,
+            "loss": round(loss, 6),
+            "validation_loss": round(measured.loss, 6),
+            f"validation_{self._objective.score_name}": round(measured.score, 6),
+            "lr": self.schedule.get_last_lr()[0],
+            "seconds": round(time.perf_counter() - began, 3),
+        }
+        progress.log.append(record)
+        if measured.loss < progress.best_loss:
+            progress.best_epoch, progress.best_loss = progress.epoch, measured.loss
+        return record, judged
+
+    def _learned_once(self, listener: Listener) -> float:
         """One pass over the pairs to train on; returns the mean loss."""
         settings, epoch = self._settings, self.progress.epoch + 1
         seed = settings.seed * 2**20 + epoch
@@ -167,9 +184,9 @@ class _Run:
             for step, batch in enumerate(loaded, 1):
                 loss = self._step(batch.to(settings.device))
                 if not math.isfinite(loss):
-                    raise self.diverged(epoch, step, loss)
+                    raise self._diverged(step, loss)
                 total += loss * len(batch.which)
-                tell(epoch, step, len(made), loss)
+                listener.step(epoch, step, len(made), loss)
         return total / len(self._data.parts["train"])
 
     def _step(self, batch: Batch) -> float:
@@ -186,11 +203,11 @@ class _Run:
         self.schedule.step()
         return float(loss.detach())
 
-    def diverged(self, epoch: int, step: int, loss: float) -> TrainingError:
+    def _diverged(self, step: int, loss: float) -> TrainingError:
         """What to say of a loss that is no number."""
         best = self.progress.best_epoch
         kept = f"the best weights are kept, of epoch {best}" if best else "no epoch bettered the weights before it"
-        where = f"epoch {epoch}, step {step} of {self.steps}"
+        where = f"epoch {self.progress.epoch + 1}, step {step} of {self.steps}"
         hint = f"a lower --lr than {self._settings.lr:g}, or --layer-norm"
         return TrainingError(f"the training diverged; {kept}", where=where, found=f"loss {loss}", hint=hint)
 
@@ -204,8 +221,8 @@ class _Run:
             "progress": vars(self.progress),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a saved state; `StateError` if it is none of this run."""
+    def restore(self, state: dict[str, Any]) -> Progress:
+        """Go back to a saved state, and say how far that was; `StateError` if it is none of this run."""
         try:
             self._fusion.restore(state["fusion"])
             with torch.no_grad():
@@ -216,6 +233,7 @@ class _Run:
             self.progress = Progress(**state["progress"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise StateError(str(error)) from None
+        return self.progress
 
 
 def _rate(steps: int, step: int) -> float:

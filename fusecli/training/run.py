@@ -21,7 +21,7 @@ from fusecli.collections import Place
 from fusecli.errors import FileError, OutputError, TrainingError, UsageError
 from fusecli.formats import write_whole
 from fusecli.training.data import Data, read, require_enough
-from fusecli.training.loop import Progress, Settings, StateError, fit
+from fusecli.training.loop import Lesson, Listener, Progress, Settings, StateError, fit
 from fusecli.training.objective import Head, Measured, Objective
 from fusecli.training.represent import Fusion
 from fusecli.training.start import Beginning
@@ -32,17 +32,11 @@ from fusecli.weights import Weights
 HEAD, LOG, STATE = ".head.safetensors", ".log.jsonl", ".state.pt"
 
 
-class Reporter(Protocol):
+class Reporter(Listener, Protocol):
     """Is told how far a training is."""
 
     def read(self, done: int, total: int) -> None:
         """So many pairs have been read."""
-
-    def step(self, epoch: int, step: int, steps: int, loss: float) -> None:
-        """A step was taken."""
-
-    def epoch(self, record: dict[str, Any]) -> None:
-        """An epoch is over."""
 
     def comparing(self, name: str) -> None:
         """A line of the table is being computed."""
@@ -116,8 +110,8 @@ def train_on(
     begin(output, resume, overwrite)
     data = read(ids, places, os.path.dirname(output) or ".", *shares, lambda done: reporter.read(done, len(ids)))
     require_enough(data)
-    objective = make_objective(data)
-    return train(output, beginning(data), objective, data, settings, reporter, resume)
+    lesson = Lesson(make_objective(data), data, settings)
+    return train(output, beginning(data), lesson, reporter, resume)
 
 
 def begin(output: str, resume: bool, overwrite: bool) -> None:
@@ -136,39 +130,20 @@ def begin(output: str, resume: bool, overwrite: bool) -> None:
         raise UsageError("there is an unfinished run", where=state, hint="--resume or --overwrite")
 
 
-def train(
-    output: str,
-    beginning: Beginning,
-    objective: Objective,
-    data: Data,
-    settings: Settings,
-    reporter: Reporter,
-    resume: bool,
-) -> Result:
+def train(output: str, beginning: Beginning, lesson: Lesson, reporter: Reporter, resume: bool) -> Result:
     """Train from ``beginning`` on and write the best weights to ``output``; then compare on the held-out pairs.
 
     Raises:
         UsageError: the run to go on with had other pairs or options.
         TrainingError: the training diverged.
     """
-    start = _best([_Start(weights, objective, data, settings.device) for weights in beginning.starts])
-    facts = {
-        "weights": checkpoint.fingerprint(start.weights),
-        "objective": objective.name,
-        **objective.facts(),
-        **{name: value for name, value in asdict(settings).items() if name != "device"},
-        "pairs": hashlib.sha256("\n".join(data.ids).encode("utf-8", "surrogateescape")).hexdigest()[:12],
-        "parts": {part: len(which) for part, which in data.parts.items()},
-        "features": f"{data.images.checksum:08x}{data.texts.checksum:08x}",
-        "labels": objective.checksum(),
-    }
-    keeper = _Files(output, objective, facts)
+    objective, device = lesson.objective, lesson.settings.device
+    start = _best([_Start(weights, lesson) for weights in beginning.starts])
+    keeper = _Files(output, objective, _facts(start.weights, lesson))
     state = keeper.begin(resume)
-    fusion = Fusion(start.weights, settings.device)
     try:
-        progress = fit(
-            fusion, objective, data, settings, keeper, reporter.step, reporter.epoch, lambda: start.loss, state
-        )
+        before = start.loss if state is None else None
+        progress = fit(Fusion(start.weights, device), lesson, keeper, reporter, before, state)
     except StateError:
         raise keeper.damaged() from None
     except TrainingError:
@@ -178,20 +153,35 @@ def train(
     if not progress.best_epoch:  # what training does not better is left as it was
         keeper.best(start.fusion, start.judged[1], progress)
     trained = checkpoint.load(output)
-    head = _read_head(beside(output, HEAD), settings.device)
-    rows = compare(objective, data, settings.device, beginning.untrained, trained, head, reporter.comparing)
+    head = _read_head(beside(output, HEAD), device)
+    rows = compare(objective, lesson.data, device, beginning.untrained, trained, head, reporter.comparing)
     result = Result(progress, objective.score_name, rows, checkpoint.fingerprint(trained))
     keeper.log(result.facts())
     keeper.end()
     return result
 
 
+def _facts(weights: Weights, lesson: Lesson) -> dict[str, Any]:
+    """All that decides what is learned, for the log: a run goes on only if it is the same."""
+    data = lesson.data
+    return {
+        "weights": checkpoint.fingerprint(weights),
+        "objective": lesson.objective.name,
+        **lesson.objective.facts(),
+        **{name: value for name, value in asdict(lesson.settings).items() if name != "device"},
+        "pairs": hashlib.sha256("\n".join(data.ids).encode("utf-8", "surrogateescape")).hexdigest()[:12],
+        "parts": {part: len(which) for part, which in data.parts.items()},
+        "features": f"{data.images.checksum:08x}{data.texts.checksum:08x}",
+        "labels": lesson.objective.checksum(),
+    }
+
+
 class _Start:
     """Weights to begin with, judged once, if at all."""
 
-    def __init__(self, weights: Weights, objective: Objective, data: Data, device: str) -> None:
-        self.weights, self.fusion = weights, Fusion(weights, device, learned=False)
-        self._objective, self._data = objective, data
+    def __init__(self, weights: Weights, lesson: Lesson) -> None:
+        self.weights, self.fusion = weights, Fusion(weights, lesson.settings.device, learned=False)
+        self._objective, self._data = lesson.objective, lesson.data
 
     @cached_property
     def judged(self) -> tuple[Measured, Head]:
