@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -109,6 +110,11 @@ def numpy_can_have(*arrays: Array) -> bool:
     if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:  # somebody wants to see every operation
         return False
     return all(map(_is_plain, tensors))
+
+
+def unwarned(x: Array) -> AbstractContextManager[object]:
+    """Here NumPy says nothing of overflow or NaN if it computes for a tensor: torch would not either."""
+    return np.errstate(all="ignore") if is_torch(x) else nullcontext()
 
 
 def _is_plain(x: Array) -> bool:

@@ -20,6 +20,7 @@ from fusecli.arrays import (
     ones,
     padded,
     to_numpy,
+    unwarned,
 )
 from fusecli.errors import ShapeError, UsageError
 from fusecli.methods import METHODS, Met, Method, View, adds_one_row, one_row_is_enough, single
@@ -198,9 +199,10 @@ def fuse(weights: Weights, image: Array, text: Array, *, need_weights: bool = Fa
     training = is_torch(text) and needs_grad(*weights.tensors.values())
     if is_torch(text) and not is_on_gpu(text) and numpy_can_have(text, image, *weights.tensors.values()):
         text = to_numpy(text)
-    seen = Seen(weights, image, text, len(text), dtype, training=training)
-    parts = [seen.meet(text[rows], need_weights=need_weights) for rows in seen.blocks()]
-    fused = cast(like(joined([part.fused for part in parts], 0), given), dtype_name(given))
+    with unwarned(given):
+        seen = Seen(weights, image, text, len(text), dtype, training=training)
+        parts = [seen.meet(text[rows], need_weights=need_weights) for rows in seen.blocks()]
+        fused = cast(like(joined([part.fused for part in parts], 0), given), dtype_name(given))
     return (fused, like(joined([part.attention for part in parts], 1), given)) if need_weights else fused
 
 

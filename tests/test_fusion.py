@@ -167,6 +167,12 @@ def test_numpy_computes_for_tensors_on_the_cpu(drawn: tuple[Weights, Any, Any], 
 
 
 @pytest.mark.filterwarnings("ignore")  # of tracing itself
+@pytest.mark.parametrize("bad", [float("inf"), 3e38])
+def test_numbers_that_overflow_raise_no_warning_for_tensors(drawn: tuple[Weights, Any, Any], bad: float) -> None:
+    weights, image, text = drawn
+    assert not fuse(weights, torch.full(image.shape, bad), torch.from_numpy(text)).isfinite().any()
+
+
 def test_what_is_traced_is_no_constant(drawn: tuple[Weights, Any, Any]) -> None:
     weights, image, text = drawn[0], *map(torch.from_numpy, drawn[1:])
     traced = torch.jit.trace(lambda text: fuse(weights, image, text), (text,), check_trace=False)  # type: ignore[no-untyped-call]

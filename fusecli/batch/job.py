@@ -63,7 +63,8 @@ class Outcome(NamedTuple):
 def failed(id: str, error: Exception, stop: bool = False) -> Outcome:
     """The outcome of a pair that ended in ``error``."""
     if is_out_of_memory(error):
-        error = FusecliError("out of memory", hint="use fewer workers")
+        here = isinstance(error, MemoryError)
+        error = FusecliError("out of memory", hint="use fewer workers" if here else "use --device cpu, or another GPU")
     elif isinstance(error, OSError):
         error = OutputError("cannot be written", where=error.filename2 or error.filename, found=error.strerror)
     elif not isinstance(error, FusecliError):
