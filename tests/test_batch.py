@@ -70,6 +70,18 @@ def test_large_texts_are_shared_by_threads_and_stay_the_same(
     assert threads == [2, 1]
 
 
+@pytest.mark.parametrize(
+    "options", [["--attention-mean"], ["--attention-dtype", "float16"], ["--residual"], ["--allow-nonfinite"]]
+)
+def test_options_do_what_they_do_in_fuse(run: Run, many: Any, tmp_path: Path, options: list[str]) -> None:
+    text = np.load(tmp_path / "txt" / "b.npy")
+    text[0, 3] = np.nan if "--allow-nonfinite" in options else 0
+    np.save(tmp_path / "txt" / "b.npy", text)
+    batch(run, "img", "txt", "-o", "out", "-a", "att", *options)
+    assert results(tmp_path / "out") == expected(run, tmp_path, IDS, *options, "-a", "a.npy")
+    assert (tmp_path / "a.npy").read_bytes() == results(tmp_path / "att")[IDS[-1]]
+
+
 def test_only_the_cores_that_are_ours_are_counted() -> None:
     ours = os.sched_getaffinity(0)
     try:

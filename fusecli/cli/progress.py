@@ -1,4 +1,4 @@
-"""What the user sees of a batch: a bar on a terminal, a line now and then elsewhere, a table at the end."""
+"""What the user sees of long work: a bar on a terminal, a line now and then elsewhere, a table at the end."""
 
 from __future__ import annotations
 
@@ -86,6 +86,53 @@ class Progress:
             return ""
         seconds = (time.monotonic() - self._start) * max(0, self._pairs - done) / worked
         return f", {seconds:,.0f} s left"
+
+
+class Epochs:
+    """Shows how far a training is, a bar on a terminal, a line an epoch; a `fusecli.training.run.Reporter`."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Epochs:
+        if not self._quiet and sys.stderr is not None and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task("reading", total=None)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def read(self, done: int, total: int) -> None:
+        """So many pairs have been read."""
+        self._show("reading", done, total)
+
+    def step(self, epoch: int, step: int, steps: int, loss: float) -> None:
+        """A step was taken."""
+        self._show(f"epoch {epoch}, loss {loss:.3f}", step, steps)
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """An epoch is over."""
+        name = next(name for name in record if name.startswith("validation_") and name != "validation_loss")
+        score = f"{name.removeprefix('validation_')} {record[name]:.3f}"
+        told = f"loss {record['loss']:.4f}, validation: loss {record['validation_loss']:.4f}, {score}"
+        note(f"epoch {record['epoch']:>3}  {told}, {record['seconds']:.1f} s", self._quiet)
+
+    def comparing(self, name: str) -> None:
+        """A line of the table is being computed."""
+        self._show(f"comparing: {name}", None, None)
+
+    def _show(self, what: str, done: int | None, total: int | None) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, description=what, completed=done or 0, total=total)
 
 
 def counted(ids: list[str], quiet: bool) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
@@ -28,7 +27,7 @@ from fusecli.cli.options import (
     given_options,
     method_options,
 )
-from fusecli.cli.progress import shown
+from fusecli.cli.progress import Epochs, shown
 from fusecli.errors import CheckpointError, InputError, OutputError, ShapeError, UsageError
 
 #: Ids that are shown of many.
@@ -182,7 +181,7 @@ def train(
         epochs or usual.epochs, batch_size, rate, weight_decay, patience or usual.patience, seed, device
     )
     try:
-        with Reporter(quiet) as reporter:
+        with Epochs(quiet) as reporter:
             result = train_on(
                 output,
                 ids,
@@ -321,53 +320,6 @@ def _drawn(labelled: bool, feature_dim: int | None, seed: int, options: dict[str
         return Beginning(untrained, laid_apart(draw(checkpoint.orthogonal), data, shares))
     except CheckpointError as error:
         raise UsageError(error.what, found=error.found, wanted=error.wanted) from None
-
-
-class Reporter:
-    """Shows how far a training is: a bar on a terminal, a line an epoch."""
-
-    def __init__(self, quiet: bool) -> None:
-        self._quiet = quiet
-        self._bar: Any = None
-        self._task: Any = None
-
-    def __enter__(self) -> Reporter:
-        if not self._quiet and sys.stderr is not None and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task("reading", total=None)
-            self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def read(self, done: int, total: int) -> None:
-        """So many pairs have been read."""
-        self._show("reading", done, total)
-
-    def step(self, epoch: int, step: int, steps: int, loss: float) -> None:
-        """A step was taken."""
-        self._show(f"epoch {epoch}, loss {loss:.3f}", step, steps)
-
-    def epoch(self, record: dict[str, Any]) -> None:
-        """An epoch is over."""
-        name = next(name for name in record if name.startswith("validation_") and name != "validation_loss")
-        score = f"{name.removeprefix('validation_')} {record[name]:.3f}"
-        told = f"loss {record['loss']:.4f}, validation: loss {record['validation_loss']:.4f}, {score}"
-        note(f"epoch {record['epoch']:>3}  {told}, {record['seconds']:.1f} s", self._quiet)
-
-    def comparing(self, name: str) -> None:
-        """A line of the table is being computed."""
-        self._show(f"comparing: {name}", None, None)
-
-    def _show(self, what: str, done: int | None, total: int | None) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, description=what, completed=done or 0, total=total)
 
 
 def _show(result: Any, output: str, quiet: bool) -> None:
