@@ -24,6 +24,8 @@ from fusecli.errors import DeviceError, MissingPackageError, UsageError, ValuesE
 Array: TypeAlias = Any
 
 FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64", "longdouble")
+#: What torch does not take from NumPy, and what it is given instead: the same numbers, or as near as it has them.
+TORCHLESS = {"bfloat16": "float32", "longdouble": "float64"}
 #: Those that do not fit into 32 bits: one of them, and a pair is computed in float64.
 WIDE = ("float64", "longdouble")
 
@@ -53,7 +55,8 @@ def dtype_name(x: Array) -> str:
 def _spelled(dtype: Any) -> str:
     if not isinstance(dtype, np.dtype):
         return str(dtype).removeprefix("torch.")
-    return "longdouble" if dtype == np.longdouble and dtype.name not in FLOAT_NAMES else dtype.name  # in any byte order
+    native = dtype.newbyteorder("=")
+    return "longdouble" if native == np.longdouble and native.name not in FLOAT_NAMES else native.name
 
 
 def compute_dtype(*arrays: Array) -> str:
@@ -86,8 +89,8 @@ def like(x: Array, template: Array) -> Array:
         torch = sys.modules["torch"]
         if is_torch(x):
             return x.to(template.device)
-        if str(x.dtype) == "bfloat16":  # torch cannot take ml_dtypes arrays; float32 holds them
-            x = x.astype(np.float32)
+        if dtype_name(x) in TORCHLESS:
+            x = x.astype(TORCHLESS[dtype_name(x)])
         return torch.from_numpy(np.array(x, x.dtype.newbyteorder("="), order="C")).to(template.device)
     return to_numpy(x)
 
@@ -97,6 +100,11 @@ def to_numpy(x: Array) -> Array:
     if not is_torch(x):
         return x
     return (x.float() if dtype_name(x) == "bfloat16" else x).numpy(force=True)
+
+
+def plain(x: Array) -> Array:
+    """``x`` as a tensor or an array and no kind of its own, such as a matrix, whose operators mean something else."""
+    return x if is_torch(x) else np.asarray(x)
 
 
 def numpy_can_have(*arrays: Array) -> bool:
@@ -280,11 +288,6 @@ def rows_apart(x: Array, weight: Array) -> Array:
     tiles.reshape(-1, width)[:b] = x
     product = _in_blocks(weight, ROWS_APART)[:, None] @ tiles.mT  # [parts, tiles, D / parts, 4]
     return product.transpose(1, 3, 0, 2).reshape(-1, len(weight))[:b]
-
-
-def detach(x: Array) -> Array:
-    """``x`` without its history, so that no gradient flows through what is computed from it."""
-    return x.detach() if is_torch(x) else x
 
 
 def contiguous(x: Array) -> Array:

@@ -31,7 +31,6 @@ from fusecli.arrays import (
     cast,
     contiguous,
     cut,
-    detach,
     dot,
     dtype_name,
     exp_and_sums,
@@ -41,6 +40,7 @@ from fusecli.arrays import (
     linear,
     namespace,
     needs_grad,
+    ones,
     products_beside,
     range_of,
 )
@@ -308,7 +308,10 @@ def _softmax(scores: Array, order: Order, text: Array, exact: Callable[[], Array
 
 
 def _shifted_softmax(scores: Array, text: Array) -> tuple[Array, Array]:
-    scores -= namespace(scores).amax(detach(scores), axis=-1, keepdims=True)
+    if is_torch(scores):  # its gradient is exact where one weight is 1; through exp and sums it would be rounding alone
+        weights = cast(namespace(scores).softmax(scores, -1), dtype_name(text))
+        return weights, ones((1,), weights)
+    scores -= scores.max(axis=-1, keepdims=True)
     return exp_and_sums(cast(scores, dtype_name(text)))
 
 

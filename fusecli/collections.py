@@ -71,6 +71,9 @@ class Collection(Protocol):
             InputError: it is there, but not to be used.
         """
 
+    def paths(self) -> Iterator[str]:
+        """The files it consists of."""
+
 
 @dataclass
 class Folder:
@@ -79,6 +82,7 @@ class Folder:
     root: str
     key: str | None = None
     _suffixes: dict[str, str] = field(default_factory=dict)  # id: what follows it; "" where it is in doubt
+    _links: list[str] = field(default_factory=list)
 
     @classmethod
     def open(
@@ -90,18 +94,19 @@ class Folder:
             FileError: it cannot be listed.
         """
         found: dict[str, str] = {}
+        links: list[str] = []
         if pattern is None:
-            for path in _walk(root, without):
+            for path in _walk(root, without, links):
                 stem, suffix = os.path.splitext(path)
                 if suffix.lower() in SUFFIXES:
                     found[stem] = "" if stem in found else suffix
-            return cls(root, key, {id: found[id] for id in sorted(found)})
+            return cls(root, key, {id: found[id] for id in sorted(found)}, links)
         match = matcher(pattern)
-        for path in _walk(root, without):
+        for path in _walk(root, without, links):
             id = match(path)
             if id is not None:
                 found[id] = path
-        return _Patterned(root, key, {id: found[id] for id in sorted(found)})
+        return _Patterned(root, key, {id: found[id] for id in sorted(found)}, links)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._suffixes)
@@ -120,6 +125,16 @@ class Folder:
             raise FileError("two files for one id", where=self.root, found=found, wanted="one of them")
         return Place(f"{self.root}/{id}{suffix}", self.key)
 
+    def paths(self) -> Iterator[str]:
+        """See `Collection`."""
+        for id, suffix in self._suffixes.items():
+            for each in [suffix] if suffix else SUFFIXES:
+                yield f"{self.root}/{id}{each}"
+
+    def links(self) -> Iterator[str]:
+        """Those of its files that are links."""
+        return (f"{self.root}/{path}" for path in self._links)
+
 
 class _Patterned(Folder):
     """A tree where a pattern tells the ids: their paths are kept whole."""
@@ -127,9 +142,12 @@ class _Patterned(Folder):
     def place(self, id: str) -> Place:
         return Place(f"{self.root}/{self._suffixes[id]}", self.key)
 
+    def paths(self) -> Iterator[str]:
+        return (f"{self.root}/{path}" for path in self._suffixes.values())
 
-def _walk(root: str, without: Container[str]) -> Iterator[str]:
-    """Paths of the files below ``root``, relative to it."""
+
+def _walk(root: str, without: Container[str], links: list[str]) -> Iterator[str]:
+    """Paths of the files below ``root``, relative to it; those that are links are also added to ``links``."""
     stack = [""]
     while stack:
         below = stack.pop()
@@ -142,6 +160,8 @@ def _walk(root: str, without: Container[str]) -> Iterator[str]:
                 continue
             if not entry.is_dir(follow_symlinks=False):
                 if not _is_folder(entry):
+                    if entry.is_symlink():
+                        links.append(below + entry.name)
                     yield below + entry.name
             elif os.path.realpath(entry.path) not in without:
                 stack.append(f"{below}{entry.name}/")
@@ -223,6 +243,10 @@ class Packed:
         offset = self._index.begin + self._index.firsts[at]
         return Place(self.path, None, Span(self._index.names[at], shape, dtype, offset, stamp=self._stamp))
 
+    def paths(self) -> Iterator[str]:
+        """See `Collection`."""
+        yield self.path
+
 
 @dataclass
 class Stacked:
@@ -264,6 +288,10 @@ class Stacked:
         offset = stored.offset + row * (stored.nbytes // len(self))
         span = Span(id, stored.shape[1:], stored.dtype, offset, stored.big_endian, self._stamp)
         return Place(stored.source.name, None, span)
+
+    def paths(self) -> Iterator[str]:
+        """See `Collection`."""
+        yield self.stored.source.name
 
 
 def open_collection(

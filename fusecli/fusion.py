@@ -19,6 +19,7 @@ from fusecli.arrays import (
     numpy_can_have,
     ones,
     padded,
+    plain,
     to_numpy,
     unwarned,
 )
@@ -194,7 +195,7 @@ def fuse(weights: Weights, image: Array, text: Array, *, need_weights: bool = Fa
     """
     if need_weights:
         require_attention(weights.config)
-    text = as_rows(text, "text", weights.text_dim)
+    image, text = plain(image), as_rows(plain(text), "text", weights.text_dim)
     dtype, given = compute_dtype(text, image), text
     training = is_torch(text) and needs_grad(*weights.tensors.values())
     if is_torch(text) and not is_on_gpu(text) and numpy_can_have(text, image, *weights.tensors.values()):

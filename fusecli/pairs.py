@@ -108,13 +108,24 @@ def _steps(path: str) -> list[str]:
 def refuse_same_file(outputs: Sequence[str | None], inputs: Sequence[str | None]) -> None:
     """Raise `UsageError` if a file would be written that is also read, or two results would go to one place."""
     taken = {_identity(path, 0) for path in inputs if path} - {"-"}
+    pipes: set[object] = set()
     for path in outputs:
         if not path:
             continue
-        mine = _identity(path, 1)
-        if mine in taken:
+        mine, pipe = _identity(path, 1), _pipe(path)
+        if mine in taken or (pipe is not None and pipe in pipes):
             raise UsageError("output is also an input or another output", where=path, hint="write to another file")
         taken.add(mine)
+        pipes.add(pipe)
+
+
+def _pipe(path: str) -> object:
+    """What two names of one pipe to write to have in common; None for anything else."""
+    try:
+        info = os.fstat(1) if path == "-" else os.stat(path)
+    except OSError:
+        return None
+    return (info.st_dev, info.st_ino) if stat.S_ISFIFO(info.st_mode) else None
 
 
 def _identity(path: str, standard: int) -> object:

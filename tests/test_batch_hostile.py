@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -104,9 +105,10 @@ def test_a_manifest_cannot_write_over_its_inputs(run: Run, few: Path, manifest: 
     lines = ["id,image,text,image_key", *(line if line.count(",") > 2 else f"{line}," for line in manifest)]
     (few / "m.csv").write_text("\n".join(lines) + "\n")
     before = {path: path.read_bytes() for path in few.rglob("*") if path.is_file()}
-    assert b"would replace what a pair is made from" in batch(run, "--manifest", "m.csv", *places, code=2).stderr
+    assert b"would replace what is read" in batch(run, "--manifest", "m.csv", *places, code=2).stderr
     if len(manifest) == 1:  # of a stream nothing is known ahead
-        batch(run, "--manifest", "-", *places, code=4, input="\n".join(lines).encode())
+        code = 1 if "both.safetensors" in places else 4  # one file for all: then nothing can be finished
+        batch(run, "--manifest", "-", *places, code=code, input="\n".join(lines).encode())
     after = {path: path.read_bytes() for path in few.rglob("*") if path.is_file()}
     assert before.items() <= after.items()
 
@@ -266,6 +268,108 @@ def test_workers_do_not_outlive_the_main_process(few: Path) -> None:
             return
         time.sleep(0.05)
     pytest.fail("workers live on")
+
+
+def _into(few: Path, way: str) -> list[str]:
+    """Lay an input where a result goes, and give the options that would put it there."""
+    out, image = few / "out", (few / "img" / "c.npy").read_bytes()
+    out.mkdir()
+    (out / "b.npy").write_bytes(image)
+    if way == "a link":
+        (few / "img" / "a.npy").unlink()
+        (few / "img" / "a.npy").symlink_to("../out/b.npy")
+    elif way == "a link in a manifest":
+        (few / "link.npy").symlink_to("out/b.npy")
+        (few / "m.csv").write_text("id,image,text\na,link.npy,txt/a.npy\nb,img/b.npy,txt/b.npy\n")
+    elif way == "a linked folder":
+        (out / "other").mkdir()
+        (out / "b.npy").rename(out / "other" / "b.npy")
+        (out / "sub").symlink_to("other")
+        (few / "m.csv").write_text("id,image,text\na,out/other/b.npy,txt/a.npy\nsub/b,img/b.npy,txt/b.npy\n")
+    elif way == "another part":
+        (few / "m.csv").write_text("id,image,text\na,out/b.npy,txt/a.npy\nb,img/b.npy,txt/b.npy\n")
+        return [
+            "--manifest",
+            "m.csv",
+            "-o",
+            "out",
+            "--shard",
+            next(f"{k}/9" for k in range(1, 10) if Shard(k, 9).has("b")),
+        ]
+    elif way == "an image without a text":
+        (out / "img" / "x").mkdir(parents=True)
+        for name in ("img/b.npy", "img/x/b.npy"):
+            (out / name).write_bytes(image)
+        (out / "txt" / "x").mkdir(parents=True)
+        (out / "txt" / "x" / "b.npy").write_bytes(image)
+        (out / "x").symlink_to("img")
+        return ["out/img", "out/txt", "-o", "out", "--allow-missing"]
+    elif way == "one file":
+        (few / "m.csv").write_text("id,image,text\na,link.npy,txt/a.npy\n")
+        (few / "link.npy").symlink_to("out/b.npy")
+        return ["--manifest", "m.csv", "-o", "out/b.npy"]
+    return ["img", "txt", "-o", "out"] if way == "a link" else ["--manifest", "m.csv", "-o", "out"]
+
+
+WAYS = ["a link", "a link in a manifest", "a linked folder", "another part", "an image without a text", "one file"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_whatever_way_leads_to_an_input_it_stays(run: Run, few: Path, way: str) -> None:
+    options = _into(few, way)
+    before = {path: path.read_bytes() for path in few.rglob("*") if path.is_file()}
+    for more in ([], ["--dry-run"]):
+        assert b"would replace what is read" in batch(run, *options, *more, code=2).stderr
+    after = {path: path.read_bytes() for path in few.rglob("*") if path.is_file() and ".fusecli" not in path.parts}
+    assert after == before
+
+
+def test_weights_among_the_results_are_not_replaced(run: Run, few: Path) -> None:
+    (few / "out").mkdir()
+    (few / "w.safetensors").rename(few / "out" / "b.safetensors")
+    options = ("-w", "out/b.safetensors", "--suffix", ".safetensors")
+    assert b"would replace what is read" in run("batch", "img", "txt", "-o", "out", *options, code=2).stderr
+
+
+def test_a_stream_does_not_end_in_a_file_that_it_was_read_from(run: Run, few: Path) -> None:
+    (few / "x.npy").write_bytes((few / "txt" / "a.npy").read_bytes())
+    (few / "link.npy").symlink_to("x.npy")
+    lines = b"id,image,text\nc,img/c.npy,txt/c.npy\nb,img/b.npy,link.npy\n"
+    told = batch(run, "--manifest", "-", "-o", "x.npy", "-j", 1, code=1, input=lines).stderr
+    assert b"would replace what it is made from" in told
+    assert (few / "x.npy").read_bytes() == (few / "txt" / "a.npy").read_bytes()
+
+
+def test_inputs_and_results_may_share_a_folder(run: Run, few: Path) -> None:
+    for side in ("img", "txt"):
+        for id in IDS:
+            (few / "all" / side / id).parent.mkdir(parents=True, exist_ok=True)
+            (few / "all" / side / f"{id}.npy").write_bytes((few / side / f"{id}.npy").read_bytes())
+    for status in ("fused", "skipped"):
+        done = batch(run, "all/img", "all/txt", "-o", "all", "--json")
+        assert statuses(done) == dict.fromkeys(IDS, status)
+
+
+@pytest.mark.parametrize("began", ["9999999999", "NaN", "1e999", '"x"'])
+def test_a_clock_that_was_wrong_does_not_make_old_words_the_last(run: Run, few: Path, began: str) -> None:
+    good = (few / "img" / "a.npy").read_bytes()
+    (few / "img" / "a.npy").write_bytes(b"junk")
+    batch(run, "img", "txt", "-o", "o.npy", code=4)
+    ledger = few / "o.npy.fusecli" / "ledger.jsonl"
+    ledger.write_text(re.sub('(?<="began": )[^,]+', began, ledger.read_text()))
+    (few / "img" / "a.npy").write_bytes(good)
+    batch(run, "img", "txt", "-o", "o.npy")
+    assert np.isfinite(np.load(few / "o.npy")).all()
+    assert statuses(batch(run, "img", "txt", "-o", "o.npy", "--json")) == dict.fromkeys(IDS, "skipped")
+    assert (
+        b"6 to do"
+        in run("batch", "img", "txt", "-o", "o.npy", "-w", "w.safetensors", "--dry-run", "--overwrite").stderr
+    )
+
+
+@pytest.mark.parametrize("empty", [["img", ""], ["", "txt"], ["img", "txt", "--image-pattern", ""], ["--manifest", ""]])
+def test_an_empty_name_is_no_place(run: Run, few: Path, empty: list[str]) -> None:
+    assert b"is empty" in batch(run, *empty, "-o", "out", code=2).stderr
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,13 @@ def test_nothing_goes_into_a_pipe_when_the_last_row_is_bad(
     assert not (tmp_path / "out.npy").exists()
 
 
+def test_two_results_do_not_share_a_pipe(run: Run, pair: tuple[Any, Any], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "both")
+    for one, other in (("-", "/dev/stdout"), ("both", "both")):
+        assert b"another output" in run("fuse", "img.npy", "txt.npy", "-o", one, "-a", other, code=2).stderr
+    run("fuse", "img.npy", "txt.npy", "-o", "/dev/null", "-a", "/dev/null")
+
+
 def test_attention_of_many_blocks_goes_through_a_pipe(
     run: Run, pair: tuple[Any, Any], tmp_path: Path, rng: np.random.Generator
 ) -> None:

@@ -142,6 +142,22 @@ def test_any_byte_order_will_do(drawn: tuple[Weights, Any, Any], template: Any) 
         assert fused.dtype.isnative
 
 
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+@pytest.mark.parametrize("kind", [np.matrix, lambda x: x.tolist(), lambda x: x.astype(np.longdouble).byteswap()])
+def test_other_kinds_of_arrays_are_taken_as_plain_ones(drawn: tuple[Weights, Any, Any], kind: Any) -> None:
+    weights, image, text = drawn
+    expected = fuse(weights, image, text)
+    given = kind(image)
+    if getattr(given, "dtype", None) == np.longdouble:
+        given = given.view(given.dtype.newbyteorder())
+        learned = Weights(weights.config, {k: torch.from_numpy(x).requires_grad_() for k, x in weights.tensors.items()})
+        fused = fuse(learned, given, torch.from_numpy(text)).detach().numpy()
+        np.testing.assert_allclose(fused, expected, rtol=1e-4, atol=1e-5)
+    fused = fuse(weights, given, text)
+    assert type(fused) is np.ndarray
+    np.testing.assert_allclose(fused, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_one_vector_and_a_leading_axis_of_one_are_rows(drawn: tuple[Weights, Any, Any]) -> None:
     weights, image, text = drawn
     expected = fuse(weights, image[:1], text)
@@ -166,13 +182,13 @@ def test_numpy_computes_for_tensors_on_the_cpu(drawn: tuple[Weights, Any, Any], 
     assert torch.equal(fused, torch.from_numpy(expected).to(dtype))
 
 
-@pytest.mark.filterwarnings("ignore")  # of tracing itself
 @pytest.mark.parametrize("bad", [float("inf"), 3e38])
 def test_numbers_that_overflow_raise_no_warning_for_tensors(drawn: tuple[Weights, Any, Any], bad: float) -> None:
     weights, image, text = drawn
     assert not fuse(weights, torch.full(image.shape, bad), torch.from_numpy(text)).isfinite().any()
 
 
+@pytest.mark.filterwarnings("ignore")  # of tracing itself
 def test_what_is_traced_is_no_constant(drawn: tuple[Weights, Any, Any]) -> None:
     weights, image, text = drawn[0], *map(torch.from_numpy, drawn[1:])
     traced = torch.jit.trace(lambda text: fuse(weights, image, text), (text,), check_trace=False)  # type: ignore[no-untyped-call]

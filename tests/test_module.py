@@ -80,3 +80,14 @@ def test_half_precision_gives_the_same_with_and_without_gradients(dtype: torch.d
     expected = fusecli.fuse(weights, image.float(), text.float())
     torch.testing.assert_close(fused.float(), expected, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(fused, module(image, text))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_one_image_row_moves_no_weight_of_the_text(dtype: torch.dtype) -> None:
+    module = ImageTextFusion(64, 4).to(dtype)
+    image, text = (x.to(dtype) for x in _pair(1, 20, 64, 64))
+    module(image, text).square().sum().backward()
+    for name in ("text_proj.weight", "text_proj.bias"):
+        gradient = module.get_parameter(name).grad
+        assert gradient is not None
+        assert not gradient.any()

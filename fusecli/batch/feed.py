@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import islice
 
+from fusecli.batch.apart import Inputs
 from fusecli.batch.job import Item, Outcome, Task, failed
 from fusecli.batch.plan import ITEM_PAIRS, Match, Shard
-from fusecli.batch.store import FolderStore, Store
 from fusecli.collections import Collection, Entry, Manifest, Place
-from fusecli.errors import FileError, InputError, UsageError
+from fusecli.errors import FileError, InputError
 
 #: Ids without work after which it is told how far we are.
 TELL = 4096
@@ -30,43 +28,21 @@ class Pairs:
     ids: list[str]
     places: Callable[[str], tuple[Place, Place]]  # raises InputError for a pair that cannot be used
     known: list[Outcome] = field(default_factory=list)  # pairs that cannot be done, and why
-    roots: Sequence[str] = ()  # folders or files that hold all features; none: they lie anywhere
+    inside: set[str] = field(default_factory=set)  # inputs that lie in an output
 
 
-def from_collections(images: Collection, texts: Collection, found: Match, roots: Sequence[str] = ()) -> Pairs:
+def from_collections(images: Collection, texts: Collection, found: Match, inputs: Inputs | None = None) -> Pairs:
     """What `fusecli.batch.plan.match` brought together."""
     known = [Outcome(id, "missing", {"missing": "text"}) for id in found.no_text]
     known += [Outcome(id, "missing", {"missing": "image"}) for id in found.no_image]
-    return Pairs(found.both, lambda name: (images.place(name), texts.place(name)), known, roots)
+    if inputs:
+        for side in (images, texts):
+            inputs.see_all(side)
+    inside = inputs.found if inputs else set()
+    return Pairs(found.both, lambda name: (images.place(name), texts.place(name)), known, inside)
 
 
-def require_apart(pairs: Pairs, stores: Iterable[Store]) -> None:
-    """Raise `UsageError` if a result would take the place of what some pair is made from.
-
-    Folders are resolved, links to files are not: `FolderStore.is_input` looks closer, at each pair by itself.
-    """
-    outputs = {os.path.realpath(store.path): store for store in stores}
-    below = tuple(f"{output}/" for output in outputs)
-    if pairs.roots and not any(f"{os.path.realpath(root)}/".startswith(below) for root in pairs.roots):
-        return
-    resolved = lru_cache(maxsize=1024)(os.path.realpath)
-    inputs = set()
-    for id in pairs.ids:
-        with contextlib.suppress(InputError):
-            for place in pairs.places(id):
-                folder, _, name = place.path.rpartition("/")
-                path = f"{resolved(folder or ('/' if place.path[:1] == '/' else '.'))}/{name}"
-                if f"{path}/".startswith(below):
-                    inputs.add(path)
-    for output, store in outputs.items() if inputs else ():
-        suffix = store.suffix if isinstance(store, FolderStore) else None
-        for target in [output] if suffix is None else (f"{output}/{id}{suffix}" for id in pairs.ids):
-            if target in inputs:
-                hint = "write to another place"
-                raise UsageError("a result would replace what a pair is made from", where=target, hint=hint)
-
-
-def from_manifest(reader: Manifest, path: str, shard: Shard | None = None) -> Pairs:
+def from_manifest(reader: Manifest, path: str, shard: Shard | None, inputs: Inputs) -> Pairs:
     """The pairs that the manifest at ``path`` names, in its order.
 
     Raises:
@@ -77,16 +53,21 @@ def from_manifest(reader: Manifest, path: str, shard: Shard | None = None) -> Pa
     try:
         with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
             for line in lines:
-                _enter(reader, line, shard, entries, known)
+                _enter(reader, line, shard, entries, known, inputs)
     except OSError as error:
         raise FileError("cannot be read", where=path, found=error.strerror) from None
     if not entries and not known and shard is None:
         raise FileError("names no pairs", where=path, wanted="lines with id,image,text")
-    return Pairs(list(entries), lambda name: entries[name][2:], known)
+    return Pairs(list(entries), lambda name: entries[name][2:], known, inputs.found)
 
 
 def _enter(
-    reader: Manifest, line: str, shard: Shard | None, entries: dict[str, Entry], known: list[Outcome]
+    reader: Manifest,
+    line: str,
+    shard: Shard | None,
+    entries: dict[str, Entry],
+    known: list[Outcome],
+    inputs: Inputs | None = None,
 ) -> Entry | None:
     """Take one line: to ``entries``, or to ``known`` if it fails."""
     try:
@@ -96,6 +77,9 @@ def _enter(
             raise
         known.append(_bad_line(reader.line, error))
         return None
+    if entry and inputs:  # those of other parts too
+        inputs.see(entry.image.path)
+        inputs.see(entry.text.path)
     if entry is None or (shard and not shard.has(entry.id)):
         return None
     if entry.id in entries:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import time
 from array import array
@@ -38,13 +39,14 @@ class History:
 
     def __init__(self) -> None:
         self.run: dict[str, Any] | None = None
+        self.began = 0.0  # when the last run did
         self.failed: set[str] = set()
         self.missing: set[str] = set()
         self._ids: list[str] = []
         self._kinds: list[_Kind | None] = []  # all of a pair's pieces but their offsets; None: it failed later
         self._at = array("q")
         self._attention_at = array("q")
-        self._order: array[int] | None = None  # of the columns, by id
+        self._order = array("q")  # of the columns, by id
         self._shared: dict[_Kind, _Kind] = {}
 
     @classmethod
@@ -52,6 +54,7 @@ class History:
         """Read every ledger in ``folder``; lines that a crash cut short are passed over."""
         history = cls()
         for part in sorted(chain.from_iterable(map(_runs, Path(folder).glob("ledger*.jsonl")))):
+            history.began = part.began
             for record in _lines(part):
                 with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError):  # no line of ours
                     history._take(record)
@@ -60,7 +63,6 @@ class History:
 
     def pieces(self, id: str) -> Pieces | None:
         """What was written for a pair last, None if nothing was, or if it failed after that."""
-        assert self._order is not None
         found = bisect_right(self._order, id, key=self._ids.__getitem__) - 1
         if found < 0 or self._ids[self._order[found]] != id:
             return None
@@ -129,7 +131,7 @@ class _Part(NamedTuple):
 
 
 def _runs(path: Path) -> list[_Part]:
-    """The parts of a ledger, by the lines that begin them."""
+    """The parts of a ledger, by the lines that begin them; each began after those before it, whatever a clock said."""
     parts, at, start, began = [], 0, 0, 0.0
     with open(path, "rb") as file:
         for line in file:
@@ -137,7 +139,8 @@ def _runs(path: Path) -> list[_Part]:
                 parts.append(_Part(began, path, start, at))
                 start = at
                 with contextlib.suppress(ValueError):
-                    began = float(line[len(BEGAN) :].partition(b",")[0])
+                    told = float(line[len(BEGAN) :].partition(b",")[0])
+                    began = max(began, told) if math.isfinite(told) else began
             at += len(line)
     return [*parts, _Part(began, path, start, at)]
 
@@ -173,9 +176,10 @@ class Ledger:
         if size and os.pread(self._fd, 1, size - 1) != b"\n":
             self._write(b"\n")  # a line that was cut short stays by itself
 
-    def begin(self, run: dict[str, Any]) -> None:
-        """A run starts."""
-        self._write(BEGAN + f'{time.time():.3f}, "run": {json.dumps(run, sort_keys=True)}}}\n'.encode())
+    def begin(self, run: dict[str, Any], after: float) -> None:
+        """A run starts, later than the one that began at ``after``, whatever the clock of that machine said."""
+        began = max(time.time(), after + 0.001)
+        self._write(BEGAN + f'{began:.3f}, "run": {json.dumps(run, sort_keys=True)}}}\n'.encode())
 
     def add(self, outcomes: Iterable[Outcome]) -> None:
         """Keep what happened.

@@ -10,7 +10,8 @@ from itertools import zip_longest
 from typing import Any, Protocol
 
 from fusecli.arrays import to_device
-from fusecli.batch.feed import ListFeed, Pairs, StreamFeed, require_apart
+from fusecli.batch.apart import require_apart
+from fusecli.batch.feed import ListFeed, Pairs, StreamFeed
 from fusecli.batch.gather import Result, gather, gathered, is_whole
 from fusecli.batch.job import Job, Options, Outcome
 from fusecli.batch.ledger import History, Ledger, Lock, require_same_run
@@ -57,6 +58,11 @@ class Request:
         """What dumps of attention say of themselves."""
         facts = dump_facts(self.weights, self.options.attention_mean)
         return Label(facts, self.tokens, self.grid)
+
+    def targets(self) -> list[tuple[str, str | None]]:
+        """Where results go: a folder and the suffix of the files in it, or a file and None."""
+        paths = [path for path in (self.output, self.attention) if path]
+        return [(path, None if is_one_file(path) else self.suffix) for path in paths]
 
     def run_facts(self) -> dict[str, Any]:
         """All that decides the bytes of the results, as the ledger has it."""
@@ -147,7 +153,7 @@ def run(request: Request, plan: Callable[[], Pairs | Manifest], reporter: Report
     try:
         pairs = plan()
         if isinstance(pairs, Pairs):
-            require_apart(pairs, _stores(job))
+            require_apart(pairs.ids, pairs.inside, request.targets())
         try:
             for held in [folder, *(f"{store.path}/{STATE}" for store in _folders(job) if store is job.attention)]:
                 os.makedirs(held, exist_ok=True)
@@ -178,7 +184,7 @@ def _run(
     try:
         for store in folders:
             store.begin()
-        ledger.begin(facts)
+        ledger.begin(facts, history.began)
         teller = _Teller(ledger, history.missing, reporter)
         feed = _feed(request, pairs, history, job)
         reporter.planned(feed.total)
@@ -206,6 +212,7 @@ def _folders(job: Job) -> list[FolderStore]:
 
 def look(request: Request, pairs: Pairs) -> tuple[int, int, int]:
     """How many pairs are done, have failed and are to be done, by the ledgers alone; nothing is written."""
+    require_apart(pairs.ids, pairs.inside, request.targets())
     history = History.read(state_folder(request.output)) if not request.overwrite else History()
     require_same_run(history.run, request.run_facts(), request.output)
     done = sum(history.pieces(id) is not None for id in pairs.ids)

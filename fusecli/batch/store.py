@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import math
 import os
 import shutil
@@ -144,8 +145,9 @@ class FolderStore:
         return target in self._there.get(target.rpartition("/")[0], (target,)) and _is_one_of(target, paths)
 
     def begin(self) -> None:
-        """Make room for temporary files, and remove those that a killed run left."""
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        """Make room for temporary files, and remove those that a killed run left, or parts of one."""
+        for left in (self.temporary, *glob.glob(f"{glob.escape(self.temporary)}-*")):  # a part's folder has no more
+            shutil.rmtree(left, ignore_errors=True)
         os.makedirs(self.temporary, exist_ok=True)
 
     def end(self) -> None:
@@ -242,6 +244,9 @@ class PartStore:
     _at: int = 0
     _sizes: dict[str, int] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._was_there = os.path.exists(self.path)
+
     @contextmanager
     def open(
         self, id: str, name: str, shape: tuple[int, ...], dtype: str, told: list[Piece]
@@ -266,8 +271,7 @@ class PartStore:
 
     def is_input(self, id: str, *paths: str) -> bool:
         """See `Store`."""
-        name = os.path.basename(self.path)
-        return any(path.endswith(name) for path in paths) and _is_one_of(self.path, paths)
+        return self._was_there and _is_one_of(self.path, paths)
 
     def holds(self, id: str, name: str, piece: Piece) -> bool:
         """See `Store`: the part is long enough."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from fusecli.arrays import cast
 from fusecli.batch.job import Item, Job, Outcome, Task, failed
-from fusecli.batch.store import FolderStore, Piece
+from fusecli.batch.store import FolderStore, PartStore, Piece
 from fusecli.collections import Place
 from fusecli.errors import FusecliError, OutputError
 from fusecli.formats import NumpyArray, Stored
@@ -98,7 +98,8 @@ def fuse_task(
     """Fuse a pair and write it; ``row`` and ``met`` as `fuse_pair` has them, ``before`` what has been spent on it."""
     for store in (job.fused, job.attention):
         if store and store.is_input(task.id, task.image.path, task.text.path):
-            return failure(task.id, OutputError("the result would replace what it is made from", where=task.id))
+            outcome = failure(task.id, OutputError("the result would replace what it is made from", where=task.id))
+            return outcome._replace(stop=isinstance(store, PartStore))  # the one file would be written all the same
     pieces: list[Piece] = []
     dumps: list[Piece] = []
     output = _output(job, task.id, pieces, dumps)

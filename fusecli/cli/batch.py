@@ -135,14 +135,14 @@ def batch(
         grid=to_grid(grid),
     )
     if dry_run:
-        _tell_plan(request, find_pairs(sources, [output, attention], part), quiet)
+        _tell_plan(request, find_pairs(sources, [output, attention], part, weights), quiet)
         return
     if attention and attention_mean and batches.is_one_file(attention) and attention.endswith(".npy"):
         told = "will be [B, N, M], which `fusecli show` takes for heads; .safetensors says what it is"
         note(f"{attention}: {told}", quiet)
     try:
         with Progress(quiet, json, output, suffix) as progress:
-            summary = batches.run(request, partial(find_pairs, sources, [output, attention], part), progress)
+            summary = batches.run(request, partial(find_pairs, sources, [output, attention], part, weights), progress)
     except KeyboardInterrupt:
         note(INTERRUPTED, quiet)
         raise typer.Exit(130) from None
@@ -189,6 +189,10 @@ def check_sources(sources: Sources) -> None:
     from fusecli.collections import matcher
     from fusecli.errors import UsageError
 
+    for name, value in asdict(sources).items():
+        if value == "":  # often a variable of the shell that is not set
+            where = name.upper() if name in ("images", "texts") else f"--{name.replace('_', '-')}"
+            raise UsageError("is empty", where=where, hint="leave it out, or look whether a variable is set")
     if sources.manifest is None and sources.images is None:
         raise UsageError("no features", hint="fusecli batch IMAGES TEXTS -o FOLDER, or --manifest FILE")
     if sources.manifest is not None and sources.images is not None:
@@ -203,7 +207,7 @@ def check_sources(sources: Sources) -> None:
         raise UsageError("one place for both sides, and nothing tells them apart", where=sources.images, hint=hint)
     for side, pattern in patterns.items():
         try:
-            matcher(pattern or "{id}")
+            matcher("{id}" if pattern is None else pattern)
         except ValueError:
             raise UsageError("no pattern", where=f"--{side}-pattern", found=pattern, wanted="{id} in it once") from None
 
@@ -271,21 +275,26 @@ def _shard(text: str | None) -> Any:
     return Shard(int(number), int(count))
 
 
-def find_pairs(sources: Sources, outputs: list[str | None], shard: Any) -> Any:
+def find_pairs(sources: Sources, outputs: list[str | None], shard: Any, weights: str | None = None) -> Any:
     """The pairs, or the manifest that reads them from standard input."""
+    from fusecli.batch.apart import Inputs
     from fusecli.batch.feed import from_collections, from_manifest
     from fusecli.batch.plan import match
     from fusecli.collections import Manifest, open_collection
     from fusecli.errors import FileError, InputError
 
     keys = sources.image_key, sources.text_key
+    inputs = Inputs(filter(None, outputs))
+    for place in (*sources.paths(), weights):
+        if place and os.path.isfile(place):
+            inputs.see(place)
     if sources.manifest == "-":
         if sys.stdin is None:
             raise FileError("standard input is closed", where="-")
         return Manifest("<stdin>", "", *keys)
     if sources.manifest is not None:
         path = sources.manifest
-        return from_manifest(Manifest(path, os.path.dirname(path), *keys), path, shard)
+        return from_manifest(Manifest(path, os.path.dirname(path), *keys), path, shard, inputs)
     image_place = sources.images or ""
     text_place = sources.texts or image_place
     own = {os.path.realpath(path) for path in outputs if path}
@@ -300,7 +309,7 @@ def find_pairs(sources: Sources, outputs: list[str | None], shard: Any) -> Any:
             wanted="the same names on both sides",
             hint="ids are paths without suffix, names of tensors or numbers of rows; see --image-pattern",
         )
-    return from_collections(images, texts, found, [image_place, text_place])
+    return from_collections(images, texts, found, inputs)
 
 
 def _tell_plan(request: Any, pairs: Any, quiet: bool) -> None:

@@ -125,7 +125,8 @@ def fuse(
         if attention is None:
             raise
         # Whoever stops reading one result has not said that the other is not wanted.
-        raise OutputError("nobody reads it any more, so nothing was finished", where=output) from None
+        where = output if is_stream(output) else attention
+        raise OutputError("nobody reads it any more, so nothing was finished", where=where) from None
     facts = {
         "output": output,
         "shape": [done.n, done.dim],
