@@ -103,7 +103,13 @@ def to_numpy(x: Array) -> Array:
 
 
 def plain(x: Array) -> Array:
-    """``x`` as a tensor or an array and no kind of its own, such as a matrix, whose operators mean something else."""
+    """``x`` as a tensor or an array and no kind of its own, such as a matrix, whose operators mean something else.
+
+    Raises:
+        ValuesError: it has a mask, which would be lost.
+    """
+    if getattr(x, "mask", None) is not None:
+        raise ValuesError("a masked array", wanted="an array of numbers", hint="leave out those rows, or x.filled(0)")
     return x if is_torch(x) else np.asarray(x)
 
 

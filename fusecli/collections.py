@@ -52,6 +52,11 @@ class Place(NamedTuple):
     span: Span | None = None
 
 
+def _key_for(path: str, key: str | None) -> str | None:
+    """``key`` for a file that has room for one; beside such files there may be others, of one array without a name."""
+    return key if path.lower().endswith(safetensors.SUFFIXES) else None
+
+
 class Collection(Protocol):
     """One side of many pairs. Iterates over its ids in a stable order."""
 
@@ -123,7 +128,7 @@ class Folder:
         if not suffix:
             found = " and ".join(f"{id}{suffix}" for suffix in SUFFIXES)
             raise FileError("two files for one id", where=self.root, found=found, wanted="one of them")
-        return Place(f"{self.root}/{id}{suffix}", self.key)
+        return Place(f"{self.root}/{id}{suffix}", _key_for(suffix, self.key))
 
     def paths(self) -> Iterator[str]:
         """See `Collection`."""
@@ -140,7 +145,7 @@ class _Patterned(Folder):
     """A tree where a pattern tells the ids: their paths are kept whole."""
 
     def place(self, id: str) -> Place:
-        return Place(f"{self.root}/{self._suffixes[id]}", self.key)
+        return Place(f"{self.root}/{self._suffixes[id]}", _key_for(self._suffixes[id], self.key))
 
     def paths(self) -> Iterator[str]:
         return (f"{self.root}/{path}" for path in self._suffixes.values())
@@ -340,7 +345,7 @@ class Manifest:
     Args:
         name: of the manifest, for messages.
         folder: what paths in it are relative to.
-        image_key: the tensor to take from an image's file, where a line names none.
+        image_key: the tensor to take from an image's ``.safetensors``, where a line names none.
         text_key: likewise.
     """
 
@@ -367,7 +372,7 @@ class Manifest:
             self._columns = []
         record = self._record(text)
         found = [record.get(name) for name in (*COLUMNS, *KEYS)]
-        id, image, text_path, image_key, text_key = (str(x) if isinstance(x, str | int) else None for x in found)
+        id, image, text_path, image_key, text_key = (str(x) if type(x) in (str, int) else None for x in found)
         if not id or not image or not text_path:
             missing = [name for name, value in zip(COLUMNS, (id, image, text_path), strict=True) if not value]
             raise self._bad(text, f"a value for {', '.join(missing)}")
@@ -375,7 +380,7 @@ class Manifest:
             os.fsencode(id + image + text_path)
         except UnicodeEncodeError:
             raise self._bad(text, "names that a file can have") from None
-        keys = image_key or self._keys[0], text_key or self._keys[1]
+        keys = image_key or _key_for(image, self._keys[0]), text_key or _key_for(text_path, self._keys[1])
         return Entry(self._line, id, self._place(image, keys[0]), self._place(text_path, keys[1]))
 
     @property

@@ -77,6 +77,7 @@ def test_rows_of_a_stack_keep_their_numbers(run: Run, tmp_path: Path, rng: np.ra
         ["-o", "img"],
         ["-o", "out", "-a", "out/att"],
         ["-o", "out", "-a", "txt"],
+        ["-o", "o.npy", "-a", "o.npy.fusecli"],
         ["-o", "out", "--overwrite", "--retry-failed"],
         ["-o", "out", "--dtype", "bfloat16"],
         ["-o", "out", "--shard", "1/" + "9" * 5000],
@@ -399,10 +400,17 @@ def test_keys_for_a_whole_folder_or_manifest(run: Run, few: Path) -> None:
         save_file({**sides, "image": sides["yours"]}, both / f"{id}.safetensors")
         lines.append(f"{id},both/{id}.safetensors,both/{id}.safetensors,{'image' if id == 'f' else ''}")
     (few / "k.csv").write_text("\n".join(lines) + "\n")
+    lines[1] = "a,both/a.safetensors,txt/a.npy,"  # which has no keys
     keys = ("--image-key", "mine", "--text-key", "yours")
     wanted = expected(run, few, IDS)
     batch(run, "both", "-o", "out", *keys)
     assert results(few / "out") == wanted
+    (few / "txt" / "b.npy").unlink()
+    (both / "b.safetensors").rename(few / "txt" / "b.safetensors")
+    save_file({"mine": np.load(few / "img" / "b.npy")}, both / "b.safetensors")
+    batch(run, "both", "txt", "-o", "mixed", *keys)
+    assert results(few / "mixed") == wanted
+    (few / "txt" / "b.safetensors").rename(both / "b.safetensors")
     batch(run, "--manifest", "k.csv", "-o", "named", *keys)
     named = results(few / "named")
     assert {id: named[id] for id in IDS[:-1]} == {id: wanted[id] for id in IDS[:-1]}

@@ -158,6 +158,12 @@ def test_other_kinds_of_arrays_are_taken_as_plain_ones(drawn: tuple[Weights, Any
     np.testing.assert_allclose(fused, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_mask_is_not_lost_in_silence(drawn: tuple[Weights, Any, Any]) -> None:
+    weights, image, text = drawn
+    with pytest.raises(ValuesError, match="masked"):
+        fuse(weights, np.ma.masked_invalid(image), text)
+
+
 def test_one_vector_and_a_leading_axis_of_one_are_rows(drawn: tuple[Weights, Any, Any]) -> None:
     weights, image, text = drawn
     expected = fuse(weights, image[:1], text)

@@ -63,8 +63,10 @@ def batch(
     text_pattern: Annotated[
         str | None, typer.Option(metavar="PATTERN", help="What it is in a text's name: '{id}.text.npy'.")
     ] = None,
-    image_key: Annotated[str | None, typer.Option(metavar="NAME", help="Tensor in each image file.")] = None,
-    text_key: Annotated[str | None, typer.Option(metavar="NAME", help="Tensor in each text file.")] = None,
+    image_key: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Tensor in each .safetensors of an image.")
+    ] = None,
+    text_key: Annotated[str | None, typer.Option(metavar="NAME", help="Tensor in each .safetensors of a text.")] = None,
     suffix: Annotated[str, typer.Option(metavar=".npy|.safetensors", help="Of the files in a folder OUT.")] = ".npy",
     dtype: Dtype = None,
     workers: Annotated[
@@ -213,6 +215,7 @@ def check_sources(sources: Sources) -> None:
 
 
 def _check_outputs(output: str, attention: str | None, suffix: str, weights: str | None, sources: Sources) -> None:
+    from fusecli.batch.run import state_folder
     from fusecli.collections import SUFFIXES
     from fusecli.errors import UsageError
 
@@ -225,7 +228,8 @@ def _check_outputs(output: str, attention: str | None, suffix: str, weights: str
         _check_output(path, inputs, [place + "/" for place in inputs if os.path.isdir(place)])
     if attention:
         one, other = os.path.realpath(output) + "/", os.path.realpath(attention) + "/"
-        if one.startswith(other) or other.startswith(one):
+        state = os.path.realpath(state_folder(output)) + "/"
+        if one.startswith(other) or other.startswith((one, state)):
             raise UsageError("attention would lie among the results", where=attention, hint="write to another place")
 
 

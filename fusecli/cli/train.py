@@ -139,8 +139,10 @@ def train(
     manifest: Annotated[str | None, typer.Option(metavar="FILE", help="Table with id,image,text.")] = None,
     image_pattern: Annotated[str | None, typer.Option(metavar="PATTERN", help="As in `fusecli batch`.")] = None,
     text_pattern: Annotated[str | None, typer.Option(metavar="PATTERN", help="As in `fusecli batch`.")] = None,
-    image_key: Annotated[str | None, typer.Option(metavar="NAME", help="Tensor in each image file.")] = None,
-    text_key: Annotated[str | None, typer.Option(metavar="NAME", help="Tensor in each text file.")] = None,
+    image_key: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Tensor in each .safetensors of an image.")
+    ] = None,
+    text_key: Annotated[str | None, typer.Option(metavar="NAME", help="Tensor in each .safetensors of a text.")] = None,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Pass over ids without image, text or label.")
     ] = False,
