@@ -1,4 +1,4 @@
-"""Named arrays and where they lie: folders, packed and stacked files, and tables that name pairs.
+"""Named arrays and where they lie: folders, packed and stacked files.
 
 An id is never matched by its position, only by its name:
 
@@ -7,13 +7,11 @@ An id is never matched by its position, only by its name:
 - a stacked ``.npy`` ``[B, D]`` or ``[B, M, D]``: the number of the row, counted from 0.
 
 A pattern such as ``{id}.image.npy`` says what an id is in a path (or in a tensor's name), so that both sides may
-share a folder. A manifest names both sides of each pair itself.
+share a folder. (A manifest, `fusecli.batch.manifest`, names both sides of each pair itself.)
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 from array import array
 from bisect import bisect_left
@@ -52,7 +50,7 @@ class Place(NamedTuple):
     span: Span | None = None
 
 
-def _key_for(path: str, key: str | None) -> str | None:
+def key_for(path: str, key: str | None) -> str | None:
     """``key`` for a file that has room for one; beside such files there may be others, of one array without a name."""
     return key if path.lower().endswith(safetensors.SUFFIXES) else None
 
@@ -128,7 +126,7 @@ class Folder:
         if not suffix:
             found = " and ".join(f"{id}{suffix}" for suffix in SUFFIXES)
             raise FileError("two files for one id", where=self.root, found=found, wanted="one of them")
-        return Place(f"{self.root}/{id}{suffix}", _key_for(suffix, self.key))
+        return Place(f"{self.root}/{id}{suffix}", key_for(suffix, self.key))
 
     def paths(self) -> Iterator[str]:
         """See `Collection`."""
@@ -145,7 +143,7 @@ class _Patterned(Folder):
     """A tree where a pattern tells the ids: their paths are kept whole."""
 
     def place(self, id: str) -> Place:
-        return Place(f"{self.root}/{self._suffixes[id]}", _key_for(self._suffixes[id], self.key))
+        return Place(f"{self.root}/{self._suffixes[id]}", key_for(self._suffixes[id], self.key))
 
     def paths(self) -> Iterator[str]:
         return (f"{self.root}/{path}" for path in self._suffixes.values())
@@ -324,108 +322,6 @@ def open_collection(
     if pattern is not None:
         raise UsageError("rows of a stack have numbers and no names", where=path, found=pattern, hint="leave it out")
     return Stacked.open(path)
-
-
-class Entry(NamedTuple):
-    """One line of a manifest."""
-
-    line: int
-    id: str
-    image: Place
-    text: Place
-
-
-COLUMNS = ("id", "image", "text")
-KEYS = ("image_key", "text_key")
-
-
-class Manifest:
-    """Reads lines of CSV, TSV or JSON with ``id,image,text`` and, if need be, ``image_key,text_key``.
-
-    Args:
-        name: of the manifest, for messages.
-        folder: what paths in it are relative to.
-        image_key: the tensor to take from an image's ``.safetensors``, where a line names none.
-        text_key: likewise.
-    """
-
-    def __init__(self, name: str, folder: str, image_key: str | None = None, text_key: str | None = None) -> None:
-        self.name, self._folder, self._line = name, folder, 0
-        self._keys = image_key, text_key
-        self._columns: list[str] | None = None
-        self._delimiter: str | None = None  # None: JSON
-
-    def read(self, text: str) -> Entry | None:
-        """What one line says; None for a header or an empty line.
-
-        Raises:
-            FileError: nothing that names a pair.
-        """
-        self._line += 1
-        text = text.strip("\r\n").removeprefix("\ufeff" if self._line == 1 else "")
-        if not text.strip():
-            return None
-        if self._columns is None:
-            if not text.lstrip().startswith("{"):
-                self._read_header(text)
-                return None
-            self._columns = []
-        record = self._record(text)
-        found = [record.get(name) for name in (*COLUMNS, *KEYS)]
-        id, image, text_path, image_key, text_key = (str(x) if type(x) in (str, int) else None for x in found)
-        if not id or not image or not text_path:
-            missing = [name for name, value in zip(COLUMNS, (id, image, text_path), strict=True) if not value]
-            raise self._bad(text, f"a value for {', '.join(missing)}")
-        try:
-            os.fsencode(id + image + text_path)
-        except UnicodeEncodeError:
-            raise self._bad(text, "names that a file can have") from None
-        keys = image_key or _key_for(image, self._keys[0]), text_key or _key_for(text_path, self._keys[1])
-        return Entry(self._line, id, self._place(image, keys[0]), self._place(text_path, keys[1]))
-
-    @property
-    def headless(self) -> bool:
-        """Whether no line has said yet what the columns are."""
-        return self._columns is None
-
-    @property
-    def line(self) -> int:
-        """The number of the line read last, from 1."""
-        return self._line
-
-    def _read_header(self, text: str) -> None:
-        delimiter = "\t" if "\t" in text else ","
-        try:
-            columns = [name.strip() for name in next(csv.reader([text], delimiter=delimiter))]
-        except csv.Error:
-            columns = []
-        if not set(COLUMNS) <= set(columns):
-            raise self._bad(text, f"a header with {','.join(COLUMNS)}, or JSON lines")
-        self._columns, self._delimiter = columns, delimiter
-
-    def _record(self, text: str) -> dict[str, object]:
-        if self._delimiter is None:
-            try:
-                record = json.loads(text)
-            except (ValueError, RecursionError):
-                raise self._bad(text, "a JSON object") from None
-            if not isinstance(record, dict):
-                raise self._bad(text, "a JSON object")
-            return record
-        assert self._columns is not None
-        try:
-            values = next(csv.reader([text], delimiter=self._delimiter, strict=True))
-        except csv.Error:
-            raise self._bad(text, "a line of CSV") from None
-        if len(values) != len(self._columns):
-            raise self._bad(text, f"{len(self._columns)} values")
-        return dict(zip(self._columns, values, strict=True))
-
-    def _place(self, path: str, key: str | None) -> Place:
-        return Place(os.path.join(self._folder or ".", path) if path == "-" else os.path.join(self._folder, path), key)
-
-    def _bad(self, text: str, wanted: str) -> FileError:
-        return FileError("bad line", where=f"{self.name}, line {self._line}", found=repr(text[:80]), wanted=wanted)
 
 
 def stored_at(span: Span, source: Source) -> Stored:

@@ -11,8 +11,9 @@ from itertools import islice
 
 from fusecli.batch.apart import Inputs
 from fusecli.batch.job import Item, Outcome, Task, failed
+from fusecli.batch.manifest import Entry, Manifest
 from fusecli.batch.plan import ITEM_PAIRS, Match, Shard
-from fusecli.collections import Collection, Entry, Manifest, Place
+from fusecli.collections import Collection, Place
 from fusecli.errors import FileError, InputError
 
 #: Ids without work after which it is told how far we are.

@@ -16,11 +16,12 @@ from fusecli.batch.gather import Result, gather, gathered, is_whole
 from fusecli.batch.job import Job, Options, Outcome
 from fusecli.batch.ledger import History, Ledger, Lock, require_same_run
 from fusecli.batch.local import Pool, Stop
+from fusecli.batch.manifest import Manifest
 from fusecli.batch.plan import Shard, item_size
 from fusecli.batch.store import STATE, FolderStore, PartStore, Piece, Store
 from fusecli.batch.worker import work
 from fusecli.checkpoint import dump_facts, fingerprint
-from fusecli.collections import SUFFIXES, Manifest
+from fusecli.collections import SUFFIXES
 from fusecli.dumps import Label, Tokens
 from fusecli.errors import OutputError, UsageError
 from fusecli.formats import safetensors

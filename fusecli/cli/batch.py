@@ -283,8 +283,9 @@ def find_pairs(sources: Sources, outputs: list[str | None], shard: Any, weights:
     """The pairs, or the manifest that reads them from standard input."""
     from fusecli.batch.apart import Inputs
     from fusecli.batch.feed import from_collections, from_manifest
+    from fusecli.batch.manifest import Manifest
     from fusecli.batch.plan import match
-    from fusecli.collections import Manifest, open_collection
+    from fusecli.collections import open_collection
     from fusecli.errors import FileError, InputError
 
     keys = sources.image_key, sources.text_key
@@ -317,8 +318,8 @@ def find_pairs(sources: Sources, outputs: list[str | None], shard: Any, weights:
 
 
 def _tell_plan(request: Any, pairs: Any, quiet: bool) -> None:
+    from fusecli.batch.manifest import Manifest
     from fusecli.batch.run import look
-    from fusecli.collections import Manifest
     from fusecli.errors import UsageError
 
     if isinstance(pairs, Manifest):
