@@ -341,6 +341,20 @@ def test_a_stream_does_not_end_in_a_file_that_it_was_read_from(run: Run, few: Pa
     assert (few / "x.npy").read_bytes() == (few / "txt" / "a.npy").read_bytes()
 
 
+@pytest.mark.parametrize("bad", ["x\0/y", "x/\0"])
+def test_a_name_that_no_file_can_have_fails_alone(run: Run, few: Path, bad: str) -> None:
+    (few / "out").mkdir()
+    (few / "out" / "input.npy").write_bytes((few / "img" / "a.npy").read_bytes())
+    rows = [
+        {"id": bad, "image": "img/a.npy", "text": "txt/a.npy"},
+        {"id": "a", "image": bad, "text": "txt/a.npy"},
+        {"id": "b", "image": "out/input.npy", "text": "txt/b.npy"},
+    ]
+    (few / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = batch(run, "--manifest", "m.jsonl", "-o", "out", "--json", code=4)
+    assert statuses(done) == {bad: "failed", "a": "failed", "b": "fused"}
+
+
 def test_inputs_and_results_may_share_a_folder(run: Run, few: Path) -> None:
     for side in ("img", "txt"):
         for id in IDS:

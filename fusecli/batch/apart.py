@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 from fusecli.batch.store import STATE
@@ -62,12 +63,14 @@ def _holds_something(output: str) -> bool:
 
 def _look_into(folder: str) -> tuple[str, frozenset[str]]:
     """The real path of a folder, without a slash at its end, and the names of the links in it."""
+    links: frozenset[str] = frozenset()
     try:
-        with os.scandir(folder) as entries:
+        real = os.path.realpath(folder).rstrip("/")
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
             links = frozenset(entry.name for entry in entries if entry.is_symlink())
-        return os.path.realpath(folder).rstrip("/"), links
-    except (OSError, ValueError):  # nothing can be read there
-        return folder.rstrip("/"), frozenset()
+    except ValueError:  # no path at all
+        return folder, links
+    return real, links
 
 
 def require_apart(ids: Sequence[str], inputs: set[str], targets: Iterable[tuple[str, str | None]]) -> None:
@@ -75,13 +78,17 @@ def require_apart(ids: Sequence[str], inputs: set[str], targets: Iterable[tuple[
 
     ``targets`` are outputs: folders with the suffix of what is written there, or files of all results with None.
     """
-    if not inputs:
-        return
-    resolved = lru_cache(maxsize=4096)(os.path.realpath)
-    for output, suffix in targets:
-        for id in ids if suffix is not None else [""]:
-            folder, _, name = f"{output}/{id}{suffix}".rpartition("/")
-            target = os.path.realpath(output) if suffix is None else f"{resolved(folder).rstrip('/')}/{name}"
+    for output, suffix in targets if inputs else ():
+        for target in [os.path.realpath(output)] if suffix is None else _files(ids, output, suffix):
             if target in inputs:
                 hint = "write to another place"
                 raise UsageError("a result would replace what is read", where=target, hint=hint)
+
+
+def _files(ids: Sequence[str], output: str, suffix: str) -> Iterator[str]:
+    """The real paths of results in a folder; one whose id is no path will fail by itself."""
+    resolved = lru_cache(maxsize=4096)(os.path.realpath)
+    for id in ids:
+        folder, _, name = f"{output}/{id}{suffix}".rpartition("/")
+        with contextlib.suppress(ValueError):
+            yield f"{resolved(folder).rstrip('/')}/{name}"
