@@ -19,7 +19,7 @@ from fusecli.arrays import FLOAT_NAMES, Array, dtype_name, first_nonfinite, impo
 from fusecli.arrays import cast as convert
 from fusecli.errors import CheckpointError, FileError, InputError, OutputError, UsageError, ValuesError
 from fusecli.formats import NumpyArray, open_source, read_bytes, safetensors, sniff, write_whole
-from fusecli.weights import OPTIONS, Config, Weights, tensor_shapes
+from fusecli.weights import OPTIONS, Config, Weights, require_heads, tensor_shapes
 
 METADATA_KEY = "fusecli"
 FORMAT = 1
@@ -250,14 +250,15 @@ def init(
         CheckpointError: the heads do not divide the width, or an option does not go with the method.
     """
     config = _configured(method, num_heads, options)
-    if feature_dim < 1 or (config.has_attention and feature_dim % num_heads):
-        found = f"num_heads={num_heads}, D={feature_dim}"
-        raise CheckpointError("heads do not divide the width", found=found, wanted=f"a divisor of {feature_dim}")
+    text_dim, image_dim = text_dim or feature_dim, image_dim or feature_dim
+    if min(feature_dim, text_dim, image_dim) < 1:
+        raise CheckpointError("a width is below 1", found=f"D={feature_dim}, Dt={text_dim}, Di={image_dim}")
+    if config.has_attention:  # before anything is drawn
+        require_heads(num_heads, feature_dim)
     bits = np.random.MT19937()
     # torch seeds its generator likewise
     bits.state = cast(Any, np.random.RandomState(seed).get_state(legacy=False))
-    text_dim = text_dim or feature_dim
-    shapes = tensor_shapes(config, feature_dim, text_dim, image_dim or feature_dim)
+    shapes = tensor_shapes(config, feature_dim, text_dim, image_dim)
     tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     for name in _in_order_of_drawing(shapes):
         tensors[name] = _drawn(bits, name, shapes)

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from fusecli.arrays import FLOAT_NAMES, Array, cast, dtype_name, is_torch, like, needs_grad, place
-from fusecli.errors import CheckpointError
+from fusecli.errors import CheckpointError, FusecliError
 from fusecli.maps import Layers, Maps, fold
 
 Kept = TypeVar("Kept")
@@ -177,13 +177,8 @@ class Weights:
 
     def __post_init__(self) -> None:
         self._check_tensors()
-        if self.config.has_attention and self.dim % self.config.num_heads:
-            raise CheckpointError(
-                "heads do not divide the width",
-                found=f"num_heads={self.config.num_heads}, D={self.dim}",
-                wanted=f"a divisor of {self.dim}",
-                hint="pass the number of heads that the module was built with: --num-heads",
-            )
+        if self.config.has_attention:
+            require_heads(self.config.num_heads, self.dim)
         if self.config.adds_text and self.text_dim != self.dim:
             method = "residual" if self.config.residual else self.config.method
             raise CheckpointError(
@@ -274,6 +269,17 @@ class Weights:
             self._cache[key] = make()
         kept: Kept = self._cache[key]
         return kept
+
+
+def require_heads(num_heads: int, dim: int, error: type[FusecliError] = CheckpointError) -> None:
+    """Raise ``error`` unless ``num_heads`` heads can share a width of ``dim``."""
+    if dim % num_heads:
+        raise error(
+            "heads do not divide the width",
+            found=f"num_heads={num_heads}, D={dim}",
+            wanted=f"a divisor of {dim}",
+            hint="choose another --num-heads; for a module of PyTorch, the number it was built with",
+        )
 
 
 def layers_of(tensors: Mapping[str, Array], num_heads: int) -> Layers:

@@ -203,13 +203,12 @@ def load_weights(
     from fusecli import checkpoint
     from fusecli.errors import UsageError
     from fusecli.fusion import require_attention
+    from fusecli.weights import require_heads
 
     if path == "":
         raise UsageError("no file name", where="--weights", hint="leave it out for untrained weights")
-    if not path and num_heads and 768 % num_heads:
-        raise UsageError(
-            "heads do not divide the width", where="--num-heads", found=str(num_heads), wanted="a divisor of 768"
-        )
+    if not path and num_heads:
+        require_heads(num_heads, 768, UsageError)
     if path:
         loaded = checkpoint.load(path, num_heads, tell=tell)
     else:

@@ -63,6 +63,7 @@ def init(
     parameters = locals()
     from fusecli import checkpoint
     from fusecli.errors import UsageError
+    from fusecli.weights import require_heads
 
     _want_safetensors(output)
     if identity and {text_dim or feature_dim, image_dim or feature_dim} != {feature_dim}:
@@ -79,10 +80,8 @@ def init(
     if adds_text and (text_dim or feature_dim) != feature_dim:
         what = "--residual" if residual else "--method gated"
         raise UsageError(f"{what} needs Dt = D", found=f"Dt={text_dim}, D={feature_dim}")
-    if method not in (Method.weighted_sum, Method.concat) and feature_dim % heads:
-        raise UsageError(
-            "heads do not divide the width", found=f"{heads} heads, D={feature_dim}", hint="choose another --num-heads"
-        )
+    if method not in (Method.weighted_sum, Method.concat):
+        require_heads(heads, feature_dim, UsageError)
     if identity:
         weights = checkpoint.identity(feature_dim, heads, **options)
     else:
