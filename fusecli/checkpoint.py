@@ -215,10 +215,9 @@ def fingerprint(weights: Weights) -> str:
     return hashlib.sha256(to_bytes(weights)).hexdigest()[:12]
 
 
-def dump_facts(weights: Weights, mean: bool) -> dict[str, Any]:
-    """What a dump of attention says of these weights; with ``mean``, it is over heads. See `fusecli.dumps`."""
-    config = weights.config
-    return {"method": config.method, "num_heads": config.num_heads, "mean": mean, "weights": fingerprint(weights)}
+def dump_facts(config: Config, fingerprint: str, mean: bool) -> dict[str, Any]:
+    """What a dump of attention says of its weights; with ``mean``, it is over heads. See `fusecli.dumps`."""
+    return {"method": config.method, "num_heads": config.num_heads, "mean": mean, "weights": fingerprint}
 
 
 def init(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import zip_longest
 from typing import Any, Protocol
 
@@ -55,9 +55,14 @@ class Request:
     tokens: Tokens | None = None  # for the dumps of attention
     grid: tuple[int, int] | None = None  # likewise
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the weights."""
+        return fingerprint(self.weights)
+
     def label(self) -> Label:
         """What dumps of attention say of themselves."""
-        facts = dump_facts(self.weights, self.options.attention_mean)
+        facts = dump_facts(self.weights.config, self.fingerprint, self.options.attention_mean)
         return Label(facts, self.tokens, self.grid)
 
     def targets(self) -> list[tuple[str, str | None]]:
@@ -69,7 +74,7 @@ class Request:
         """All that decides the bytes of the results, as the ledger has it."""
         config = self.weights.config
         return {
-            "weights": fingerprint(self.weights),
+            "weights": self.fingerprint,
             "method": config.method,
             **config.options(),
             "device": self.device.partition(":")[0],

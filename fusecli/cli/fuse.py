@@ -149,13 +149,13 @@ def fuse(
 def _metadata(
     weights: Any, mean: bool, tokens: str | None, size: tuple[int, int] | None, id: str, shape: tuple[int, int]
 ) -> Any:
-    from fusecli.checkpoint import dump_facts
+    from fusecli.checkpoint import dump_facts, fingerprint
     from fusecli.dumps import Label, read_tokens
 
     words = read_tokens(tokens) if tokens else None
     if words:
         words.require(id)
-    return Label(dump_facts(weights, mean), words, size).of_one(id, shape)
+    return Label(dump_facts(weights.config, fingerprint(weights), mean), words, size).of_one(id, shape)
 
 
 def _tell_of_one_row(config: Any, quiet: bool) -> None:
