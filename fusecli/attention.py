@@ -25,25 +25,8 @@ from enum import Enum
 from functools import cache, cached_property, lru_cache, partial
 from typing import Any
 
-from fusecli.arrays import (
-    THIN,
-    Array,
-    cast,
-    contiguous,
-    cut,
-    dot,
-    dtype_name,
-    exp_and_sums,
-    is_torch,
-    joined,
-    largest,
-    linear,
-    namespace,
-    needs_grad,
-    ones,
-    products_beside,
-    range_of,
-)
+from fusecli.arrays import Array, cast, contiguous, cut, dtype_name, is_torch, joined, namespace, needs_grad, ones
+from fusecli.functional import THIN, dot, exp_and_sums, largest, linear, products_beside, range_of
 from fusecli.maps import Maps
 
 

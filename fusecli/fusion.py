@@ -13,17 +13,18 @@ from fusecli.arrays import (
     is_on_gpu,
     is_torch,
     joined,
-    layer_norm,
     like,
     needs_grad,
     numpy_can_have,
     ones,
     padded,
     plain,
+    rows_of,
     to_numpy,
     unwarned,
 )
 from fusecli.errors import ShapeError, UsageError
+from fusecli.functional import layer_norm
 from fusecli.methods import METHODS, Met, Method, View, adds_one_row, one_row_is_enough, single
 from fusecli.weights import Config, Weights
 
@@ -213,21 +214,13 @@ def as_rows(x: Array, what: str, width: int) -> Array:
     Raises:
         ShapeError: other axes, no rows, another width; the message calls the array ``what``.
     """
-    shape = list(x.shape)
-    letters = "[M, Di]" if what == "image" else "[N, Dt]"
-    if len(shape) == 3 and shape[0] == 1:
-        x = x[0]
-    elif len(shape) == 1:
-        x = x[None]
-    if len(x.shape) != 2:
-        raise ShapeError(f"{what} features have the wrong axes", found=str(shape), wanted=letters)
-    if x.shape[0] == 0:
-        raise ShapeError(f"{what} features have no rows", found=str(shape), wanted=letters)
-    if x.shape[1] != width:
+    shape = rows_of(x.shape, f"{what} features")
+    if shape[1] != width:
         raise ShapeError(
-            f"{what} features do not fit the checkpoint",
-            found=f"width {x.shape[1]}",
+            "features do not fit the weights",
+            where=f"{what} features",
+            found=f"width {shape[1]}",
             wanted=f"width {width}",
-            hint=f"use features of width {width}, or a checkpoint made for {x.shape[1]}",
+            hint=f"use features of width {width}, or weights made for {shape[1]}",
         )
-    return x
+    return x if len(x.shape) == 2 else x.reshape(shape)

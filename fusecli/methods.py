@@ -21,22 +21,8 @@ from functools import cached_property, partial
 from typing import NamedTuple, Protocol
 
 from fusecli import attention
-from fusecli.arrays import (
-    Array,
-    cut,
-    dot,
-    dtype_name,
-    filled,
-    gelu,
-    is_on_gpu,
-    layer_norm,
-    linear,
-    mean_row,
-    namespace,
-    ones,
-    rows_apart,
-    sigmoid,
-)
+from fusecli.arrays import Array, cut, dtype_name, filled, is_on_gpu, namespace, ones
+from fusecli.functional import dot, gelu, layer_norm, linear, mean_row, rows_apart, sigmoid
 from fusecli.maps import Maps, merged, unfolded, with_image, with_image_pays
 from fusecli.weights import Weights, layers_of
 

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 
 import fusecli
 from fusecli import Config, Weights, checkpoint, fuse
-from fusecli.arrays import gelu, layer_norm, rows_apart
 from fusecli.errors import CheckpointError, UsageError
+from fusecli.functional import gelu, layer_norm, rows_apart
 from fusecli.fusion import Seen
 from fusecli.methods import single_rows
 from tests.batches import D

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 import numpy as np
 
-from fusecli.arrays import FLOAT_NAMES
-from fusecli.errors import FileError, ShapeError, ValuesError
+from fusecli.arrays import FLOAT_NAMES, rows_of
+from fusecli.errors import FileError, ValuesError
 
 NumpyArray: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
@@ -219,16 +219,8 @@ class Stored(NamedTuple):
         Raises:
             ShapeError: other axes, or no rows.
         """
-        if len(self.shape) == 2 and 0 not in self.shape:
-            return self
-        shape = self.shape[1:] if len(self.shape) == 3 and self.shape[0] == 1 else self.shape
-        shape = (1, *shape) if len(shape) == 1 else shape
-        if len(shape) != 2:
-            found = str(list(self.shape))
-            raise ShapeError("wrong number of axes", where=self.where, found=found, wanted="[rows, width]")
-        if 0 in shape:
-            raise ShapeError("no rows in it", where=self.where, found=str(list(self.shape)), wanted="at least [1, 1]")
-        return self._replace(shape=shape)
+        shape = rows_of(self.shape, self.where)
+        return self if shape == self.shape else self._replace(shape=shape)
 
     def require_float(self) -> None:
         """Raise `ValuesError` if this is no array of floats."""

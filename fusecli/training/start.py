@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fusecli.arrays import layer_norm, linear
 from fusecli.errors import ValuesError
 from fusecli.formats import NumpyArray
+from fusecli.functional import layer_norm, linear
 from fusecli.training.data import Data, Rows
 from fusecli.weights import Weights
 

@@ -1,0 +1,182 @@
+"""What layers compute, on NumPy arrays as on torch tensors: products, norms, activations.
+
+Named as in `torch.nn.functional` where that has the same. torch's own are used on tensors; on arrays OpenBLAS
+does the products, and how it is called decides speed and last digits.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from functools import lru_cache
+
+import numpy as np
+
+from fusecli.arrays import Array, cast, dtype_name, is_torch, ones, padded
+
+
+def exp_and_sums(x: Array) -> tuple[Array, Array]:
+    """``exp`` of ``x`` in its own memory, and its sums over the last axis, kept as an axis of 1.
+
+    Overflow goes to infinity without a word. Autograd follows: the backward of ``exp`` needs only its result.
+    """
+    if is_torch(x):
+        x = x.exp_()
+        return x, x.sum(-1, keepdims=True)
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.exp(x, out=x)
+        # Along contiguous memory BLAS sums in many lanes. Along any other axis NumPy adds one by one, and 577
+        # such additions in float32 lose a digit; so they are taken 64 at a time.
+        if x.strides[-1] == x.itemsize:
+            return x, x @ ones((x.shape[-1], 1), x)
+        return x, sum(x[..., at : at + 64].sum(-1, keepdims=True) for at in range(0, x.shape[-1], 64))
+
+
+def range_of(x: Array) -> tuple[float, float]:
+    """The smallest and the largest number in ``x``; NaN if there is one."""
+    if is_torch(x):
+        torch = sys.modules["torch"]
+        both = torch.stack(torch.aminmax(x)).cpu()  # one wait for the device, not two
+        return float(both[0]), float(both[1])
+    return float(x.min()), float(x.max())
+
+
+def largest(x: Array) -> float:
+    """The largest absolute value in ``x``; NaN if there is one."""
+    low, high = range_of(x)
+    return max(high, -low)
+
+
+def products_beside(a: Array, b: Array) -> Array:
+    """Products of stacked matrices side by side: ``[H, rows, k] @ [H, k, n]`` as ``[rows, H*n]``."""
+    if is_torch(a):
+        return (a @ b).swapaxes(0, 1).reshape(a.shape[1], -1)
+    beside = np.empty((a.shape[1], a.shape[0], b.shape[-1]), a.dtype)
+    np.matmul(a, b, out=beside.swapaxes(0, 1))
+    return beside.reshape(a.shape[1], -1)
+
+
+#: OpenBLAS does products of up to so many multiplications without copying the matrices first.
+SMALL_PRODUCT = 10**6
+#: Rows up to which a weight matrix taken in such small products is faster than whole, on one thread or two.
+THIN = 8
+#: Rows that are multiplied together by `rows_apart`. Not any number will do: of 12, 24 or 32, OpenBLAS's AVX2 code
+#: (`OPENBLAS_CORETYPE=Haswell`) adds up some in another order than the rest. Of 8 or 16 it does not.
+ROWS_APART = 16
+
+
+def _in_blocks(weight: Array, rows: int) -> Array:
+    """``weight [D, K]`` as ``[parts, D / parts, K]``, each part a small product with ``rows`` vectors."""
+    dim, width = weight.shape
+    parts = next((p for p in range(1, 65) if dim % p == 0 and dim // p * width * rows <= SMALL_PRODUCT), 1)
+    return weight.reshape(parts, dim // parts, width)
+
+
+def dot(a: Array, b: Array) -> Array:
+    """``a @ b``, computed as ``(bᵀ aᵀ)ᵀ`` where the result is wider than high.
+
+    OpenBLAS is up to three times as fast with the long side of the result first (the fewer the
+    tokens, the more it matters), and the transposed result costs nothing: it is a view. torch's libraries
+    round more that way round.
+    """
+    if is_torch(a) or a.shape[-2] >= b.shape[-1]:
+        return a @ b
+    if a.ndim == 2 and len(a) <= THIN and b.mT.flags.c_contiguous:
+        return (_in_blocks(b.mT, len(a)) @ a.mT).reshape(-1, len(a)).mT
+    return (b.mT @ a.mT).mT
+
+
+def rows_apart(x: Array, weight: Array) -> Array:
+    """``x [B, K] @ weightᵀ`` as ``[B, D]``, where the numbers of a row depend on no other row, nor on ``B``.
+
+    A matrix product rounds differently for different numbers of rows. So there are products of one size only,
+    `ROWS_APART` rows, of zeros if need be.
+    """
+    b, width = x.shape
+    if is_torch(x):
+        tiles = padded(x, -(-b // ROWS_APART) * ROWS_APART).split(ROWS_APART)
+        return sys.modules["torch"].cat([tile @ weight.mT for tile in tiles])[:b]
+    tiles = np.zeros((-(-b // ROWS_APART), ROWS_APART, width), x.dtype)
+    tiles.reshape(-1, width)[:b] = x
+    product = _in_blocks(weight, ROWS_APART)[:, None] @ tiles.mT  # [parts, tiles, D / parts, 4]
+    return product.transpose(1, 3, 0, 2).reshape(-1, len(weight))[:b]
+
+
+def linear(x: Array, weight: Array, bias: Array) -> Array:
+    """``x [..., rows, K] @ weightᵀ + bias`` with ``weight [D, K]``: ``[..., rows, D]``, as `torch.nn.Linear`."""
+    if is_torch(x):
+        return sys.modules["torch"].nn.functional.linear(x, weight, bias)
+    y = dot(x, weight.mT)
+    y += bias
+    return y
+
+
+def layer_norm(x: Array, weight: Array = None, bias: Array = None) -> Array:
+    """``x`` with each row brought to mean 0 and variance 1, times ``weight``, plus ``bias``, if they are given.
+
+    Ba, Kiros and Hinton 2016, equation 4; eps and the biased variance as in `torch.nn.LayerNorm`.
+    """
+    if is_torch(x):
+        return sys.modules["torch"].nn.functional.layer_norm(x, x.shape[-1:], weight, bias, LAYER_NORM_EPS)
+    y = x - x.mean(-1, keepdims=True)
+    y /= np.sqrt(np.square(y).mean(-1, keepdims=True) + LAYER_NORM_EPS)
+    if weight is not None:
+        y *= weight
+        y += bias
+    return y
+
+
+LAYER_NORM_EPS = 1e-5
+
+
+def sigmoid(x: Array) -> Array:
+    """``1 / (1 + exp(-x))``."""
+    if is_torch(x):
+        return x.sigmoid()
+    with np.errstate(over="ignore"):  # far below 0 the result is 0
+        return 1 / (1 + np.exp(-x))
+
+
+def gelu(x: Array) -> Array:
+    """``x Φ(x)``, Φ the standard normal distribution, exact (Hendrycks and Gimpel 2016, equation 1)."""
+    if is_torch(x):
+        return sys.modules["torch"].nn.functional.gelu(x)
+    if x.dtype == np.float64:
+        return x * (0.5 + 0.5 * np.frompyfunc(math.erf, 1, 1)(x * math.sqrt(0.5)).astype(np.float64))
+    # NumPy has no erf, and calling Python's for each number takes longer than the matrix products around it. So
+    # Φ is taken from a table, with its first two derivatives: the third is below 1, and the error below 2e-10.
+    table = _normal_table()
+    at = np.clip(x, -GELU_END, GELU_END, dtype=np.float64)
+    node = np.rint(at * GELU_NODES)
+    at -= node / GELU_NODES
+    node = (node + GELU_END * GELU_NODES).astype(np.int32)
+    phi = table[2].take(node)
+    phi *= at
+    phi += table[1].take(node)
+    phi *= at
+    phi += table[0].take(node)
+    return (x * phi).astype(x.dtype)
+
+
+#: Φ is 0 or 1 beyond this, in float32; and nodes of its table for each unit.
+GELU_END, GELU_NODES = 6, 512
+
+
+@lru_cache(maxsize=1)
+def _normal_table() -> Array:
+    """``Φ, Φ', Φ''/2`` at the nodes from ``-GELU_END`` to ``GELU_END``: ``[3, nodes]``."""
+    x = np.arange(-GELU_END * GELU_NODES, GELU_END * GELU_NODES + 1) / GELU_NODES
+    phi = 0.5 + 0.5 * np.array([math.erf(value) for value in x * math.sqrt(0.5)])
+    density = np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    return np.stack([phi, density, -0.5 * x * density])
+
+
+def mean_row(x: Array, mask: Array = None) -> Array:
+    """The mean over rows ``[..., M, width]``: ``[..., width]``; with ``mask [..., M]``, of the rows where it is true.
+
+    Summed in float64: hundreds of rows added one by one in float32 lose a digit.
+    """
+    wide = cast(x, "float64")
+    if mask is None:
+        return cast(wide.mean(-2), dtype_name(x))
+    return cast((wide * mask[..., None]).sum(-2) / mask.sum(-1)[..., None], dtype_name(x))
