@@ -100,8 +100,8 @@ class Folder:
         links: list[str] = []
         if pattern is None:
             for path in _walk(root, without, links):
-                stem, suffix = os.path.splitext(path)
-                if suffix.lower() in SUFFIXES:
+                stem, dot, ending = path.rpartition(".")
+                if (suffix := dot + ending).lower() in SUFFIXES:
                     found[stem] = "" if stem in found else suffix
             return cls(root, key, {id: found[id] for id in sorted(found)}, links)
         match = matcher(pattern)
@@ -161,11 +161,12 @@ def _walk(root: str, without: Container[str], links: list[str]) -> Iterator[str]
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if not entry.is_dir(follow_symlinks=False):
+            if entry.is_symlink():
                 if not _is_folder(entry):
-                    if entry.is_symlink():
-                        links.append(below + entry.name)
+                    links.append(below + entry.name)
                     yield below + entry.name
+            elif not entry.is_dir():
+                yield below + entry.name
             elif os.path.realpath(entry.path) not in without:
                 stack.append(f"{below}{entry.name}/")
 
