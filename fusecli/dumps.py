@@ -41,6 +41,12 @@ class Tokens:
         """The words of a pair, None where the file has none for it."""
         return self.one if self.one is not None else self.many.get(id)
 
+    def require_many(self) -> None:
+        """Raise `FileError` if these are the words of one pair, which would stand beside every pair."""
+        if self.one is not None:
+            wanted = 'JSON lines {"id": "…", "tokens": ["…"]}'
+            raise FileError("tokens of one pair, while there are many", where=self.path, wanted=wanted)
+
     def require(self, id: str) -> None:
         """Raise `FileError` where the file has no words for a pair."""
         if self.of(id) is None:

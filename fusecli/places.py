@@ -6,7 +6,7 @@ import os
 from functools import lru_cache
 
 from fusecli.collections import Place, stamp_of, stored_at
-from fusecli.errors import FileError
+from fusecli.errors import FileError, InputError
 from fusecli.formats import Source, Stored, open_source, open_tensors
 from fusecli.formats.source import reason
 from fusecli.pairs import choose, find_features
@@ -27,6 +27,8 @@ def features_at(place: Place, side: str) -> Stored:
         if place.key is not None:
             return choose(_kept_tensors(place.path, stamp_of(os.stat(place.path))), place.path, side, place.key)
         return find_features(place.path, side, None, WHOLE[side])
+    except InputError:  # some of them are a ValueError too
+        raise
     except FileNotFoundError:
         raise FileError("no such file", where=place.path) from None
     except (OSError, ValueError) as error:

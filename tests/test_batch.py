@@ -246,6 +246,7 @@ def test_bad_pairs_fail_alone(run: Run, many: Any, tmp_path: Path, workers: int)
     for id in IDS[:-1]:
         assert told[id]["status"] == "failed"
         assert f"txt/{id}.npy" in told[id]["message"]
+        assert "cannot be opened" not in told[id]["message"]
     assert re.search(rb"failed +1  not finite: z\.0\n", done.stderr)
 
 

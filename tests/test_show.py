@@ -120,6 +120,7 @@ def test_colours_are_those_of_viridis() -> None:
 def test_entropy_runs_from_none_to_the_number_of_rows() -> None:
     rows = np.array([[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.25] * 4])
     np.testing.assert_allclose(entropy(rows), [0, 1, 2])
+    assert not np.signbit(entropy(np.eye(40, dtype=np.float32))).any()
 
 
 def test_the_strongest_rows_come_in_order_and_ties_by_number(rng: np.random.Generator) -> None:
@@ -394,10 +395,13 @@ def test_bad_input_is_told_with_a_hint(
         ["--head", "0", "--heads", "all"],
         ["-o", "report", "--json"],
         ["--grid", "4"],
+        ["--tokens", "words.html", "-o", "words.html"],
+        ["--fit", "contain", "-o", "m.html"],
     ],
 )
 def test_options_that_make_no_sense_are_a_usage_error(run: Run, tmp_path: Path, options: list[str]) -> None:
     plant(tmp_path / "a.npy", [0], 4)
+    (tmp_path / "words.html").write_text("red")
     assert "error: " in run("show", "a.npy", *options, code=2).stderr.decode()
 
 

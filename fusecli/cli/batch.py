@@ -253,12 +253,9 @@ def _check_output(path: str, inputs: set[str], folders: list[str]) -> None:
 
 def _read_tokens(path: str) -> Any:
     from fusecli.dumps import read_tokens
-    from fusecli.errors import FileError
 
     tokens = read_tokens(path)
-    if tokens.one is not None:
-        wanted = 'JSON lines {"id": "…", "tokens": ["…"]}'
-        raise FileError("tokens of one pair, while many are to be fused", where=path, wanted=wanted)
+    tokens.require_many()
     return tokens
 
 

@@ -40,7 +40,7 @@ def _show(facts: dict[str, Any]) -> None:
     def escape(text: str) -> str:
         return unmarked(printable(text))
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = Console(emoji=False, highlight=False, width=None if sys.stdout.isatty() else 120)
     console.begin_capture()
     head = ", ".join(f"{key} {value}" for key, value in facts.items() if key not in ("file", "kind", "tensors"))
     console.print(f"[bold]{escape(facts['file'])}[/bold]: {facts['kind']}" + (f" ({escape(head)})" if head else ""))

@@ -70,7 +70,10 @@ def show(
     ] = Scale.token,
     image: Annotated[str | None, typer.Option(metavar="PICTURE", help="The picture, to lay the maps over.")] = None,
     images: Annotated[str | None, typer.Option(metavar="FOLDER", help="Pictures by id, for a report.")] = None,
-    fit: Annotated[Fit, typer.Option(help="How the encoder fitted the picture: padded, cut or stretched.")] = Fit.cover,
+    fit: Annotated[
+        Fit | None,
+        typer.Option(help="How the encoder fitted the picture: padded, cut or stretched.  [default: cover]"),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier report.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one machine-readable object on stdout.")] = False,
     quiet: Quiet = False,
@@ -87,24 +90,28 @@ def show(
     _check_options(locals())
     wanted = Wanted(read_tokens(tokens) if tokens else None, to_grid(grid), skip_rows)
     dumps = open_dumps(attention)
+    style = str(fit or Fit.cover), str(scale)
     if output and _is_folder(output):
-        _report(dumps, output, wanted, images, (str(fit), str(scale)), overwrite, quiet)
+        if wanted.tokens and len(dumps.ids) > 1:
+            wanted.tokens.require_many()
+        _report(dumps, output, wanted, images, style, overwrite, quiet)
         return
     dump = dumps.open(id, wanted)
     view = look_at(dump, head, heads is Heads.all, token)
     if json:
         emit(view.facts())
     if output:
-        _draw(view, output, image, str(fit), str(scale), quiet)
+        _draw(view, output, image, *style, quiet)
         note(f"{output}: {view.title}", quiet)
     elif dump.m == 1 and not json:
         print(f"{printable(dump.stored.where)}: {ONE_ROW[0]}\n{ONE_ROW[1]}")
     elif not json:
-        _print(view, str(scale))
+        _print(view, style[1])
 
 
 def _check_options(given: dict[str, Any]) -> None:
     from fusecli.errors import UsageError
+    from fusecli.pairs import refuse_same_file
 
     output, attention = given["output"], given["attention"]
     for name in ("image", "images", "output", "tokens", "id"):
@@ -118,6 +125,8 @@ def _check_options(given: dict[str, Any]) -> None:
         raise UsageError("nothing to lay a picture under", where="--image", hint=hint)
     if given["images"] and not folder:
         raise UsageError("pictures of many pairs, for a report", where="--images", hint="add -o report/")
+    if given["fit"] and not (given["image"] or given["images"]):
+        raise UsageError("no picture to fit", where="--fit", hint="add --image PICTURE, or --images FOLDER")
     alone = {
         "--id": given["id"],
         "--token": given["token"],
@@ -130,8 +139,7 @@ def _check_options(given: dict[str, Any]) -> None:
             raise UsageError("a report shows all there is", where=name, hint="leave it out, or write -o map.html")
     if output == "-":
         raise UsageError("pictures and pages go to files", where="-o", hint="-o map.html")
-    if output and os.path.realpath(output) in (os.path.realpath(path) for path in (attention, given["image"]) if path):
-        raise UsageError("output is also an input", where=output, hint="write to another file")
+    refuse_same_file([output], [attention, given["image"], given["tokens"]])
 
 
 def _is_folder(output: str) -> bool:
@@ -182,7 +190,7 @@ def _print(view: Any, scale: str) -> None:
 
     from fusecli.cli.tiles import Painter
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(emoji=False, highlight=False, soft_wrap=True)
     console.begin_capture()
     if console.is_terminal:
         _legend(console, view, scale)

@@ -32,6 +32,8 @@ from fusecli.errors import CheckpointError, InputError, OutputError, ShapeError,
 
 #: Ids that are shown of many.
 FIRST = 5
+#: Label smoothing, unless told otherwise.
+SMOOTHING = 0.1
 
 
 class Pace(NamedTuple):
@@ -79,8 +81,10 @@ def train(
     labels: Annotated[
         str | None, typer.Option("--labels", metavar="FILE", help="CSV with id,label: learn to tell the label.")
     ] = None,
-    label_column: Annotated[str, typer.Option(metavar="NAME", help="Its column with the labels.")] = "label",
-    task: Annotated[Task, typer.Option(help="What the labels are.")] = Task.classify,
+    label_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Its column with the labels.  [default: label]")
+    ] = None,
+    task: Annotated[Task | None, typer.Option(help="What the labels are.  [default: classify]")] = None,
     objective: Annotated[
         Objective | None, typer.Option(help="Without labels: tell the image of a text from others.  [default: match]")
     ] = None,
@@ -119,9 +123,12 @@ def train(
     ] = None,
     weight_decay: Annotated[float, typer.Option(min=0, help="Of matrices.")] = 0.05,
     text_dropout: Annotated[
-        float, typer.Option(min=0, max=0.99, help="Share of pairs whose text is hidden in a step, with labels.")
-    ] = 0.0,
-    label_smoothing: Annotated[float, typer.Option(min=0, max=0.99, help="Of the labels.")] = 0.1,
+        float | None,
+        typer.Option(min=0, max=0.99, help="Share of pairs whose text is hidden in a step, with labels.  [default: 0]"),
+    ] = None,
+    label_smoothing: Annotated[
+        float | None, typer.Option(min=0, max=0.99, help="Of the labels, where they are classes.  [default: 0.1]")
+    ] = None,
     class_weights: Annotated[
         ClassWeights | None, typer.Option(help="balanced: rare labels count as much as frequent ones.")
     ] = None,
@@ -130,10 +137,10 @@ def train(
         typer.Option(min=1, help="Epochs without progress after which to stop.  [default: 12 with labels, else 3]"),
     ] = None,
     validation: Annotated[
-        float, typer.Option(min=0, max=0.9, help="Share of the pairs that choose the best epoch.")
+        float, typer.Option(min=0.01, max=0.9, help="Share of the pairs that choose the best epoch.")
     ] = 0.1,
     held_out: Annotated[
-        float, typer.Option(min=0, max=0.9, help="Share of the pairs that are kept for the table at the end.")
+        float, typer.Option(min=0.01, max=0.9, help="Share of the pairs that are kept for the table at the end.")
     ] = 0.2,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of first weights, order and dropout.")] = 0,
     manifest: Annotated[str | None, typer.Option(metavar="FILE", help="Table with id,image,text.")] = None,
@@ -165,16 +172,20 @@ def train(
     from fusecli.training.run import files_of, train_on
 
     sources = Sources(images, texts, manifest, image_key, text_key, image_pattern, text_pattern)
-    _check(sources, output, labels, task, class_weights, objective, weights, validation + held_out)
+    _check(sources, output, labels, weights, validation + held_out)
+    _check_labels(parameters)
     given = _method_options(parameters)
-    loaded = None if weights is None else checkpoint.load(weights)
+    loaded = None if weights is None else checkpoint.load(weights, num_heads, tell=lambda line: note(line, quiet))
     pairs = find_pairs(sources, [output], None)
-    known = labelled.read_labels(labels, label_column) if labels is not None else None
+    known = labelled.read_labels(labels, label_column or "label") if labels is not None else None
     ids = _usable(pairs, known, allow_missing, quiet)
     if manifest:
         refuse_same_file([output, *files_of(output)], [place.path for id in ids for place in pairs.places(id)])
     balanced = class_weights is not None
-    lesson = partial(labelled.objective, known, labels, str(task), text_dropout, label_smoothing, balanced)
+    smoothing = SMOOTHING if label_smoothing is None else label_smoothing
+    lesson = partial(
+        labelled.objective, known, labels, str(task or Task.classify), text_dropout or 0.0, smoothing, balanced
+    )
     usual = _usual(known is not None, given)
     drawn = partial(_drawn, known is not None, feature_dim, seed, given)
     beginning = partial(_fitting, loaded, weights) if loaded else drawn
@@ -198,7 +209,8 @@ def train(
             )
     except KeyboardInterrupt:
         go_on = os.path.exists(files_of(output)[-1])
-        note(f"interrupted; {'start the same command with --resume to go on' if go_on else 'nothing is kept'}", quiet)
+        how = "--resume in place of --overwrite" if overwrite else "--resume"
+        note(f"interrupted; {f'start the same command with {how} to go on' if go_on else 'nothing is kept'}", quiet)
         raise typer.Exit(130) from None
     if json:
         emit({"output": output, **result.facts()})
@@ -214,7 +226,9 @@ def _method_options(parameters: dict[str, Any]) -> dict[str, Any]:
             layer_norm = method is not Method.attention
         return method_options(method, parameters | {"layer_norm": layer_norm})
     asked = {name: parameters[name] for name in ("method", "feature_dim")}
-    extra = [*given_options(parameters), *(name for name, value in asked.items() if value is not None)]
+    given = given_options(parameters)
+    given.pop("num_heads", None)  # a bare state_dict does not say it
+    extra = [*given, *(name for name, value in asked.items() if value is not None)]
     if layer_norm is False:  # that was given too
         extra.append("layer_norm")
     if extra:
@@ -223,16 +237,7 @@ def _method_options(parameters: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _check(
-    sources: Sources,
-    output: str,
-    labels: str | None,
-    task: Task,
-    class_weights: str | None,
-    objective: str | None,
-    weights: str | None,
-    kept: float,
-) -> None:
+def _check(sources: Sources, output: str, labels: str | None, weights: str | None, kept: float) -> None:
     from fusecli.pairs import refuse_same_file
     from fusecli.training.run import files_of
 
@@ -241,14 +246,6 @@ def _check(
         raise UsageError("checkpoints are .safetensors files", where="--output", found=output or "nothing")
     if sources.manifest == "-":
         raise UsageError("pairs are read more than once, so they cannot come on stdin", where="--manifest")
-    if labels == "":
-        raise UsageError("no file name", where="--labels", hint="leave it out to learn without labels")
-    if labels is None and (task is not Task.classify or class_weights):
-        raise UsageError("there are no labels", where="--task or --class-weights", hint="add --labels FILE")
-    if class_weights and task is Task.regression:
-        raise UsageError("numbers have no classes", where="--class-weights", hint="leave it out")
-    if labels and objective:
-        raise UsageError("labels are to be told, not matched", where="--objective", hint="leave out either")
     if kept >= 1:
         raise UsageError("nothing is left to train on", where="--validation and --held-out", found=f"{kept:g}")
     outputs = [output, *files_of(output)]
@@ -258,6 +255,21 @@ def _check(
         raise UsageError("output would lie among the inputs", where=output, hint="write to another place")
     if os.path.isdir(output) or not os.path.isdir(os.path.dirname(output) or "."):
         raise OutputError("no place for a file", where=output, hint="name a file in a folder that exists")
+
+
+def _check_labels(given: dict[str, Any]) -> None:
+    """Raise `UsageError` for options of labels where there are none, and of classes where there are numbers."""
+    of_classes = ("class_weights", "label_smoothing")
+    if given["labels"] == "":
+        raise UsageError("no file name", where="--labels", hint="leave it out to learn without labels")
+    if given["labels"] and given["objective"]:
+        raise UsageError("labels are to be told, not matched", where="--objective", hint="leave out either")
+    for name in ("label_column", "task", "text_dropout", *of_classes):
+        where = f"--{name.replace('_', '-')}"
+        if given[name] is not None and given["labels"] is None:
+            raise UsageError("there are no labels", where=where, hint="add --labels FILE")
+        if given[name] is not None and given["task"] is Task.regression and name in of_classes:
+            raise UsageError("numbers have no classes", where=where, hint="leave it out")
 
 
 def _usable(pairs: Any, labels: dict[str, str] | None, allow_missing: bool, quiet: bool) -> list[str]:

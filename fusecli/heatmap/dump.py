@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -186,7 +187,7 @@ class Dumps:
         """
         if id is None and len(self.ids) > 1:
             found = f"{len(self.ids):,} pairs"
-            hint = f"--id {self.ids[0]}, or -o report/ for all of them"
+            hint = f"--id {shlex.quote(self.ids[0])}, or -o report/ for all of them"
             raise FileError("holds more than one pair", where=self.path, found=found, wanted="one", hint=hint)
         id = self.ids[0] if id is None else id
         if id not in self._known:

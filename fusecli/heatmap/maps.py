@@ -26,7 +26,7 @@ def entropy(weights: NumpyArray) -> NumpyArray:
     """Bits ``[...]`` of distributions ``[..., M]`` (Shannon 1948): 0 on one row, ``log2(M)`` where all are equal."""
     positive = weights > 0
     logs = np.log2(weights, out=np.zeros_like(weights), where=positive)
-    bits: NumpyArray = np.maximum(0.0, -(weights * logs).sum(-1))
+    bits: NumpyArray = np.maximum(0.0, -(weights * logs).sum(-1)) + 0.0  # the larger of 0.0 and -0.0 may be either
     return bits
 
 

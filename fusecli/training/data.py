@@ -61,7 +61,7 @@ class Rows:
                 # Copy-on-write: torch wants memory that could be written to.
                 self._all = np.memmap(file, self.dtype, "c", shape=(self.starts[-1], self.width))
         except OSError as error:
-            raise OutputError("no room to keep the features", where=folder, found=error.strerror) from None
+            raise OutputError("no copy of the features can be kept", where=folder, found=error.strerror) from None
 
     def _fill(self, file: IO[bytes], arrays: Iterable[NumpyArray], dtype: np.dtype[Any]) -> bool:
         """Write all ``arrays``; False as soon as ``dtype`` does not hold one."""
@@ -70,7 +70,7 @@ class Rows:
             if array.dtype.itemsize > dtype.itemsize:
                 return False
             rows = np.ascontiguousarray(array, dtype)
-            self.checksum = zlib.crc32(rows.data, self.checksum)
+            self.checksum = zlib.crc32(rows.data, zlib.crc32(repr(rows.shape).encode(), self.checksum))
             file.write(rows.data)
             self.starts.append(self.starts[-1] + len(array))
             self.width = array.shape[1]

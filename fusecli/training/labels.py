@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import math
 from collections import Counter
+from collections.abc import Sequence
+from itertools import chain
 
 import torch
 
@@ -15,23 +17,19 @@ from fusecli.training.objective import Classes, Numbers, Objective
 
 
 def read_labels(path: str, column: str = "label") -> dict[str, str]:
-    """The labels by id, from CSV, or TSV if there are tabs in its first line.
+    """The labels by id, from CSV, or from TSV if tabs set ``id`` apart in its first line; ``-`` is standard input.
 
     Raises:
-        FileError: it cannot be read, lacks a column, or has an id twice.
+        FileError: it cannot be read, lacks a column or has it twice, or has an id twice.
     """
     labels: dict[str, str] = {}
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            head = file.readline()
-            file.seek(0)
-            reader = csv.DictReader(file, delimiter="\t" if "\t" in head else ",", strict=True)
-            columns = reader.fieldnames or []
-            for wanted in ("id", column):
-                if wanted not in columns:
-                    found = ", ".join(map(str, columns)) or "an empty file"
-                    hint = "name it with --label-column" if wanted == column else None
-                    raise FileError("no such column", where=path, found=found[:200], wanted=wanted, hint=hint)
+        with open(0 if path == "-" else path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            lines = iter(file)
+            head = next(lines, "")
+            tabs = "id" in (name.strip('"') for name in head.rstrip("\r\n").split("\t"))
+            reader = csv.DictReader(chain([head], lines), delimiter="\t" if tabs else ",", strict=True)
+            _require_columns(reader.fieldnames or [], column, path)
             for record in reader:
                 id, label = record["id"], record[column]
                 if not id or not label:
@@ -44,6 +42,16 @@ def read_labels(path: str, column: str = "label") -> dict[str, str]:
     except csv.Error as error:
         raise FileError("no table", where=path, found=str(error), wanted="CSV with id,label") from None
     return labels
+
+
+def _require_columns(columns: Sequence[str], column: str, path: str) -> None:
+    found = ", ".join(map(str, columns))[:200] or "an empty file"
+    for wanted in ("id", column):
+        hint = "name it with --label-column" if wanted == column else None
+        if wanted not in columns:
+            raise FileError("no such column", where=path, found=found, wanted=wanted, hint=hint)
+        if columns.count(wanted) > 1:
+            raise FileError("a column twice", where=path, found=found, wanted=f"one column {wanted}")
 
 
 def objective(
@@ -110,7 +118,9 @@ def numbers(labels: dict[str, str], data: Data, text_dropout: float, where: str)
     targets = torch.tensor(values, dtype=torch.float64)
     for part, which in data.parts.items():
         spread = float(targets[which].std())
-        if not 0 < spread < math.inf:
+        if not math.isfinite(spread):
+            raise InputError("the labels are too large", where=where, hint="scale them down")
+        if spread == 0:
             what = f"the labels of the pairs for {part} cannot be told apart"
             raise InputError(what, where=where, found=f"a standard deviation of {spread:g}")
     return Numbers(targets, data.parts["train"], text_dropout)

@@ -18,7 +18,7 @@ from torch import nn
 from fusecli import checkpoint
 from fusecli.arrays import cores, to_device
 from fusecli.collections import Place
-from fusecli.errors import FileError, OutputError, TrainingError, UsageError
+from fusecli.errors import FileError, InputError, OutputError, TrainingError, UsageError
 from fusecli.formats import write_whole
 from fusecli.training.data import Data, read, require_enough
 from fusecli.training.loop import Lesson, Listener, Progress, Settings, StateError, fit
@@ -30,6 +30,8 @@ from fusecli.weights import Weights
 
 #: What goes in place of the suffix of the checkpoint.
 HEAD, LOG, STATE = ".head.safetensors", ".log.jsonl", ".state.pt"
+#: Where a head's file says what it is, among its metadata.
+ABOUT_HEAD = "fusecli-head"
 
 
 class Reporter(Listener, Protocol):
@@ -152,8 +154,7 @@ def train(output: str, beginning: Beginning, lesson: Lesson, reporter: Reporter,
     del state
     if not progress.best_epoch:  # what training does not better is left as it was
         keeper.best(start.fusion, start.judged[1], progress)
-    trained = checkpoint.load(output)
-    head = _read_head(beside(output, HEAD), device)
+    trained, head = keeper.result(device)
     rows = compare(objective, lesson.data, device, beginning.untrained, trained, head, reporter.comparing)
     result = Result(progress, objective.score_name, rows, checkpoint.fingerprint(trained))
     keeper.log(result.facts())
@@ -165,6 +166,8 @@ def _facts(weights: Weights, lesson: Lesson) -> dict[str, Any]:
     """All that decides what is learned, for the log: a run goes on only if it is the same."""
     data = lesson.data
     return {
+        "method": weights.config.method,
+        **weights.config.options(),
         "weights": checkpoint.fingerprint(weights),
         "objective": lesson.objective.name,
         **lesson.objective.facts(),
@@ -199,22 +202,19 @@ def _best(starts: list[_Start]) -> _Start:
     return min(starts, key=lambda start: start.loss) if len(starts) > 1 else starts[0]
 
 
-def _read_head(path: str, device: str) -> Head:
-    from safetensors.torch import load_file
-
-    return {name: nn.Parameter(tensor) for name, tensor in load_file(path, device).items()}
-
-
 class _Files:
     """Keeps a run in files: a `fusecli.training.loop.Keeper`."""
 
     def __init__(self, output: str, objective: Objective, facts: dict[str, Any]) -> None:
         self._output, self._objective, self._facts = output, objective, facts
-        self._state, self._log = beside(output, STATE), beside(output, LOG)
+        self._head, self._state, self._log = (beside(output, suffix) for suffix in (HEAD, STATE, LOG))
+        self._best: str | None = None  # fingerprint of the weights that lie at `output`
 
     def begin(self, resume: bool) -> dict[str, Any] | None:
         """The state to go on from, if that is wanted; the log as far as that."""
         state = self._read() if resume else None
+        if state:
+            self._require_best(state["progress"])
         if not resume:
             self.end()
         lines = [{"run": self._facts}, *(state["progress"]["log"] if state else [])]
@@ -242,19 +242,69 @@ class _Files:
         """What to say of a state that cannot be used."""
         return FileError("not the state of a training", where=self._state, hint="start afresh with --overwrite")
 
+    def _require_best(self, progress: dict[str, Any]) -> None:
+        """See that the best weights so far, and their head, are still there."""
+        if not progress["best_epoch"]:
+            return
+        about, _ = self._read_head("cpu")
+        if about.get("epoch") == progress["epoch"] + 1:  # written last, before the state: that epoch is done again
+            return
+        if about.get("epoch") != progress["best_epoch"]:
+            raise self._changed(self._head)
+        self._best = about.get("fusion")
+        self._read_weights()
+
+    def _read_weights(self) -> Weights:
+        """The best weights; `FileError` if others lie in their place."""
+        try:
+            weights = checkpoint.load(self._output)
+        except InputError:
+            raise self._changed(self._output) from None
+        if checkpoint.fingerprint(weights) != self._best:
+            raise self._changed(self._output)
+        return weights
+
+    def _read_head(self, device: str) -> tuple[dict[str, Any], Head]:
+        """What a head file says of itself, and the head."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self._head, "pt", device) as file:
+                about = json.loads((file.metadata() or {})[ABOUT_HEAD])
+                head = {name: nn.Parameter(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+        except (OSError, ValueError, KeyError, SafetensorError):
+            raise self._changed(self._head) from None
+        return (about if isinstance(about, dict) else {}), head
+
+    def _changed(self, path: str) -> FileError:
+        return FileError("is not what the run has put there", where=path, hint="start afresh with --overwrite")
+
+    def result(self, device: str) -> tuple[Weights, Head]:
+        """The best weights and their head.
+
+        Raises:
+            FileError: something else lies there by now.
+        """
+        weights = self._read_weights()
+        about, head = self._read_head(device)
+        if about.get("fusion") != self._best:
+            raise self._changed(self._head)
+        return weights, head
+
     def best(self, fusion: Fusion, head: Head, progress: Progress) -> None:
         """See `Keeper`."""
         from safetensors.numpy import save
 
         weights = fusion.snapshot()
+        self._best = checkpoint.fingerprint(weights)
         about = {
             "objective": self._objective.name,
             "epoch": progress.best_epoch,
-            "fusion": checkpoint.fingerprint(weights),
+            "fusion": self._best,
             **self._objective.facts(),
         }
         tensors = {name: tensor.detach().cpu().numpy().copy() for name, tensor in head.items()}
-        write_whole(beside(self._output, HEAD), save(tensors, {"fusecli-head": json.dumps(about, sort_keys=True)}))
+        write_whole(self._head, save(tensors, {ABOUT_HEAD: json.dumps(about, sort_keys=True)}))
         checkpoint.save(weights, self._output)
 
     def state(self, state: dict[str, Any]) -> None:

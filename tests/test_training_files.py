@@ -1,0 +1,142 @@
+"""The files of a training: what a run goes on with is what it has written, and labels are read as they are meant."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+import fusecli
+from fusecli.errors import FileError, InputError
+from fusecli.training.data import Rows
+from fusecli.training.labels import numbers, read_labels
+from fusecli.training.loop import Progress
+from fusecli.training.represent import Fusion
+from fusecli.training.run import _Files
+from tests.conftest import Run
+
+
+def _files(folder: Path) -> Any:
+    objective: Any = SimpleNamespace(name="classify", facts=dict)
+    return _Files(str(folder / "f.safetensors"), objective, {"seed": 0})
+
+
+def _fusion(seed: int) -> Fusion:
+    return Fusion(fusecli.init(8, 2, seed=seed))
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> Path:
+    """A run that was stopped after its second epoch, the best."""
+    files = _files(tmp_path)
+    files.begin(False)
+    progress = Progress(epoch=2, best_epoch=2, best_loss=1.0, log=[{"epoch": 2}])
+    files.best(_fusion(2), {"head.weight": nn.Parameter(torch.ones(2, 8))}, progress)
+    files.state({"progress": vars(progress)})
+    return tmp_path
+
+
+def _spoil(folder: Path, how: str) -> None:
+    weights, head = folder / "f.safetensors", folder / "f.head.safetensors"
+    if how == "other weights":
+        fusecli.save(fusecli.init(8, 2, seed=9), weights)
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "other head":
+        save_file({"head.weight": np.ones((2, 8), np.float32)}, head)
+    elif how == "cut head":
+        head.write_bytes(head.read_bytes()[:50])
+    else:
+        head.unlink()
+
+
+@pytest.mark.parametrize("how", ["other weights", "no weights", "other head", "cut head", "no head"])
+def test_a_run_goes_on_with_its_own_weights_alone(stopped: Path, how: str) -> None:
+    assert _files(stopped).begin(True)["progress"]["best_epoch"] == 2
+    _spoil(stopped, how)
+    with pytest.raises(FileError, match="is not what the run has put there") as error:
+        _files(stopped).begin(True)
+    assert ("head" in str(error.value.where)) == ("head" in how)
+    assert "--overwrite" in str(error.value.hint)
+
+
+@pytest.mark.parametrize("how", ["other weights", "no weights", "other head", "cut head", "no head"])
+def test_a_run_ends_with_its_own_weights_alone(stopped: Path, how: str) -> None:
+    files = _files(stopped)
+    files.begin(True)
+    weights, head = files.result("cpu")
+    assert fusecli.fingerprint(weights) == fusecli.fingerprint(fusecli.init(8, 2, seed=2))
+    assert head["head.weight"].shape == (2, 8)
+    _spoil(stopped, how)
+    with pytest.raises(FileError):
+        files.result("cpu")
+
+
+@pytest.mark.parametrize("killed", ["before the weights", "before the state"])
+def test_a_run_killed_while_it_wrote_the_best_goes_on(stopped: Path, killed: str) -> None:
+    before = (stopped / "f.safetensors").read_bytes()
+    progress = Progress(epoch=3, best_epoch=3, best_loss=0.5)
+    _files(stopped).best(_fusion(3), {"head.weight": nn.Parameter(torch.ones(2, 8))}, progress)
+    if killed == "before the weights":
+        (stopped / "f.safetensors").write_bytes(before)
+    files = _files(stopped)
+    assert files.begin(True)["progress"]["epoch"] == 2
+    files.best(_fusion(3), {"head.weight": nn.Parameter(torch.ones(2, 8))}, progress)  # done again
+    files.result("cpu")
+
+
+def test_rows_that_belong_to_other_pairs_are_other_features(tmp_path: Path) -> None:
+    x = np.arange(12, dtype=np.float32).reshape(4, 3)
+    one, other = (Rows(lambda at=at: iter([x[:at], x[at:]]), str(tmp_path)) for at in (1, 2))  # type: ignore[misc]
+    assert one.checksum != other.checksum
+
+
+@pytest.mark.parametrize(
+    ("text", "column"),
+    [
+        ("id,label\na,x\n", "label"),
+        ("\ufeffid,label\r\na,x\r\n", "label"),
+        ('"id"\t"the, label"\na\tx\n', "the, label"),
+        ("id,a\tb,label\na,1,x\n", "label"),
+    ],
+)
+def test_labels_are_read_from_a_pipe_as_from_a_file(tmp_path: Path, text: str, column: str) -> None:
+    (tmp_path / "labels").write_bytes(text.encode())
+    assert read_labels(str(tmp_path / "labels"), column) == {"a": "x"}
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(text.encode(),))
+    writer.start()
+    assert read_labels(str(tmp_path / "pipe"), column) == {"a": "x"}
+    writer.join()
+
+
+def test_a_column_of_labels_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("id,label,label\na,x,y\n")
+    with pytest.raises(FileError, match="a column twice"):
+        read_labels(str(tmp_path / "labels.csv"))
+
+
+def test_numbers_too_large_to_have_a_spread_are_called_so() -> None:
+    data: Any = SimpleNamespace(ids=list("abcd"), parts={"train": [0, 1], "validation": [2, 3]})
+    with pytest.raises(InputError, match="too large"):
+        numbers({"a": "1e300", "b": "-1e300", "c": "1", "d": "2"}, data, 0.0, "labels.csv")
+
+
+def test_heads_of_a_bare_state_dict_can_be_given(run: Run, tmp_path: Path) -> None:
+    run("init", "-o", "w.safetensors", "--feature-dim", 16, "--num-heads", 2, "-q")
+    save_file(load_file(tmp_path / "w.safetensors"), tmp_path / "bare.safetensors")
+    for side in ("img", "txt"):
+        save_file({str(k): np.ones((2, 16), np.float32) for k in range(3)}, tmp_path / f"{side}.safetensors")
+    command = ("train", "img.safetensors", "txt.safetensors", "-o", "f.safetensors", "-w")
+    assert "num_heads=5" in run(*command, "bare.safetensors", "--num-heads", 5, code=3).stderr.decode()
+    told = run(*command, "w.safetensors", "--num-heads", 4, code=2).stderr.decode()
+    assert "--num-heads contradicts" in told
+    assert "8 assumed" in run(*command, "bare.safetensors", code=3).stderr.decode()
