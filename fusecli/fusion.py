@@ -74,7 +74,8 @@ class Seen:
             image = image if mask is not None else as_rows(image, "image", weights.image_dim)
             self.m = image.shape[-2]
             image = cast(like(image, template), dtype)
-            if self.m == 1 and not training and mask is None and one_row_is_enough(weights):
+            enough = one_row_is_enough(weights) and not needs_grad(template)  # the text's is zero, but there is one
+            if self.m == 1 and not training and mask is None and enough:
                 row = single(weights, image[0], lambda x, weight: weight @ x)  # [D]
             elif weights.config.layer_norm:
                 learned = () if training else (tensors["image_norm.weight"], tensors["image_norm.bias"])

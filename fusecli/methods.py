@@ -110,7 +110,9 @@ class Attend:
             layers = layers_of(view.tensors, self._heads)
             self._text_proj = layers.text
             maps = unfolded(layers.in_proj, layers.out_proj, self._heads)
-            if with_image_pays(math.prod(image.shape[:-1]), weights.dim, weights.image_dim):
+            # One pair alone takes the reference's products in its order, and rounds as that does.
+            batch = view.mask is not None
+            if batch and with_image_pays(math.prod(image.shape[:-1]), weights.dim, weights.image_dim):
                 maps = with_image(maps, *layers.image)
             else:
                 image = linear(image, *layers.image)  # [M, D]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fusecli.arrays import compute_dtype
 from fusecli.fusion import Seen, as_rows
 from fusecli.weights import Config, Weights
 
@@ -46,8 +47,10 @@ class ImageTextFusion(nn.Module):
 
         Raises:
             ShapeError: an array has other axes, no rows or the wrong width.
+            ValuesError: an array is not of a floating dtype.
         """
-        tensors = dict(self.named_parameters())
+        compute_dtype(image_feat, text_feat)  # the result takes the text's dtype, and integers would cut it off
+        tensors = dict(self.named_parameters(remove_duplicate=False))  # layers may be one and the same
         weights = Weights(Config(num_heads=self.attention.num_heads), tensors)
         dtype = str(self.text_proj.weight.dtype).removeprefix("torch.")
         text = as_rows(text_feat, "text", weights.text_dim)

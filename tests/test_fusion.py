@@ -293,3 +293,11 @@ def test_cuda_agrees_with_the_cpu(drawn: tuple[Weights, Any, Any]) -> None:
     fused = fuse(weights, torch.from_numpy(image).cuda(), torch.from_numpy(text).cuda())
     assert fused.is_cuda
     np.testing.assert_allclose(fused.cpu().numpy(), fuse(weights, image, text), atol=1e-5)
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_a_text_has_a_gradient_where_only_it_wants_one(m: int) -> None:
+    image, text = torch.randn(m, 16), torch.randn(3, 16, requires_grad=True)
+    fuse(checkpoint.init(16, 4), image, text).sum().backward()
+    assert text.grad is not None
+    assert bool(text.grad.any()) == (m > 1)

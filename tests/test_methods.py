@@ -132,7 +132,8 @@ def test_blocks_of_text_give_what_the_whole_gives(method: str, options: dict[str
 
 
 @EVERY
-def test_a_padded_batch_gives_what_each_pair_gives(method: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("times", [1, 30])  # of many image rows the maps are multiplied first
+def test_a_padded_batch_gives_what_each_pair_gives(method: str, options: dict[str, Any], times: int) -> None:
     weights, image, text = _drawn(method, options)
     sizes = [(6, 9), (1, 4), (3, 1)]
     images, texts = torch.full((3, 6, 32), 7.0), torch.full((3, 9, 32), -5.0)
@@ -140,6 +141,8 @@ def test_a_padded_batch_gives_what_each_pair_gives(method: str, options: dict[st
     for k, (m, n) in enumerate(sizes):
         images[k, :m], texts[k, :n] = torch.from_numpy(image[:m]), torch.from_numpy(text[:n])
         image_mask[k, :m], text_mask[k, :n] = True, True
+    images, texts = images.repeat(times, 1, 1), texts.repeat(times, 1, 1)
+    image_mask, text_mask = image_mask.repeat(times, 1), text_mask.repeat(times, 1)
     for training in (True, False):
         seen = Seen(weights, images, texts, 9, "float32", training=training, mask=image_mask)
         fused = seen.meet(texts, mask=text_mask).fused
@@ -161,6 +164,27 @@ def test_gradcheck(method: str, options: dict[str, Any], m: int, layer_norm: boo
         return fuse(Weights(weights.config, dict(zip(names, tensors, strict=True))), image, text)
 
     assert torch.autograd.gradcheck(run, (image, text, *tensors))
+
+
+@pytest.mark.parametrize("method", ["attention", "gated"])
+@pytest.mark.parametrize("pairs", [2, 40])  # of many image rows the maps are multiplied first
+def test_gradients_of_a_batch_are_those_of_its_pairs(method: str, pairs: int, rng: np.random.Generator) -> None:
+    drawn = oracle(method, 8, 2, 8, 6)[1]
+    images = torch.from_numpy(rng.standard_normal((pairs, 3, 6)))
+    texts = torch.from_numpy(rng.standard_normal((pairs, 4, 8)))
+    gradients = []
+    for together in (True, False):
+        tensors = {name: torch.from_numpy(x).double().requires_grad_() for name, x in drawn.tensors.items()}
+        weights = Weights(drawn.config, tensors)
+        if together:
+            mask = torch.ones(pairs, 4, dtype=torch.bool)
+            seen = Seen(weights, images, texts, 4, "float64", training=True, mask=mask[:, :3])
+            fused = seen.meet(texts, mask=mask).fused
+        else:
+            fused = torch.stack([fuse(weights, image, text) for image, text in zip(images, texts, strict=True)])
+        fused.square().sum().backward()
+        gradients.append({name: tensor.grad for name, tensor in tensors.items()})
+    torch.testing.assert_close(*gradients)
 
 
 @EVERY

@@ -6,7 +6,8 @@ import torch
 
 import fusecli
 from fusecli import ImageTextFusion
-from tests.oracle import Article, features
+from fusecli.errors import ValuesError
+from tests.oracle import Article, assert_as_good, features
 
 
 def _pair(m: int, n: int, image_dim: int, text_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,7 +28,7 @@ def test_it_is_the_articles_module(m: int) -> None:
     torch.testing.assert_close(ours(image, text), theirs(image, text)[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("m", [1, 5, 200])  # of 200 rows the maps of the image are multiplied first
+@pytest.mark.parametrize("m", [1, 5, 200])
 def test_numbers_and_gradients_are_the_articles(m: int) -> None:
     theirs = Article(32, 4, 24, 40)
     torch.nn.init.normal_(theirs.attention.in_proj_bias)
@@ -49,6 +50,39 @@ def test_gradcheck(m: int) -> None:
     text = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     parameters = tuple(module.parameters())
     assert torch.autograd.gradcheck(lambda image, text, *_: module(image, text), (image, text, *parameters))
+
+
+def test_a_peaked_softmax_with_gradients_is_as_good_as_the_articles() -> None:
+    torch.manual_seed(478)
+    module = ImageTextFusion(96, 12, image_dim=64)
+    image, text = torch.randn(577, 64), torch.randn(1, 96)
+    image *= 90 / image.norm(dim=1, keepdim=True)
+    text *= 90 / text.norm(dim=1, keepdim=True)
+
+    def reference(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        query, key = module.text_proj(text).unsqueeze(1), module.image_proj(image).unsqueeze(1)
+        fused: torch.Tensor = module.attention(query, key, key)[0]  # as the article calls it
+        return fused.squeeze(1).detach()
+
+    fused, single = module(image, text).detach(), reference(image, text)
+    module.double()
+    assert_as_good(fused, reference(image.double(), text.double()).numpy(), single.numpy())
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_integers_are_no_features(side: int) -> None:
+    pair = list(_pair(3, 4, 16, 16))
+    pair[side] = pair[side].long()
+    with pytest.raises(ValuesError, match="int64"):
+        ImageTextFusion(16, 4)(*pair)
+
+
+def test_projections_may_be_one_layer() -> None:
+    module = ImageTextFusion(16, 4)
+    module.text_proj = module.image_proj
+    image, text = _pair(3, 4, 16, 16)
+    weights = fusecli.Weights(fusecli.Config(num_heads=4), {k: v.numpy() for k, v in module.state_dict().items()})
+    torch.testing.assert_close(module(image, text).detach(), fusecli.fuse(weights, image, text), rtol=1e-5, atol=1e-6)
 
 
 def test_training_lowers_the_loss() -> None:
