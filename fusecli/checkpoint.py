@@ -6,7 +6,6 @@ key, ``fusecli``, with canonical JSON. The bare ``state_dict`` of the article's 
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,15 +14,15 @@ from typing import Any, cast
 
 import numpy as np
 
-from fusecli.arrays import FLOAT_NAMES, Array, dtype_name, first_nonfinite, import_torch, to_numpy
+from fusecli.arrays import Array, first_nonfinite, to_numpy
 from fusecli.arrays import cast as convert
 from fusecli.errors import CheckpointError, FileError, InputError, OutputError, UsageError, ValuesError
-from fusecli.formats import NumpyArray, open_source, read_bytes, safetensors, sniff, write_whole
+from fusecli.formats import NumpyArray, Source, open_source, safetensors, sniff, write_whole
+from fusecli.state_dict import article_names, is_pt, read_pt
 from fusecli.weights import OPTIONS, Config, Weights, require_heads, tensor_shapes
 
 METADATA_KEY = "fusecli"
 FORMAT = 1
-PT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 def load(
@@ -42,10 +41,16 @@ def load(
         UsageError: ``num_heads`` contradicts the checkpoint.
     """
     path = os.fspath(path)
-    if path.endswith(PT_SUFFIXES):
-        return _bare(_read_pt(path), path, num_heads, tell)
-    source = open_source(path)
-    if sniff(source) != "safetensors":
+    return load_from(open_source(path), path, num_heads, tell)
+
+
+def load_from(
+    source: Source, path: str, num_heads: int | None, tell: Callable[[str], None] = lambda line: None
+) -> Weights:
+    """The same as `load`, for a file that is open."""
+    if is_pt(source):
+        return _bare(read_pt(source, path), path, num_heads, tell)
+    if sniff(source, "checkpoint") != "safetensors":
         raise FileError(
             "not a checkpoint", where=path, found=".npy", wanted=".safetensors", hint="make one with fusecli init"
         )
@@ -59,6 +64,8 @@ def load(
     if saved is None:
         return _bare(tensors, path, num_heads, tell)
     config = _config(saved, path)
+    if num_heads is not None and not config.has_attention:
+        raise UsageError("the checkpoint has no heads", where="--num-heads", found=f"method {config.method}")
     if num_heads not in (None, config.num_heads):
         raise UsageError(
             "--num-heads contradicts the checkpoint", where=path, found=str(config.num_heads), hint="leave it out"
@@ -110,69 +117,6 @@ def _bare(tensors: Mapping[str, Array], path: str, num_heads: int | None, tell: 
     except CheckpointError as error:
         raise _located(error, path) from None
     return _checked(config, named, path)
-
-
-def article_names(tensors: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
-    """A ``state_dict`` under the article's names.
-
-    The prefix of ``text_proj.weight`` goes from all names; ``q/k/v_proj_weight`` (separate in
-    `torch.nn.MultiheadAttention` when it is built with ``kdim`` or ``vdim``) are stacked; layers built with
-    ``bias=False`` get zeros.
-    """
-    names = list(tensors)
-    marks = [name.removesuffix("text_proj.weight") for name in names if name.endswith("text_proj.weight")]
-    prefix = marks[0] if len(marks) == 1 else ""
-    named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    thirds = [f"attention.{letter}_proj_weight" for letter in "qkv"]
-    if all(name in named for name in thirds):
-        parts = [named.pop(name) for name in thirds]
-        if len({part.shape for part in parts}) > 1 or parts[0].ndim != 2:
-            found = ", ".join(str(list(part.shape)) for part in parts)
-            raise CheckpointError(
-                "q, k and v have different shapes", where="attention", found=found, wanted="[D, D] each"
-            )
-        named["attention.in_proj_weight"] = np.concatenate(parts)
-    for layers in (["text_proj."], ["image_proj."], ["attention.in_proj_", "attention.out_proj."]):
-        if not any(f"{layer}bias" in named for layer in layers):
-            for layer in layers:
-                weight = named.get(f"{layer}weight")
-                if weight is not None and weight.ndim == 2:
-                    named[f"{layer}bias"] = np.zeros(len(weight), weight.dtype)
-    return named
-
-
-def _read_pt(path: str) -> dict[str, NumpyArray]:
-    source = open_source(path)
-    torch = import_torch()
-    try:
-        data = io.BytesIO(read_bytes(source, 0, source.size() or 2**62))
-        found: Any = torch.load(data, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds for a bad file
-        pickled = "Weights only load failed" in str(error)
-        told = "objects other than tensors, which are never loaded" if pickled else str(error).split("\n")[0]
-        hint = "torch.save(model.state_dict(), path)"
-        raise FileError("not a PyTorch checkpoint of tensors", where=path, found=told, hint=hint) from None
-    wrappers = ("state_dict", "model_state_dict", "model")
-    while isinstance(found, dict) and any(isinstance(found.get(name), dict) for name in wrappers):
-        found = next(found[name] for name in wrappers if isinstance(found.get(name), dict))
-    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise FileError("holds no state_dict", where=path, found=type(found).__name__, wanted="names and tensors")
-    return {str(name): _plain(tensor, f"{path}[{name}]") for name, tensor in found.items()}
-
-
-def _plain(tensor: Any, where: str) -> NumpyArray:
-    """A stored tensor as an array.
-
-    Sparse, quantised and other odd ones are refused, and so is a view that claims more than the file holds.
-    """
-    dtype = dtype_name(tensor)
-    odd = tensor.is_nested or tensor.is_sparse or tensor.is_sparse_csr or tensor.is_quantized or tensor.is_meta
-    if odd or dtype not in FLOAT_NAMES:
-        raise CheckpointError("not a plain tensor of floats", where=where, found=f"{dtype}, {tensor.layout}")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise CheckpointError("claims more numbers than the file holds", where=where, found=str(list(tensor.shape)))
-    array: NumpyArray = to_numpy(tensor.resolve_neg())
-    return array
 
 
 def to_bytes(weights: Weights) -> bytes:

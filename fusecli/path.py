@@ -45,7 +45,7 @@ class Output(NamedTuple):
 
 def takes_gate(weights: Weights, path_or_suffix: str) -> bool:
     """Whether attention that is written there has the gates beside it: where there are gates, and names."""
-    return weights.config.method == "gated" and path_or_suffix.endswith(".safetensors")
+    return weights.config.method == "gated" and path_or_suffix.lower().endswith(".safetensors")
 
 
 def gate_of(shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ import numpy as np
 from fusecli import checkpoint
 from fusecli.arrays import dtype_name
 from fusecli.dumps import About
-from fusecli.formats import FLOATS, NumpyArray, Stored, open_tensors
+from fusecli.formats import FLOATS, NumpyArray, Stored, open_source, tensors_of
+from fusecli.state_dict import is_pt
 
 #: Bytes read at once, in whole rows: many rows are described in little memory.
 BLOCK = 2**24
@@ -25,15 +27,16 @@ def describe(path: str, num_heads: int | None = None) -> dict[str, Any]:
         FileError: the file cannot be read.
         CheckpointError: it looks like a checkpoint and is none.
     """
-    if path.endswith(checkpoint.PT_SUFFIXES):
-        weights = checkpoint.load(path, num_heads)
+    source = open_source(path)
+    if is_pt(source):
+        weights = checkpoint.load_from(source, path, num_heads)
         listed = [{"name": name, **_facts(tensor)} for name, tensor in sorted(weights.tensors.items())]
         return {"file": path, **_of_checkpoint(weights), "tensors": listed}
-    tensors = open_tensors(path)
+    tensors = tensors_of(source)
     rows = [_scan(stored) for _, stored in sorted(tensors.items())]
     stochastic = [row.pop("stochastic") for row in rows]
     if any(name.endswith("image_proj.weight") for name in tensors):
-        return {"file": path, **_of_checkpoint(checkpoint.load(path, num_heads)), "tensors": rows}
+        return {"file": path, **_of_checkpoint(checkpoint.load_from(source, path, num_heads)), "tensors": rows}
     kind: dict[str, Any] = {"kind": "features"}
     named = [at for at, row in enumerate(rows) if len(rows) == 1 or row["name"] == "attention"]
     if len(named) == 1 and stochastic[named[0]] and len(rows[named[0]]["shape"]) in (2, 3):
@@ -52,7 +55,8 @@ def _scan(stored: Stored) -> dict[str, Any]:
     facts = {"name": stored.name, "shape": list(stored.shape), "dtype": stored.dtype}
     if stored.dtype not in FLOATS or not stored.nbytes:
         return facts | {"norms": None, "nonfinite": None, "stochastic": False}
-    whole = stored._replace(shape=(1,) * max(0, 2 - len(stored.shape)) + stored.shape)
+    shape = (1,) * max(0, 2 - len(stored.shape)) + stored.shape
+    whole = stored._replace(shape=shape if stored.fortran else (math.prod(shape[:-1]), shape[-1]))
     step = max(1, BLOCK // (whole.nbytes // whole.shape[0]))
     starts = range(0, whole.shape[0], step)
     return facts | _summary([_rows(whole.read(slice(at, min(at + step, whole.shape[0])))) for at in starts])

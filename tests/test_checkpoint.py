@@ -140,6 +140,68 @@ def test_a_pickle_is_never_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_what_a_checkpoint_is_its_bytes_say_not_its_name(run: Run, tmp_path: Path) -> None:
+    state = article(16, 4).state_dict()
+    torch.save(state, tmp_path / "model.pt")
+    wanted = load(tmp_path / "model.pt", 4)
+    save(wanted, tmp_path / "named.pt")
+    (tmp_path / "MODEL").write_bytes((tmp_path / "model.pt").read_bytes())
+    for path in (tmp_path / "MODEL", tmp_path / "named.pt"):
+        assert fingerprint(load(path, 4)) == fingerprint(wanted)
+    piped = run("convert", "-", "-o", "w.safetensors", "--num-heads", 4, input=(tmp_path / "MODEL").read_bytes())
+    assert fingerprint(wanted).encode() in piped.stderr
+
+
+def _in_itself(state: Any) -> Any:
+    wrapped: dict[str, Any] = {}
+    wrapped["model"] = {"state_dict": wrapped}
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (_in_itself, "holds no state_dict"),
+        (lambda state: {**{f"m.{k}": v for k, v in state.items()}, "image_proj.bias": torch.ones(16)}, "of one name"),
+        (lambda state: {f"{set}.{k}": v for set in ("model", "ema") for k, v in state.items()}, "more than one fusion"),
+    ],
+)
+def test_a_state_dict_that_says_two_things_is_refused(tmp_path: Path, spoil: Any, told: str) -> None:
+    torch.save(spoil(article(16, 4).state_dict()), tmp_path / "model.pt")
+    with pytest.raises((CheckpointError, FileError), match=told):
+        load(tmp_path / "model.pt", 4)
+
+
+def test_a_file_of_torch_that_is_cut_is_called_so(tmp_path: Path) -> None:
+    torch.save(article(16, 4).state_dict(), tmp_path / "model.pt")
+    data = (tmp_path / "model.pt").read_bytes()
+    for size in range(4, len(data), len(data) // 7):
+        (tmp_path / "model.pt").write_bytes(data[:size])
+        with pytest.raises(FileError, match="cut short"):
+            load(tmp_path / "model.pt", 4)
+
+
+def test_an_endless_file_is_not_read_to_its_end(tmp_path: Path) -> None:
+    (tmp_path / "zero.pt").symlink_to("/dev/zero")
+    with pytest.raises(FileError, match="not a checkpoint"):
+        load(tmp_path / "zero.pt")
+
+
+def test_bfloat16_of_torch_stays_that(tmp_path: Path) -> None:
+    state = {name: tensor.bfloat16() for name, tensor in article(16, 4).state_dict().items()}
+    torch.save(state, tmp_path / "model.pt")
+    weights = load(tmp_path / "model.pt", 4)
+    for name, tensor in state.items():
+        assert weights.tensors[name].dtype.name == "bfloat16"
+        np.testing.assert_array_equal(weights.tensors[name].astype(np.float32), tensor.float().numpy())
+
+
+def test_heads_are_no_option_of_a_checkpoint_without_any(tmp_path: Path) -> None:
+    save(init(16, method="concat"), tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match="no heads"):
+        load(tmp_path / "w.safetensors", 8)
+
+
 @pytest.mark.parametrize(
     "odd",
     [

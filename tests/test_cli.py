@@ -411,3 +411,78 @@ def test_debug_shows_the_traceback(pair: tuple[Any, Any], tmp_path: Path) -> Non
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False, timeout=60)
     assert b"Traceback" in done.stderr
     assert done.returncode == 3
+
+
+def test_inspect_of_what_can_be_read_once(run: Run, tmp_path: Path) -> None:
+    run("init", "-o", "w.safetensors", "--feature-dim", 16, "-q")
+    data = (tmp_path / "w.safetensors").read_bytes()
+    piped = json.loads(run("inspect", "-", "--json", input=data).stdout)
+    assert piped | {"file": "w.safetensors"} == json.loads(run("inspect", "w.safetensors", "--json").stdout)
+
+
+def test_inspect_shows_what_is_there_not_what_it_means_to_a_terminal(run: Run, tmp_path: Path) -> None:
+    np.save(tmp_path / ":smile:.npy", np.zeros((2, 2), "M8[s]"))
+    shown = run("inspect", ":smile:.npy").stdout
+    assert b":smile:" in shown
+    assert b"datetime64[s]" in shown
+    header = json.dumps({"[/a]": {"dtype": "[/b]\x1b", "shape": [2], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    shown = run("inspect", "x.safetensors").stdout
+    assert b"[/a]" in shown
+    assert b"\x1b" not in shown
+
+
+def test_inspect_reads_a_block_at_a_time_whatever_the_axes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusecli import report
+    from fusecli.formats import Stored
+
+    read, sizes = Stored.read, []
+
+    def counting(stored: Stored, rows: slice | None = None) -> Any:
+        block = read(stored, rows)
+        sizes.append(block.nbytes)
+        return block
+
+    monkeypatch.setattr(report, "BLOCK", 256)
+    monkeypatch.setattr(Stored, "read", counting)
+    x = np.random.default_rng(0).standard_normal((2, 40, 8), np.float32)
+    for name, array in (("a", x), ("b", x.reshape(-1, 8))):
+        np.save(tmp_path / f"{name}.npy", array)
+    one, other = (report.describe(str(tmp_path / f"{name}.npy"))["tensors"][0] for name in "ab")
+    assert one["norms"] == other["norms"]
+    assert max(sizes) == 256
+
+
+def test_an_empty_name_is_no_file(run: Run, pair: Any) -> None:
+    for option, rest in (("-a", ()), ("--tokens", ("-a", "a.safetensors"))):
+        for command in (("fuse", "regions.npy", "txt.npy", "-o", "o.npy"), ("batch", "img", "txt", "-o", "out")):
+            told = run(*command, option, "", *rest, code=2).stderr
+            assert b"--attention: " in told if option == "-a" else b"--tokens: " in told
+
+
+def test_standard_output_by_its_other_name(run: Run, pair: Any, tmp_path: Path) -> None:
+    command = ("fuse", "regions.npy", "txt.npy", "-q", "-o", "/dev/stdout")
+    assert b"--json" in run(*command, "--json", code=2).stderr
+    with (tmp_path / "log").open("wb") as log:
+        log.write(b"before")
+        log.flush()
+        run(*command, stdout=log)
+        assert (tmp_path / "log").read_bytes().startswith(b"before\x93NUMPY")
+
+
+def test_a_file_that_is_written_anew_keeps_its_mode(run: Run, pair: Any, tmp_path: Path) -> None:
+    (tmp_path / "o.npy").touch(0o600)
+    run("fuse", "regions.npy", "txt.npy", "-o", "o.npy", "-q")
+    assert (tmp_path / "o.npy").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_suffix_may_be_written_large(run: Run, pair: Any, tmp_path: Path) -> None:
+    run("init", "-o", "w.safetensors", "--method", "gated", "-q")
+    for name in ("a.safetensors", "A.SAFETENSORS"):
+        run("fuse", "regions.npy", "txt.npy", "-w", "w.safetensors", "-o", "o.npy", "-a", name, "--grid", "4x4", "-q")
+    assert (tmp_path / "A.SAFETENSORS").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+
+
+def test_no_folder_is_proposed_where_a_file_is(run: Run, pair: Any, tmp_path: Path) -> None:
+    assert b"mkdir" in run("fuse", "regions.npy", "txt.npy", "-o", "new/o.npy", code=1).stderr
+    assert b"mkdir" not in run("fuse", "regions.npy", "txt.npy", "-o", "img.npy/o.npy", code=1).stderr

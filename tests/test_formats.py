@@ -183,6 +183,13 @@ def test_safetensors_headers_that_lie_are_refused(tmp_path: Path, header: Any) -
         open_tensors(str(tmp_path / "x.safetensors"))
 
 
+def test_an_empty_array_of_absurd_width_is_refused(tmp_path: Path) -> None:
+    text = json.dumps({"x": {"dtype": "F32", "shape": [0, 2**61], "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(FileError, match="makes no sense"):
+        open_tensors(str(tmp_path / "x.safetensors"))
+
+
 def test_a_dtype_that_is_called_as_ours_is_not_read(tmp_path: Path) -> None:
     text = json.dumps({"x": {"dtype": "float32", "shape": [10**9, 16], "data_offsets": [0, 64]}}).encode()
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(64))

@@ -29,6 +29,8 @@ from fusecli.cli.options import (
     to_grid,
 )
 
+#: Other names of standard output: opened anew, they would write over what is there.
+STDOUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 ONE_ROW = (
     "one image row: every text row gets the same vector, whatever it says; "
     "use image regions, --residual or another method"
@@ -90,6 +92,8 @@ def fuse(
     from fusecli.formats import is_stream
 
     started = time.perf_counter()
+    output = "-" if output in STDOUT else output
+    attention = "-" if attention in STDOUT else attention
     _check_streams(output, attention, json)
     if tokens == "-" and "-" in (image, text):
         raise UsageError("standard input brings features already", where="--tokens -", hint="name a file")
@@ -104,7 +108,7 @@ def fuse(
         _tell_of_one_row(loaded.config, quiet)
     gate = attention is not None and path.takes_gate(loaded, attention)
     told = None
-    if attention and attention.endswith(".safetensors"):
+    if attention and attention.lower().endswith(".safetensors"):
         shape = (stored_text.shape[0], stored_image.shape[0])
         told = _metadata(loaded, attention_mean, tokens, size, pairs.pair_id(image, text), shape)
     form = path.Output(
@@ -169,13 +173,16 @@ def check_attention_options(attention: str | None, given: dict[str, Any]) -> Non
     """Raise `UsageError` if options ``given`` by name say something of ``attention`` that it cannot hold."""
     from fusecli.errors import UsageError
 
+    for name, value in {"attention": attention, "tokens": given["tokens"]}.items():
+        if value == "":  # often a variable of the shell that is not set
+            raise UsageError("no file name", where=f"--{name}", hint="leave it out")
     for name, value in given.items():
         if value and attention is None:
             raise UsageError("needs attention to be written", where=f"--{name}", hint="add --attention OUT")
-        if value and name in ("tokens", "grid") and not str(attention).endswith(".safetensors"):
+        if value and name in ("tokens", "grid") and not str(attention).lower().endswith(".safetensors"):
             hint = f"write .safetensors, or give --{name} to fusecli show"
             raise UsageError("only .safetensors has room for it", where=f"--{name}", found=attention, hint=hint)
-        if value == "bfloat16" and str(attention).endswith(".npy"):
+        if value == "bfloat16" and str(attention).lower().endswith(".npy"):
             hint = "write .safetensors, or take float16"
             raise UsageError(".npy cannot name bfloat16", where=f"--{name}", found=attention, hint=hint)
 

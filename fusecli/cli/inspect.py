@@ -49,6 +49,6 @@ def _show(facts: dict[str, Any]) -> None:
         norms = row["norms"]
         spread = f"{norms['min']:.4g} to {norms['max']:.4g}, mean {norms['mean']:.4g}" if norms else "-"
         shape, bad = str(row["shape"]), "-" if row["nonfinite"] is None else str(row["nonfinite"])
-        table.add_row(escape(row["name"] or "-"), escape(shape), row["dtype"], spread, bad)
+        table.add_row(escape(row["name"] or "-"), escape(shape), escape(row["dtype"]), spread, bad)
     console.print(table)
     print(console.end_capture(), end="", flush=True)  # rich would end a closed pipe with an error

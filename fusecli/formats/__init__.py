@@ -47,14 +47,15 @@ __all__ = [
     "read_bytes",
     "safetensors",
     "sniff",
+    "tensors_of",
     "write_whole",
 ]
 
 FORMATS: dict[str, ModuleType] = {"npy": npy, "safetensors": safetensors}
 
 
-def sniff(source: Source) -> str:
-    """The format that the first bytes speak of: a name in `FORMATS`.
+def sniff(source: Source, what: str = "feature file") -> str:
+    """The format that the first bytes speak of: a name in `FORMATS`; ``what`` the file should be, for messages.
 
     Raises:
         FileError: the file is empty, or of no known format.
@@ -72,7 +73,7 @@ def sniff(source: Source) -> str:
         found, hint = "a zip archive (.npz or .pt)", "features: numpy.save; weights: fusecli convert"
     elif start[:1] == b"\x80":
         found, hint = "a pickle", "load it where it was made, and save the array with numpy.save"
-    raise FileError("not a feature file", where=source.name, found=found, wanted=".npy or .safetensors", hint=hint)
+    raise FileError(f"not a {what}", where=source.name, found=found, wanted=".npy or .safetensors", hint=hint)
 
 
 def open_tensors(path: str, whole: int = 0) -> dict[str, Stored]:
@@ -83,7 +84,11 @@ def open_tensors(path: str, whole: int = 0) -> dict[str, Stored]:
     Raises:
         FileError: it is missing, unreadable, empty, cut short or of no known format.
     """
-    source = open_source(path, whole)
+    return tensors_of(open_source(path, whole))
+
+
+def tensors_of(source: Source) -> dict[str, Stored]:
+    """The same for a file that is open."""
     tensors: dict[str, Stored] = FORMATS[sniff(source)].open_tensors(source)
     return tensors
 

@@ -125,8 +125,11 @@ def _whole_file(path: str) -> Iterator[Sink]:
         raise OutputError("is a directory", where=path, wanted="a file name")
     folder = os.path.dirname(target)
     if not os.path.isdir(folder):
-        raise OutputError("no such folder", where=path, found=folder, hint=f"mkdir -p {shlex.quote(folder)}")
+        hint = None if os.path.lexists(folder) else f"mkdir -p {shlex.quote(folder)}"
+        raise OutputError("no such folder", where=path, found=folder, hint=hint)
     with _Unnamed(target, os.path.join(folder, f".fusecli-{os.urandom(6).hex()}.tmp")) as fd:
+        with contextlib.suppress(OSError):  # who was kept from reading the old file is kept from the new one
+            os.fchmod(fd, stat.S_IMODE(os.stat(target).st_mode) & 0o777)
         yield FileSink(path, fd)
 
 

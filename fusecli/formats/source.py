@@ -286,7 +286,7 @@ def require_sane(shape: Any, where: str | None) -> None:
     """Raise `FileError` unless ``shape`` is a list of axes that some array could have."""
     sane = len(shape) <= 32 and all(type(n) is int and 0 <= n < 2**62 for n in shape)
     if sane:
-        sane = math.prod(n for n in shape if n) < 2**62
+        sane = math.prod(n for n in shape if n) < 2**58  # in bytes NumPy counts to 2**63, empty axes or not
     if not sane:
         raise FileError("the header makes no sense", where=where, found=f"shape {shape!r}"[:80])
 
