@@ -28,7 +28,7 @@ FORMAT = 1
 def load(
     path: str | os.PathLike[str], num_heads: int | None = None, *, tell: Callable[[str], None] = lambda line: None
 ) -> Weights:
-    """Read a checkpoint: ours, or a bare ``state_dict`` (``.safetensors``, ``.pt``, ``.pth``, ``.bin``).
+    """Read a checkpoint: ours, or a bare ``state_dict`` in ``.safetensors`` or a file of `torch.save`.
 
     Args:
         path: the file.

@@ -98,7 +98,7 @@ def rows_apart(x: Array, weight: Array) -> Array:
         return sys.modules["torch"].cat([tile @ weight.mT for tile in tiles])[:b]
     tiles = np.zeros((-(-b // ROWS_APART), ROWS_APART, width), x.dtype)
     tiles.reshape(-1, width)[:b] = x
-    product = _in_blocks(weight, ROWS_APART)[:, None] @ tiles.mT  # [parts, tiles, D / parts, 4]
+    product = _in_blocks(weight, ROWS_APART)[:, None] @ tiles.mT  # [parts, tiles, D / parts, rows]
     return product.transpose(1, 3, 0, 2).reshape(-1, len(weight))[:b]
 
 

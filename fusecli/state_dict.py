@@ -54,9 +54,12 @@ def article_names(tensors: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
 
 
 def is_pt(source: Source) -> bool:
-    """Whether a file begins as those of `torch.save` do."""
-    start = read_bytes(source, 0, 9)
-    return start.startswith((ZIP, PICKLE)) and start[8:] != b"{"  # a length of .safetensors may begin like that too
+    """Whether a file begins as those of `torch.save` do, and not as NumPy's archives."""
+    start = read_bytes(source, 0, 256)
+    if start[8:9] == b"{":  # the length of a header of .safetensors may look like either
+        return False
+    first = start[30 : 30 + int.from_bytes(start[26:28], "little")]  # the name of the first file in an archive
+    return start.startswith(PICKLE) or (start.startswith(ZIP) and not first.endswith(b".npy"))
 
 
 def read_pt(source: Source, path: str) -> dict[str, NumpyArray]:

@@ -152,6 +152,15 @@ def test_what_a_checkpoint_is_its_bytes_say_not_its_name(run: Run, tmp_path: Pat
     assert fingerprint(wanted).encode() in piped.stderr
 
 
+def test_other_archives_and_headers_are_not_taken_for_torchs(run: Run, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", a=np.ones(3, np.float32))
+    assert "numpy.save" in run("inspect", "x.npz", code=3).stderr.decode()
+    for length in (0x280, 0x4B50):  # lengths that begin as a pickle, as an archive
+        header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).ljust(length).encode()
+        (tmp_path / "x.safetensors").write_bytes(length.to_bytes(8, "little") + header + bytes(8))
+        assert b"features" in run("inspect", "x.safetensors").stdout
+
+
 def _in_itself(state: Any) -> Any:
     wrapped: dict[str, Any] = {}
     wrapped["model"] = {"state_dict": wrapped}
