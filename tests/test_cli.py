@@ -460,6 +460,11 @@ def test_an_empty_name_is_no_file(run: Run, pair: Any) -> None:
             assert b"--attention: " in told if option == "-a" else b"--tokens: " in told
 
 
+def test_a_file_without_a_name_is_called_so(run: Run, pair: Any) -> None:
+    for command in (("inspect", ""), ("fuse", "regions.npy", "", "-o", "o.npy")):
+        assert b"without a name" in run(*command, code=3).stderr
+
+
 def test_standard_output_by_its_other_name(run: Run, pair: Any, tmp_path: Path) -> None:
     command = ("fuse", "regions.npy", "txt.npy", "-q", "-o", "/dev/stdout")
     assert b"--json" in run(*command, "--json", code=2).stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -436,6 +437,18 @@ def test_thousands_of_tokens_or_rows_are_shown(run: Run, tmp_path: Path, shape: 
         assert run("show", "a.npy", env=terminal(kind)).stdout.count(b"\n") >= shape[1]
     for output in ("m.html", "m.png"):
         run("show", "a.npy", "--grid", {4000: "50x80", 256: "16x16", 16: "4x4"}[shape[-1]], "-o", output, "-q")
+
+
+def test_what_a_killed_report_left_goes_with_the_next_one(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "dumps").mkdir()
+    plant(tmp_path / "dumps" / "a.npy", [0], 4)
+    for name in (".report.fusecli-1", ".report.fusecli-2", ".report2.fusecli-3"):
+        (tmp_path / name / "pairs").mkdir(parents=True)
+    held = os.open(tmp_path / ".report.fusecli-2", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)  # somebody is still at work there
+    run("show", "dumps", "-o", "report", "-q")
+    os.close(held)
+    assert {path.name for path in tmp_path.glob(".*")} == {".report.fusecli-2", ".report2.fusecli-3"}
 
 
 def test_a_report_never_takes_the_place_of_something_else(run: Run, tmp_path: Path) -> None:

@@ -128,6 +128,8 @@ def open_source(path: str, whole: int = 0) -> Source:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_NONBLOCK if whole else 0))
     except FileNotFoundError:
+        if not path:
+            raise FileError("a file without a name", hint="look whether a variable is set") from None
         raise FileError("no such file", where=path) from None
     except (OSError, ValueError) as error:
         raise FileError("cannot be opened", where=path, found=reason(error)) from None
@@ -150,7 +152,7 @@ def _on_descriptor(name: str, fd: int, whole: int) -> Source:
     info = os.fstat(fd)
     if stat.S_ISDIR(info.st_mode):
         os.close(fd)
-        raise FileError("is a directory", where=name, wanted="a feature file", hint="name a file in it")
+        raise FileError("is a directory", where=name, wanted="a file", hint="name a file in it")
     if whole and not stat.S_ISREG(info.st_mode):
         os.close(fd)
         raise FileError("is a pipe or a device", where=name, wanted="a file")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import math
 import os
 import shutil
@@ -79,9 +82,13 @@ def write_report(
             what = "would take the place of " + ("the folder you are in" if path == os.curdir else "what is read")
             raise UsageError(what, where=output, hint="write to another folder")
     pictures = _pictures(images) if images else {}
-    building = f"{os.path.dirname(target)}/.{os.path.basename(target)}.fusecli-{os.getpid()}"
+    hidden = f"{os.path.dirname(target)}/.{os.path.basename(target)}.fusecli-"
+    building = f"{hidden}{os.getpid()}"
+    held = -1
     try:
-        for name in ("", "/pairs", "/thumbs"):
+        os.mkdir(building)
+        held = _held(building)
+        for name in ("/pairs", "/thumbs"):
             os.mkdir(building + name)
         done = _write_all(dumps, building, wanted, pictures, (fit, scale), counted)
         _put_in_place(building, target)
@@ -91,7 +98,30 @@ def write_report(
         with _undisturbed():
             for left in (building, _old(building)):
                 shutil.rmtree(left, ignore_errors=True)
+            if held >= 0:
+                os.close(held)
+    _remove_litter(hidden)
     return done
+
+
+def _held(folder: str) -> int:
+    """A descriptor that says that somebody is at work in ``folder``; the system closes it if that one is killed."""
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _remove_litter(hidden: str) -> None:
+    """Remove what killed runs have left of reports in this place; their folders' names begin with ``hidden``."""
+    for left in glob.glob(f"{glob.escape(hidden)}*"):
+        with contextlib.suppress(OSError):
+            fd = _held(left)
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(fd)
 
 
 @contextmanager
