@@ -20,7 +20,7 @@ from fusecli.training.data import Rows
 from fusecli.training.labels import numbers, read_labels
 from fusecli.training.loop import Progress
 from fusecli.training.represent import Fusion
-from fusecli.training.run import _Files
+from fusecli.training.run import _begun_with, _best, _Files
 from tests.conftest import Run
 
 
@@ -91,6 +91,22 @@ def test_a_run_killed_while_it_wrote_the_best_goes_on(stopped: Path, killed: str
     assert files.begin(True)["progress"]["epoch"] == 2
     files.best(_fusion(3), {"head.weight": nn.Parameter(torch.ones(2, 8))}, progress)  # done again
     files.result("cpu")
+
+
+def test_a_run_that_goes_on_does_not_choose_its_start_again(tmp_path: Path) -> None:
+    class Start:
+        def __init__(self, seed: int) -> None:
+            self.weights = fusecli.init(8, 2, seed=seed)
+
+        @property
+        def loss(self) -> float:
+            raise AssertionError("judged again")
+
+    starts: Any = [Start(seed) for seed in range(3)]
+    facts = {"weights": fusecli.fingerprint(starts[1].weights)}
+    _Files(str(tmp_path / "f.safetensors"), SimpleNamespace(), facts).begin(False)
+    assert _best(starts, _begun_with(str(tmp_path / "f.safetensors"))) is starts[1]
+    assert _begun_with(str(tmp_path / "none.safetensors")) is None
 
 
 def test_rows_that_belong_to_other_pairs_are_other_features(tmp_path: Path) -> None:

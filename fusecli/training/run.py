@@ -140,7 +140,8 @@ def train(output: str, beginning: Beginning, lesson: Lesson, reporter: Reporter,
         TrainingError: the training diverged.
     """
     objective, device = lesson.objective, lesson.settings.device
-    start = _best([_Start(weights, lesson) for weights in beginning.starts])
+    begun = _begun_with(output) if resume else None
+    start = _best([_Start(weights, lesson) for weights in beginning.starts], begun)
     keeper = _Files(output, objective, _facts(start.weights, lesson))
     state = keeper.begin(resume)
     try:
@@ -197,9 +198,19 @@ class _Start:
         return self.judged[0].loss
 
 
-def _best(starts: list[_Start]) -> _Start:
-    """The one with the lowest loss; a lone one is not judged."""
-    return min(starts, key=lambda start: start.loss) if len(starts) > 1 else starts[0]
+def _best(starts: list[_Start], begun: str | None) -> _Start:
+    """The one with the lowest loss, or the one that a run has ``begun`` with; a lone one is not judged."""
+    if len(starts) == 1:
+        return starts[0]
+    known = [start for start in starts if begun and checkpoint.fingerprint(start.weights) == begun]
+    return known[0] if known else min(starts, key=lambda start: start.loss)
+
+
+def _begun_with(output: str) -> str | None:
+    """The fingerprint of what an unfinished run began with, by its log; None where that does not say."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(beside(output, LOG), "rb") as file:
+        return str(json.loads(file.readline())["run"]["weights"])
+    return None
 
 
 class _Files:
