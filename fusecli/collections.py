@@ -284,7 +284,11 @@ class Stacked:
         return self.stored.shape[0]
 
     def __contains__(self, id: object) -> bool:
-        return isinstance(id, str) and id.isascii() and id.isdecimal() and str(int(id)) == id and int(id) < len(self)
+        if not (
+            isinstance(id, str) and len(id) < 20 and id.isascii() and id.isdecimal()
+        ):  # of 4,300 digits on, int fails
+            return False
+        return str(int(id)) == id and int(id) < len(self)
 
     def place(self, id: str) -> Place:
         """See `Collection`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,18 @@ from fusecli.state_dict import is_pt
 BLOCK = 2**24
 
 
-def describe(path: str, num_heads: int | None = None) -> dict[str, Any]:
+def describe(
+    path: str, num_heads: int | None = None, tell: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
     """Names, shapes, dtypes, norms of rows and number of NaN/Inf of each tensor, and what they make together.
 
     ``kind`` is ``checkpoint``, ``attention`` or ``features``. A checkpoint also has method, heads, widths,
     parameter count and fingerprint; attention of ``[H, N, M]`` has them as ``heads``, ``text_rows``, ``image_rows``.
+
+    Args:
+        path: the file; ``-`` is standard input.
+        num_heads: of a checkpoint that does not say.
+        tell: is called with a line for the user where 8 heads had to be assumed.
 
     Raises:
         FileError: the file cannot be read.
@@ -29,21 +37,22 @@ def describe(path: str, num_heads: int | None = None) -> dict[str, Any]:
     """
     source = open_source(path)
     if is_pt(source):
-        weights = checkpoint.load_from(source, path, num_heads)
+        weights = checkpoint.load_from(source, path, num_heads, tell)
         listed = [{"name": name, **_facts(tensor)} for name, tensor in sorted(weights.tensors.items())]
         return {"file": path, **_of_checkpoint(weights), "tensors": listed}
     tensors = tensors_of(source)
     rows = [_scan(stored) for _, stored in sorted(tensors.items())]
     stochastic = [row.pop("stochastic") for row in rows]
     if any(name.endswith("image_proj.weight") for name in tensors):
-        return {"file": path, **_of_checkpoint(checkpoint.load_from(source, path, num_heads)), "tensors": rows}
+        return {"file": path, **_of_checkpoint(checkpoint.load_from(source, path, num_heads, tell)), "tensors": rows}
     kind: dict[str, Any] = {"kind": "features"}
-    named = [at for at, row in enumerate(rows) if len(rows) == 1 or row["name"] == "attention"]
+    about = About.of(source)
+    alone = len(about.ids) < 2  # of many pairs, one may be called attention
+    named = [at for at, row in enumerate(rows) if len(rows) == 1 or (row["name"] == "attention" and alone)]
     if len(named) == 1 and stochastic[named[0]] and len(rows[named[0]]["shape"]) in (2, 3):
         *heads, n, m = rows[named[0]]["shape"]
         kind = {"kind": "attention", "heads": heads[0] if heads else "mean", "text_rows": n, "image_rows": m}
-        about = About.of(next(iter(tensors.values())).source).facts
-        kind |= {name: about[name] for name in ("method", "weights") if name in about}
+        kind |= {name: about.facts[name] for name in ("method", "weights") if name in about.facts}
     return {"file": path, **kind, "tensors": rows}
 
 
@@ -58,6 +67,8 @@ def _scan(stored: Stored) -> dict[str, Any]:
     shape = (1,) * max(0, 2 - len(stored.shape)) + stored.shape
     whole = stored._replace(shape=shape if stored.fortran else (math.prod(shape[:-1]), shape[-1]))
     step = max(1, BLOCK // (whole.nbytes // whole.shape[0]))
+    if stored.fortran and len(shape) > 2:  # each block would take all of it
+        step = whole.shape[0]
     starts = range(0, whole.shape[0], step)
     return facts | _summary([_rows(whole.read(slice(at, min(at + step, whole.shape[0])))) for at in starts])
 

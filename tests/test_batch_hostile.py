@@ -460,3 +460,15 @@ def test_a_file_of_all_results_is_left_as_it_is_where_nothing_is_new(run: Run, f
         batch(run, "img", "txt", "-o", "out.safetensors", code=4)
         files.append((few / "out.safetensors").stat().st_ino)
     assert files[0] == files[1]
+
+
+def test_names_that_no_stack_has_and_no_text_can_hold(run: Run, tmp_path: Path) -> None:
+    run("init", "-o", "w.safetensors", "--feature-dim", D, "--num-heads", 4, "-q")
+    np.save(tmp_path / "stack.npy", np.ones((2, D), np.float32))
+    save_file({"1": np.ones((2, D), np.float32), "1" * 5000: np.ones((2, D), np.float32)}, tmp_path / "t.safetensors")
+    run("batch", "stack.npy", "t.safetensors", "-o", "out", "-w", "w.safetensors", "--allow-missing")
+    assert [path.name for path in (tmp_path / "out").glob("*.npy")] == ["1.npy"]
+    header = b'{"\\ud800":{"dtype":"F32","shape":[1,1],"data_offsets":[0,4]}}'
+    (tmp_path / "s.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    for command in (("batch", "s.safetensors", "t.safetensors"), ("train", "s.safetensors", "t.safetensors")):
+        assert b"s.safetensors" in run(*command, "-o", "f.safetensors", code=3).stderr

@@ -420,6 +420,13 @@ def test_inspect_of_what_can_be_read_once(run: Run, tmp_path: Path) -> None:
     assert piped | {"file": "w.safetensors"} == json.loads(run("inspect", "w.safetensors", "--json").stdout)
 
 
+def test_inspect_says_that_heads_are_assumed(run: Run, tmp_path: Path) -> None:
+    run("init", "-o", "w.safetensors", "--feature-dim", 24, "--num-heads", 12, "-q")
+    save_file(load_file(tmp_path / "w.safetensors"), tmp_path / "bare.safetensors")
+    assert b"8 assumed" in run("inspect", "bare.safetensors").stderr
+    assert run("inspect", "bare.safetensors", "--num-heads", 12).stderr == b""
+
+
 def test_inspect_shows_what_is_there_not_what_it_means_to_a_terminal(run: Run, tmp_path: Path) -> None:
     np.save(tmp_path / ":smile:.npy", np.zeros((2, 2), "M8[s]"))
     shown = run("inspect", ":smile:.npy").stdout

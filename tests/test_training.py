@@ -240,7 +240,7 @@ def test_the_same_seed_gives_the_same_bytes_killed_or_not(run: Run, lesson: list
     assert not (tmp_path / "f.state.pt").exists()
 
 
-def test_a_loss_that_diverges_stops_and_keeps_the_best(run: Run, lesson: list[str], tmp_path: Path) -> None:
+def test_a_loss_that_diverges_stops_and_says_where(run: Run, lesson: list[str], tmp_path: Path) -> None:
     told = _train(run, "--labels", "labels.csv", "--lr", 1e30, "--no-layer-norm", code=1)
     assert "step" in told
     assert "diverged" in told
@@ -318,14 +318,20 @@ def test_options_that_contradict_each_other(options: Any, told: str, run: Run, l
     assert told in run("train", *sides, "-o", "f.safetensors", *options, code=2).stderr.decode()
 
 
+def test_an_output_that_is_an_input_behind_a_link_is_refused(run: Run, lesson: list[str], tmp_path: Path) -> None:
+    (tmp_path / f"img/{lesson[0]}.npy").rename(tmp_path / "f.safetensors")
+    (tmp_path / f"img/{lesson[0]}.npy").symlink_to(tmp_path / "f.safetensors")
+    before = (tmp_path / "f.safetensors").read_bytes()
+    assert "also an input" in run("train", "img", "txt", "-o", "f.safetensors", code=2).stderr.decode()
+    assert (tmp_path / "f.safetensors").read_bytes() == before
+
+
 def test_an_output_among_the_inputs_is_refused(run: Run, lesson: list[str]) -> None:
     told = run("train", "img", "txt", "-o", f"img/{lesson[0]}.safetensors", code=2).stderr.decode()
     assert "among the inputs" in told
 
 
-def test_a_training_that_betters_nothing_leaves_a_finished_checkpoint(
-    run: Run, lesson: list[str], tmp_path: Path
-) -> None:
+def test_a_training_that_diverges_leaves_an_earlier_checkpoint(run: Run, lesson: list[str], tmp_path: Path) -> None:
     _train(run, "--labels", "labels.csv", "--epochs", 2)
     before = (tmp_path / "f.safetensors").read_bytes()
     _train(run, "--labels", "labels.csv", "--lr", 1e30, code=1)
@@ -429,11 +435,19 @@ def _padding(data: Any, made: list[list[int]]) -> float:
     return 1 - real / full
 
 
-def test_batches_hold_every_pair_once_with_little_padding(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [2, 8, 9, 10, 17, 65, 321])  # of nine, one would be alone
+def test_batches_hold_every_pair_once_and_none_alone(tmp_path: Path, count: int) -> None:
+    data, _ = _drawn(tmp_path)
+    train = data.parts["train"][:count]
+    made = batches(data, train, 8, torch.Generator().manual_seed(0))
+    assert sorted(at for batch in made for at in batch) == train
+    assert min(map(len, made)) > 1
+
+
+def test_batches_are_drawn_with_little_padding(tmp_path: Path) -> None:
     data, _ = _drawn(tmp_path)
     train = data.parts["train"]
     made = batches(data, train, 8, torch.Generator().manual_seed(0))
-    assert sorted(at for batch in made for at in batch) == train
     assert _padding(data, made) < 0.15
     assert made != batches(data, train, 8, torch.Generator().manual_seed(1))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from pathlib import Path
@@ -44,6 +45,9 @@ def stopped(tmp_path: Path) -> Path:
     return tmp_path
 
 
+SPOILT = ["other weights", "no weights", "other head", "cut head", "no head"]
+
+
 def _spoil(folder: Path, how: str) -> None:
     weights, head = folder / "f.safetensors", folder / "f.head.safetensors"
     if how == "other weights":
@@ -58,7 +62,7 @@ def _spoil(folder: Path, how: str) -> None:
         head.unlink()
 
 
-@pytest.mark.parametrize("how", ["other weights", "no weights", "other head", "cut head", "no head"])
+@pytest.mark.parametrize("how", SPOILT)
 def test_a_run_goes_on_with_its_own_weights_alone(stopped: Path, how: str) -> None:
     assert _files(stopped).begin(True)["progress"]["best_epoch"] == 2
     _spoil(stopped, how)
@@ -68,7 +72,7 @@ def test_a_run_goes_on_with_its_own_weights_alone(stopped: Path, how: str) -> No
     assert "--overwrite" in str(error.value.hint)
 
 
-@pytest.mark.parametrize("how", ["other weights", "no weights", "other head", "cut head", "no head"])
+@pytest.mark.parametrize("how", SPOILT)
 def test_a_run_ends_with_its_own_weights_alone(stopped: Path, how: str) -> None:
     files = _files(stopped)
     files.begin(True)
@@ -88,24 +92,21 @@ def test_a_run_killed_while_it_wrote_the_best_goes_on(stopped: Path, killed: str
     if killed == "before the weights":
         (stopped / "f.safetensors").write_bytes(before)
     files = _files(stopped)
-    assert files.begin(True)["progress"]["epoch"] == 2
-    files.best(_fusion(3), {"head.weight": nn.Parameter(torch.ones(2, 8))}, progress)  # done again
+    progress = Progress(**files.begin(True)["progress"])
+    assert (progress.epoch, progress.best_loss) == (2, math.inf)  # so what comes of epoch 3 now is kept in any case
+    files.best(_fusion(3), {"head.weight": nn.Parameter(torch.ones(2, 8))}, progress)
     files.result("cpu")
 
 
 def test_a_run_that_goes_on_does_not_choose_its_start_again(tmp_path: Path) -> None:
     class Start:
-        def __init__(self, seed: int) -> None:
-            self.weights = fusecli.init(8, 2, seed=seed)
-
         @property
         def loss(self) -> float:
             raise AssertionError("judged again")
 
-    starts: Any = [Start(seed) for seed in range(3)]
-    facts = {"weights": fusecli.fingerprint(starts[1].weights)}
-    _Files(str(tmp_path / "f.safetensors"), SimpleNamespace(), facts).begin(False)
-    assert _best(starts, _begun_with(str(tmp_path / "f.safetensors"))) is starts[1]
+    starts: Any = [Start() for _ in range(3)]
+    _files(tmp_path).begin(False, start=1)
+    assert _best(starts, _begun_with(str(tmp_path / "f.safetensors"))) == 1
     assert _begun_with(str(tmp_path / "none.safetensors")) is None
 
 
@@ -144,6 +145,14 @@ def test_numbers_too_large_to_have_a_spread_are_called_so() -> None:
     data: Any = SimpleNamespace(ids=list("abcd"), parts={"train": [0, 1], "validation": [2, 3]})
     with pytest.raises(InputError, match="too large"):
         numbers({"a": "1e300", "b": "-1e300", "c": "1", "d": "2"}, data, 0.0, "labels.csv")
+
+
+@pytest.mark.parametrize("value", ["0.1", "0.7", "3"])
+def test_numbers_that_are_all_the_same_are_nothing_to_learn(value: str) -> None:
+    parts = {"train": list(range(51)), "validation": list(range(51, 60)), "held-out": list(range(60, 70))}
+    data: Any = SimpleNamespace(ids=[str(k) for k in range(70)], parts=parts)
+    with pytest.raises(InputError, match="cannot be told apart"):
+        numbers({str(k): value for k in range(70)}, data, 0.0, "labels.csv")
 
 
 def test_heads_of_a_bare_state_dict_can_be_given(run: Run, tmp_path: Path) -> None:

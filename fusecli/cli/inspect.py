@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fusecli.cli.console import emit, printable
+from fusecli.cli.console import emit, note, printable
 from fusecli.cli.options import Debug
 
 
@@ -25,7 +25,7 @@ def inspect(
     from fusecli.report import describe
 
     for path in files:
-        facts = describe(path, num_heads)
+        facts = describe(path, num_heads, lambda line: note(line, quiet=False))
         if json:
             emit(facts)
         else:

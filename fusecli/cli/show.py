@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -161,10 +162,8 @@ def _draw(view: Any, output: str, image: str | None, fit: str, scale: str, quiet
         for line in write_figure(view, output, image, fit, scale):
             note(line, quiet)
     else:
-        hint = "-o report/ for a folder" if not suffix else None
-        raise UsageError(
-            "cannot tell what to draw", where=output, found=suffix, wanted=".png, .svg or .html", hint=hint
-        )
+        hint, wanted = f"-o {shlex.quote(output)}/ for a report in a folder", ".png, .svg or .html"
+        raise UsageError("cannot tell what to draw", where=output, found=suffix, wanted=wanted, hint=hint)
 
 
 def _report(

@@ -121,7 +121,7 @@ def train(
             "[default: 0.0003; with labels, for attention: 0.001]",
         ),
     ] = None,
-    weight_decay: Annotated[float, typer.Option(min=0, help="Of matrices.")] = 0.05,
+    weight_decay: Annotated[float, typer.Option(min=0, help="Of matrices, and of the head.")] = 0.05,
     text_dropout: Annotated[
         float | None,
         typer.Option(min=0, max=0.99, help="Share of pairs whose text is hidden in a step, with labels.  [default: 0]"),
@@ -179,8 +179,8 @@ def train(
     pairs = find_pairs(sources, [output], None)
     known = labelled.read_labels(labels, label_column or "label") if labels is not None else None
     ids = _usable(pairs, known, allow_missing, quiet)
-    if manifest:
-        refuse_same_file([output, *files_of(output)], [place.path for id in ids for place in pairs.places(id)])
+    features = {place.path for id in ids for place in pairs.places(id)}  # behind links, say
+    refuse_same_file([output, *files_of(output)], sorted(features))
     balanced = class_weights is not None
     smoothing = SMOOTHING if label_smoothing is None else label_smoothing
     lesson = partial(

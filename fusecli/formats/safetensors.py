@@ -69,6 +69,7 @@ def read_index(source: Source) -> Index:
                     raise ValueError
                 index.metadata = value
             else:
+                name.encode()  # a ValueError where it is no UTF-8
                 kind, first, last = _entry(source, name, value)
                 index.names.append(name)
                 index.kinds.append(kinds.setdefault(kind, kind))

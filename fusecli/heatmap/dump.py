@@ -238,7 +238,7 @@ def open_dumps(path: str) -> Dumps:
     if any(name.endswith(("image_proj.weight", "text_proj.weight")) for name in tensors):
         raise _no_attention(path, "a checkpoint")
     about = About.of(first.source)
-    if len(tensors) == 1 or "attention" in tensors:
+    if len(tensors) == 1 or ("attention" in tensors and len(about.ids) < 2):  # of many, one may be called so
         name = "attention" if "attention" in tensors else next(iter(tensors))
         if len(tensors[name].shape) == 4 and tensors[name].shape[0] > 1:
             return _of_stack(path, tensors[name], about)

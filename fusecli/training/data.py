@@ -193,7 +193,8 @@ def batches(data: Data, which: Sequence[int], size: int, generator: torch.Genera
         some = sorted(shuffled[at : at + size * SORTED_BATCHES], key=data.cost)
         made += [some[start : start + size] for start in range(0, len(some), size)]
     if len(made) > 1 and len(made[-1]) == 1:  # one pair alone has nothing to be told from
-        made[-2] += made.pop()
+        lone = made.pop()
+        made[-1] += lone
     return [made[at] for at in torch.randperm(len(made), generator=generator).tolist()]
 
 

@@ -88,7 +88,8 @@ def classes(
         InputError: there is but one label among the pairs to train on.
     """
     names = sorted({labels[id] for id in data.ids})
-    targets = torch.tensor([names.index(labels[id]) for id in data.ids])
+    numbered = {name: at for at, name in enumerate(names)}
+    targets = torch.tensor([numbered[labels[id]] for id in data.ids])
     counts = Counter(targets[data.parts["train"]].tolist())
     if len(counts) < 2:
         found = f"{names[next(iter(counts))]!r} for all pairs to train on"
@@ -120,7 +121,7 @@ def numbers(labels: dict[str, str], data: Data, text_dropout: float, where: str)
         spread = float(targets[which].std())
         if not math.isfinite(spread):
             raise InputError("the labels are too large", where=where, hint="scale them down")
-        if spread == 0:
+        if targets[which].min() == targets[which].max():  # their spread may be rounding alone
             what = f"the labels of the pairs for {part} cannot be told apart"
-            raise InputError(what, where=where, found=f"a standard deviation of {spread:g}")
+            raise InputError(what, where=where, found=f"{targets[which][0]:g} for all of them")
     return Numbers(targets, data.parts["train"], text_dropout)

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -141,9 +142,11 @@ def train(output: str, beginning: Beginning, lesson: Lesson, reporter: Reporter,
     """
     objective, device = lesson.objective, lesson.settings.device
     begun = _begun_with(output) if resume else None
-    start = _best([_Start(weights, lesson) for weights in beginning.starts], begun)
-    keeper = _Files(output, objective, _facts(start.weights, lesson))
-    state = keeper.begin(resume)
+    starts = [_Start(weights, lesson) for weights in beginning.starts]
+    which = _best(starts, begun)
+    start = starts[which]
+    keeper = _Files(output, objective, _facts(beginning.untrained, lesson))
+    state = keeper.begin(resume, which)
     try:
         before = start.loss if state is None else None
         progress = fit(Fusion(start.weights, device), lesson, keeper, reporter, before, state)
@@ -164,7 +167,11 @@ def train(output: str, beginning: Beginning, lesson: Lesson, reporter: Reporter,
 
 
 def _facts(weights: Weights, lesson: Lesson) -> dict[str, Any]:
-    """All that decides what is learned, for the log: a run goes on only if it is the same."""
+    """All that decides what is learned, for the log: a run goes on only if it is the same.
+
+    What it began with follows from ``weights``, that have seen no pairs, and from the pairs; but in its last digits it
+    also depends on the processor, and a job may go on elsewhere.
+    """
     data = lesson.data
     return {
         "method": weights.config.method,
@@ -198,18 +205,17 @@ class _Start:
         return self.judged[0].loss
 
 
-def _best(starts: list[_Start], begun: str | None) -> _Start:
-    """The one with the lowest loss, or the one that a run has ``begun`` with; a lone one is not judged."""
-    if len(starts) == 1:
-        return starts[0]
-    known = [start for start in starts if begun and checkpoint.fingerprint(start.weights) == begun]
-    return known[0] if known else min(starts, key=lambda start: start.loss)
+def _best(starts: list[_Start], begun: int | None) -> int:
+    """Which one has the lowest loss, or a run has ``begun`` with; a lone one is not judged."""
+    if len(starts) == 1 or begun in range(len(starts)):
+        return begun or 0
+    return min(range(len(starts)), key=lambda which: starts[which].loss)
 
 
-def _begun_with(output: str) -> str | None:
-    """The fingerprint of what an unfinished run began with, by its log; None where that does not say."""
+def _begun_with(output: str) -> int | None:
+    """Which of the starts an unfinished run began with, by its log; None where that does not say."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(beside(output, LOG), "rb") as file:
-        return str(json.loads(file.readline())["run"]["weights"])
+        return int(json.loads(file.readline())["start"])
     return None
 
 
@@ -221,14 +227,14 @@ class _Files:
         self._head, self._state, self._log = (beside(output, suffix) for suffix in (HEAD, STATE, LOG))
         self._best: str | None = None  # fingerprint of the weights that lie at `output`
 
-    def begin(self, resume: bool) -> dict[str, Any] | None:
-        """The state to go on from, if that is wanted; the log as far as that."""
+    def begin(self, resume: bool, start: int = 0) -> dict[str, Any] | None:
+        """The state to go on from, if that is wanted; the log as far as that, with which ``start`` was taken."""
         state = self._read() if resume else None
         if state:
             self._require_best(state["progress"])
         if not resume:
             self.end()
-        lines = [{"run": self._facts}, *(state["progress"]["log"] if state else [])]
+        lines = [{"run": self._facts, "start": start}, *(state["progress"]["log"] if state else [])]
         write_whole(self._log, "".join(json.dumps(line) + "\n" for line in lines).encode())
         return state
 
@@ -259,6 +265,7 @@ class _Files:
             return
         about, _ = self._read_head("cpu")
         if about.get("epoch") == progress["epoch"] + 1:  # written last, before the state: that epoch is done again
+            progress["best_loss"] = math.inf  # and is written again, whatever it comes to this time
             return
         if about.get("epoch") != progress["best_epoch"]:
             raise self._changed(self._head)
