@@ -80,6 +80,8 @@ def test_rows_of_a_stack_keep_their_numbers(run: Run, tmp_path: Path, rng: np.ra
         ["-o", "o.npy", "-a", "o.npy.fusecli"],
         ["-o", "out", "--overwrite", "--retry-failed"],
         ["-o", "out", "--dtype", "bfloat16"],
+        ["-o", "out.npz"],
+        ["-o", "out", "-a", "att.SAFETENSORS"],
         ["-o", "out", "--shard", "1/" + "9" * 5000],
         ["-o", "pipe.npy"],
     ],

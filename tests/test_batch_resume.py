@@ -84,11 +84,14 @@ def test_other_weights_or_options_are_refused(run: Run, many: Any, tmp_path: Pat
 def test_retry_failed_takes_only_those(run: Run, many: Any, tmp_path: Path) -> None:
     good = (tmp_path / "txt" / "b.npy").read_bytes()
     (tmp_path / "txt" / "b.npy").write_bytes(good[:-3])
+    gone = tmp_path / "txt" / f"{IDS[-1]}.npy"
+    gone.rename(tmp_path / "away")
     batch(run, "img", "txt", "-o", "out", "--limit", 4, code=4)
     (tmp_path / "txt" / "b.npy").write_bytes(good)
+    (tmp_path / "away").rename(gone)
     told = statuses(batch(run, "img", "txt", "-o", "out", "--retry-failed", "--json"))
-    assert [id for id, status in told.items() if status == "fused"] == ["b"]
-    assert len(results(tmp_path / "out")) == 4
+    assert sorted(id for id, status in told.items() if status == "fused") == sorted(["b", IDS[-1]])
+    assert len(results(tmp_path / "out")) == 5
     assert len(statuses(batch(run, "img", "txt", "-o", "out", "--json"))) == len(IDS)
     assert results(tmp_path / "out") == expected(run, tmp_path)
 

@@ -90,6 +90,10 @@ class History:
                 self._add(id, before[0] if attention else piece, piece if attention else before[1])
         self._sort()
 
+    def undone(self, id: str) -> bool:
+        """Whether a pair has failed, or lacked a side when it was last looked for."""
+        return id in self.failed or (id in self.missing and self.pieces(id) is None)
+
     def _take(self, record: dict[str, Any]) -> None:
         if isinstance(record.get("run"), dict):
             self.run = record["run"]

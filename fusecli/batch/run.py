@@ -222,7 +222,7 @@ def look(request: Request, pairs: Pairs) -> tuple[int, int, int]:
     history = History.read(state_folder(request.output)) if not request.overwrite else History()
     require_same_run(history.run, request.run_facts(), request.output)
     done = sum(history.pieces(id) is not None for id in pairs.ids)
-    bad = sum(id in history.failed for id in pairs.ids)
+    bad = sum(map(history.undone, pairs.ids))
     todo = bad if request.retry_failed else len(pairs.ids) - done
     return done, bad, todo if request.limit is None else min(todo, request.limit)
 
@@ -276,13 +276,13 @@ def _feed(request: Request, pairs: Pairs | Manifest, history: History, job: Job)
     def keep(id: str) -> Outcome | None:
         pieces = history.pieces(id)
         done = pieces is not None and _is_there(job, id, *pieces)
-        if done or (request.retry_failed and id not in history.failed):
+        if done or (request.retry_failed and not history.undone(id)):
             return Outcome(id, "skipped", {})
         return None
 
     if isinstance(pairs, Manifest):
         return StreamFeed(pairs, 0, request.shard, keep, request.limit)
-    ids = [id for id in pairs.ids if id in history.failed] if request.retry_failed else pairs.ids
+    ids = list(filter(history.undone, pairs.ids)) if request.retry_failed else pairs.ids
     return ListFeed(pairs, ids, keep, item_size(len(ids), request.workers), request.limit)
 
 

@@ -28,6 +28,9 @@ from fusecli.cli.options import (
     to_grid,
 )
 
+#: Suffixes that tell of a file that is meant, where there would be a folder of that name.
+MISTAKEN = (".npy", ".safetensors", ".safetensor", ".npz", ".pt", ".pth", ".bin", ".h5", ".parquet")
+
 
 def batch(
     images: Annotated[
@@ -76,7 +79,9 @@ def batch(
         str | None, typer.Option(metavar="I/N", help="Do the I-th of N parts, from 1: for job arrays.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=0, metavar="N", help="Do at most N pairs.")] = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Do only what has failed before.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Do only what failed, or lacked a side, before.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start afresh, whatever is done.")] = False,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Ids that only one side has are no failure.")
@@ -245,6 +250,9 @@ def _check_output(path: str, inputs: set[str], folders: list[str]) -> None:
         raise UsageError("output is also an input", where=path, hint=elsewhere)
     if os.path.isdir(path):
         return
+    if os.path.splitext(path)[1].lower() in MISTAKEN and not path.endswith(SUFFIXES):
+        wanted = "a folder, .safetensors or .npy"
+        raise UsageError("cannot be written", where=path, found=os.path.splitext(path)[1], wanted=wanted)
     if os.path.exists(path) and not (path.endswith(SUFFIXES) and os.path.isfile(path)):
         raise UsageError("is a file or a pipe", where=path, wanted="a folder, .safetensors or .npy")
     if path.endswith(SUFFIXES) and real.startswith(tuple(folders)):

@@ -338,7 +338,9 @@ def _drawn(labelled: bool, feature_dim: int | None, seed: int, options: dict[str
 
 def _show(result: Any, output: str, quiet: bool) -> None:
     facts = result.facts()
-    note(f"{output}: weights of epoch {facts['best_epoch']}, {facts['fingerprint']}", quiet)
+    best = facts["best_epoch"]
+    what = f"weights of epoch {best}" if best else "the weights that it began with: no epoch was clearly better"
+    note(f"{output}: {what}; fingerprint {facts['fingerprint']}", quiet)
     note(f"{facts['held_out']:,} held-out pairs:  {facts['score']}  95% interval", quiet)
     for row in facts["table"]:
         note(f"  {row['features']:24} {row['score']:6.3f}   {row['low']:.3f} to {row['high']:.3f}", quiet)

@@ -37,6 +37,8 @@ def read_labels(path: str, column: str = "label") -> dict[str, str]:
                 if id in labels:
                     raise FileError("an id twice", where=f"{path}, line {reader.line_num}", found=id)
                 labels[id] = label
+    except FileNotFoundError:
+        raise FileError("no such file", where=path) from None
     except OSError as error:
         raise FileError("cannot be read", where=path, found=error.strerror) from None
     except csv.Error as error:

@@ -128,7 +128,7 @@ def begin(output: str, resume: bool, overwrite: bool) -> None:
     state = beside(output, STATE)
     there = os.path.exists(state)
     if resume and not there:
-        raise UsageError("no unfinished run to go on with", where=state, hint="leave out --resume")
+        raise UsageError("no unfinished run to go on with", where=state, hint="leave out --resume to start afresh")
     if there and not resume and not overwrite:
         raise UsageError("there is an unfinished run", where=state, hint="--resume or --overwrite")
 
