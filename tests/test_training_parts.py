@@ -1,0 +1,193 @@
+"""What a training is made of: features and batches, heads, schedule, intervals."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fusecli
+from fusecli import checkpoint
+from fusecli.errors import TrainingError
+from fusecli.training import loop, table
+from fusecli.training.data import batches, part_of, read
+from fusecli.training.loop import _rate
+from fusecli.training.match import Match, Moments, _moments, canonical
+from fusecli.training.objective import Classes
+from fusecli.training.represent import Fusion, Means
+
+D = 16
+
+
+def _drawn(tmp_path: Path, pairs: int = 500) -> Any:
+    from fusecli.collections import open_collection
+
+    rng = np.random.default_rng(1)
+    from safetensors.numpy import save_file
+
+    for side, most in (("i", 300), ("t", 60)):
+        rows = rng.integers(1, most, pairs)
+        save_file(
+            {f"{k}": rng.standard_normal((n, 8)).astype(np.float16) for k, n in enumerate(rows)},
+            tmp_path / f"{side}.safetensors",
+        )
+    images, texts = (open_collection(str(tmp_path / f"{side}.safetensors")) for side in "it")
+    return read(list(images), lambda name: (images.place(name), texts.place(name)), str(tmp_path), 0.1, 0.2), images
+
+
+def test_features_are_read_as_they_are_and_padded_with_zeros(tmp_path: Path) -> None:
+    data, images = _drawn(tmp_path, 20)
+    from fusecli.places import features_at
+
+    for at, id in enumerate(data.ids):
+        assert (data.images[at] == features_at(images.place(id), "image").read()).all()
+    block, mask = data.images.padded([0, 3])
+    assert (block[~mask] == 0).all()
+    assert mask.sum(1).tolist() == [data.images.length(0), data.images.length(3)]
+    np.testing.assert_allclose(data.texts.means()[2], data.texts[2].astype(np.float64).mean(0), rtol=1e-5)
+    assert sorted(os.listdir(tmp_path)) == ["i.safetensors", "t.safetensors"]
+
+
+def _padding(data: Any, made: list[list[int]]) -> float:
+    real = full = 0
+    for batch in made:
+        for side in (data.images, data.texts):
+            lengths = [side.length(at) for at in batch]
+            real += sum(lengths)
+            full += max(lengths) * len(lengths)
+    return 1 - real / full
+
+
+@pytest.mark.parametrize("count", [2, 8, 9, 10, 17, 65, 321])  # of nine, one would be alone
+def test_batches_hold_every_pair_once_and_none_alone(tmp_path: Path, count: int) -> None:
+    data, _ = _drawn(tmp_path)
+    train = data.parts["train"][:count]
+    made = batches(data, train, 8, torch.Generator().manual_seed(0))
+    assert sorted(at for batch in made for at in batch) == train
+    assert min(map(len, made)) > 1
+
+
+def test_batches_are_drawn_with_little_padding(tmp_path: Path) -> None:
+    data, _ = _drawn(tmp_path)
+    train = data.parts["train"]
+    made = batches(data, train, 8, torch.Generator().manual_seed(0))
+    assert _padding(data, made) < 0.15
+    assert made != batches(data, train, 8, torch.Generator().manual_seed(1))
+
+
+def test_parts_are_by_id_alone() -> None:
+    ids = [f"folder/{k}" for k in range(5000)]
+    parts = [part_of(id, 0.1, 0.2) for id in ids]
+    assert parts == [part_of(id, 0.1, 0.2) for id in ids]
+    assert abs(parts.count("held-out") / 5000 - 0.2) < 0.02
+    assert abs(parts.count("validation") / 5000 - 0.1) < 0.02
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    rates = [_rate(100, step) for step in range(101)]
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert max(rates) == 1
+    assert rates[-1] < 1e-6
+
+
+def test_intervals() -> None:
+    row = table.row("x", torch.tensor([1.0] * 8 + [0.0] * 2))
+    assert (round(row.low, 3), round(row.high, 3)) == (0.490, 0.943)  # Wilson 1927
+    low, high = table.resampled(torch.randn(400, generator=torch.Generator().manual_seed(0)))
+    assert -0.2 < low < 0 < high < 0.2
+
+
+def test_equal_scores_are_no_hits(tmp_path: Path) -> None:
+    data, _ = _drawn(tmp_path, 30)
+
+    objective = Match(8)
+    represent = Means(data, text=True, image=False)
+    torch.manual_seed(0)
+    measured = objective.measure(objective.head(8), represent, data, list(range(30)))
+    assert measured.score == 0
+
+
+def test_a_head_is_found_on_one_thread(rng: np.random.Generator) -> None:
+    """Threads that meet thousands of times wait for each other where something else runs."""
+    seen = set()
+
+    class Watched(Classes):
+        def loss_of(self, *args: Any, **options: Any) -> torch.Tensor:
+            seen.add(torch.get_num_threads())
+            return super().loss_of(*args, **options)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        objective = Watched(torch.arange(12) % 2, ["a", "b"], 0.0, 0.0, None)
+        data: Any = SimpleNamespace(parts={"train": list(range(8)), "validation": list(range(8, 12))})
+        objective._fitted(torch.from_numpy(rng.standard_normal((12, D)).astype(np.float32)), data)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {1}
+
+
+def test_best_weights_are_kept_when_a_later_epoch_diverges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, _ = _drawn(tmp_path, 60)
+    objective = Classes(torch.arange(60) % 2, ["a", "b"], 0.0, 0.0, None)
+    settings = loop.Settings(epochs=9, batch_size=16, lr=0.0, weight_decay=0.0, patience=9, seed=0, device="cpu")
+    step = loop._Run._step
+    told: list[Any] = []
+    monkeypatch.setattr(loop._Run, "_step", lambda self, batch: math.nan if told else step(self, batch))
+    kept = []
+    keeper: Any = SimpleNamespace(best=lambda fusion, head, progress: kept.append(progress.best_epoch), state=id)
+    listener: Any = SimpleNamespace(step=lambda *_: None, epoch=told.append)
+    with pytest.raises(TrainingError, match=r"best weights are kept, of epoch 1.*") as error:
+        loop.fit(Fusion(fusecli.init(8, 2)), loop.Lesson(objective, data, settings), keeper, listener, 100.0)
+    assert "epoch 2, step 1 of " in str(error.value)
+    assert kept == [1]
+
+
+def test_a_head_is_made_of_canonical_correlations(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((200, 6))
+    y = x[:, :3] @ rng.standard_normal((3, 4)) + rng.standard_normal((200, 4))
+    x, y = x - x.mean(0), y - y.mean(0)
+    # Björck and Golub 1973: cosines between the subspaces that the columns span.
+    expected = np.linalg.svd(np.linalg.qr(x)[0].T @ np.linalg.qr(y)[0])[1]
+    of_x, of_y, cross = (torch.from_numpy(z) for z in (x.T @ x, y.T @ y, x.T @ y))
+    ours, theirs = canonical(of_x, of_y, cross, 1e-12, 4)
+    left, right = x @ ours.numpy().T, y @ theirs.numpy().T
+    for side, other, power in ((left, left, 1), (right, right, 1), (left, right, 2)):
+        np.testing.assert_allclose(side.T @ other, np.diag(expected**power), atol=1e-8)
+
+
+def test_small_differences_between_large_numbers_count(rng: np.random.Generator) -> None:
+    x = torch.from_numpy(1e8 + rng.standard_normal((300, 3)))
+    moments = Moments(2, 1)
+    for part in (x[:100], x[100:]):
+        moments.add(part[:, :2], part[:, 2:])
+    seen, told, cross = moments.covariances()
+    expected = np.cov(x.numpy().T, bias=True)
+    for found, wanted in ((seen, expected[:2, :2]), (told, expected[2:, 2:]), (cross, expected[:2, 2:])):
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    np.testing.assert_allclose(torch.cat(moments.means()), x.mean(0), rtol=1e-14)
+
+
+def test_a_head_is_made_beside_the_texts_of_other_pairs(tmp_path: Path) -> None:
+
+    data, _ = _drawn(tmp_path)
+    moments = _moments(Means(data, text=True, image=False), data, data.parts["train"])
+    seen, told, cross = moments.covariances()
+    assert torch.allclose(seen, told)
+    assert cross.norm() < 0.1 * told.norm()
+
+
+def test_a_fusion_that_only_repeats_the_text_matches_nothing(tmp_path: Path) -> None:
+
+    data, _ = _drawn(tmp_path, 300)
+    weights = checkpoint.init(8, 2, method="gated", gate="tanh")  # shut
+    measured, _ = Match(8).judge(Fusion(weights, learned=False), data)
+    assert measured.score == 0
