@@ -108,6 +108,7 @@ def test_a_run_that_goes_on_does_not_choose_its_start_again(tmp_path: Path) -> N
     _files(tmp_path).begin(False, start=1)
     assert _best(starts, _begun_with(str(tmp_path / "f.safetensors"))) == 1
     assert _begun_with(str(tmp_path / "none.safetensors")) is None
+    assert _best(starts[:1], 1) == 0  # another command, as will be told: there is but one start now
 
 
 def test_rows_that_belong_to_other_pairs_are_other_features(tmp_path: Path) -> None:

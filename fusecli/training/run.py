@@ -207,8 +207,10 @@ class _Start:
 
 def _best(starts: list[_Start], begun: int | None) -> int:
     """Which one has the lowest loss, or a run has ``begun`` with; a lone one is not judged."""
-    if len(starts) == 1 or begun in range(len(starts)):
-        return begun or 0
+    if len(starts) == 1:
+        return 0
+    if begun is not None and begun in range(len(starts)):
+        return begun
     return min(range(len(starts)), key=lambda which: starts[which].loss)
 
 
