@@ -23,6 +23,7 @@ from fusecli.batch.job import Job, Options, Task
 from fusecli.batch.store import FolderStore
 from fusecli.batch.worker import LARGE
 from fusecli.collections import Place
+from fusecli.locks import alone_in
 from fusecli.pairs import find_features
 from fusecli.path import Output, Pair, fuse_pair, to_file
 from tests.batches import IDS, D, as_npy, batch, expected, results, statuses
@@ -64,7 +65,7 @@ def test_large_texts_are_shared_by_threads_and_stay_the_same(
     task = Task("a", Place(f"{tmp_path}/img/a.npy"), Place(f"{tmp_path}/txt/a.npy"))
     with contextlib.suppress(IndexError):  # nothing has been written
         worker.work(job, [task])
-    with worker._only_large(str(tmp_path)) as alone, contextlib.suppress(IndexError):
+    with alone_in(str(tmp_path)) as alone, contextlib.suppress(IndexError):
         assert alone
         worker.work(job, [task])
     assert threads == [2, 1]

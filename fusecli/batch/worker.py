@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import errno
-import fcntl
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -19,6 +16,7 @@ from fusecli.batch.store import FolderStore, PartStore, Piece
 from fusecli.collections import Place
 from fusecli.errors import FusecliError, OutputError
 from fusecli.formats import NumpyArray, Stored
+from fusecli.locks import alone_in
 from fusecli.methods import Met, one_row_is_enough, single_rows
 from fusecli.pairs import compute_dtype_of, read_finite, require_width
 from fusecli.path import Output, Pair, Seconds, fuse_pair
@@ -105,7 +103,8 @@ def fuse_task(
     output = _output(job, task.id, pieces, dumps)
     large = job.threads > 1 and text.nbytes >= LARGE
     try:
-        with _only_large(job.folder) if large else NOT_LARGE as alone:
+        # With threads in all workers that are at large texts, memory would not stay in bounds.
+        with alone_in(job.folder) if large else NOT_LARGE as alone:
             output = output._replace(threads=job.threads) if alone else output
             seconds = fuse_pair(job.weights, Pair(image, text, row, met), output, job.to_device).seconds
     except Exception as error:
@@ -134,23 +133,6 @@ def _output(job: Job, id: str, pieces: list[Piece], dumps: list[Piece]) -> Outpu
         finite=not job.options.allow_nonfinite,
         gate=isinstance(job.attention, FolderStore) and job.attention.gate,
     )
-
-
-@contextmanager
-def _only_large(folder: str) -> Iterator[bool]:
-    """Whether no other worker is at a large text: with threads in all of them, memory would not stay in bounds.
-
-    The lock is on the folder with the state of the run, and the system takes it back if the worker dies.
-    """
-    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        yield False
-    else:
-        yield True
-    finally:
-        os.close(fd)
 
 
 def failure(id: str, error: Exception) -> Outcome:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import math
 import os
@@ -25,6 +24,7 @@ from fusecli.heatmap.maps import colours, entropy, on_grid, shades
 from fusecli.heatmap.page import as_json, filled, page, with_links
 from fusecli.heatmap.picture import SUFFIXES, as_jpeg, fitted, for_page, grey, load_picture, panel_size
 from fusecli.heatmap.view import look_at, require_map
+from fusecli.locks import alone_in
 
 #: What tells a report of ours from other folders, in its index.
 MARK = b'content="fusecli report"'
@@ -84,44 +84,29 @@ def write_report(
     pictures = _pictures(images) if images else {}
     hidden = f"{os.path.dirname(target)}/.{os.path.basename(target)}.fusecli-"
     building = f"{hidden}{os.getpid()}"
-    held = -1
     try:
         os.mkdir(building)
-        held = _held(building)
-        for name in ("/pairs", "/thumbs"):
-            os.mkdir(building + name)
-        done = _write_all(dumps, building, wanted, pictures, (fit, scale), counted)
-        _put_in_place(building, target)
+        with alone_in(building):  # so that no other report takes it for litter
+            for name in ("/pairs", "/thumbs"):
+                os.mkdir(building + name)
+            done = _write_all(dumps, building, wanted, pictures, (fit, scale), counted)
+            _put_in_place(building, target)
     except OSError as error:
         raise OutputError("cannot be written", where=output, found=error.strerror or str(error)) from error
     finally:
         with _undisturbed():
             for left in (building, _old(building)):
                 shutil.rmtree(left, ignore_errors=True)
-            if held >= 0:
-                os.close(held)
     _remove_litter(hidden)
     return done
-
-
-def _held(folder: str) -> int:
-    """A descriptor that says that somebody is at work in ``folder``; the system closes it if that one is killed."""
-    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
 
 
 def _remove_litter(hidden: str) -> None:
     """Remove what killed runs have left of reports in this place; their folders' names begin with ``hidden``."""
     for left in glob.glob(f"{glob.escape(hidden)}*"):
-        with contextlib.suppress(OSError):
-            fd = _held(left)
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(fd)
+        with contextlib.suppress(OSError), alone_in(left) as alone:
+            if alone:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager
