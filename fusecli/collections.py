@@ -21,7 +21,7 @@ from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 from fusecli.errors import FileError, ShapeError, UsageError
-from fusecli.formats import FORMATS, Source, Stored, open_source, open_tensors, safetensors, sniff
+from fusecli.formats import FORMATS, Source, Stored, has_names, open_source, open_tensors, safetensors, sniff
 
 SUFFIXES = tuple(suffix for module in FORMATS.values() for suffix in module.SUFFIXES)
 
@@ -52,7 +52,7 @@ class Place(NamedTuple):
 
 def key_for(path: str, key: str | None) -> str | None:
     """``key`` for a file that has room for one; beside such files there may be others, of one array without a name."""
-    return key if path.lower().endswith(safetensors.SUFFIXES) else None
+    return key if has_names(path) else None
 
 
 class Collection(Protocol):

@@ -14,7 +14,7 @@ import numpy as np
 
 from fusecli.arrays import Array, cast, first_nonfinite, to_numpy
 from fusecli.errors import OutputError
-from fusecli.formats import FileSource, NumpyArray, Sink, Stored, format_of, itemsize, open_sink
+from fusecli.formats import FileSource, NumpyArray, Sink, Stored, format_of, has_names, itemsize, open_sink
 from fusecli.fusion import Seen, fuse_together, pairs_together
 from fusecli.methods import Met, adds_one_row, one_row_is_enough, single_rows
 from fusecli.pairs import compute_dtype_of, read_finite, require_width
@@ -45,7 +45,7 @@ class Output(NamedTuple):
 
 def takes_gate(weights: Weights, path_or_suffix: str) -> bool:
     """Whether attention that is written there has the gates beside it: where there are gates, and names."""
-    return weights.config.method == "gated" and path_or_suffix.lower().endswith(".safetensors")
+    return weights.config.method == "gated" and has_names(path_or_suffix)
 
 
 def gate_of(shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:

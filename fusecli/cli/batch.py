@@ -250,9 +250,9 @@ def _check_output(path: str, inputs: set[str], folders: list[str]) -> None:
         raise UsageError("output is also an input", where=path, hint=elsewhere)
     if os.path.isdir(path):
         return
-    if os.path.splitext(path)[1].lower() in MISTAKEN and not path.endswith(SUFFIXES):
-        wanted = "a folder, .safetensors or .npy"
-        raise UsageError("cannot be written", where=path, found=os.path.splitext(path)[1], wanted=wanted)
+    suffix = os.path.splitext(path)[1]
+    if suffix.lower() in MISTAKEN and suffix not in SUFFIXES:
+        raise UsageError("cannot be written", where=path, found=suffix, wanted="a folder, .safetensors or .npy")
     if os.path.exists(path) and not (path.endswith(SUFFIXES) and os.path.isfile(path)):
         raise UsageError("is a file or a pipe", where=path, wanted="a folder, .safetensors or .npy")
     if path.endswith(SUFFIXES) and real.startswith(tuple(folders)):

@@ -89,7 +89,7 @@ def fuse(
     from fusecli import pairs, path
     from fusecli.arrays import cores
     from fusecli.errors import OutputError, UsageError
-    from fusecli.formats import is_stream
+    from fusecli.formats import has_names, is_stream
 
     started = time.perf_counter()
     output = "-" if output in STDOUT else output
@@ -108,7 +108,7 @@ def fuse(
         _tell_of_one_row(loaded.config, quiet)
     gate = attention is not None and path.takes_gate(loaded, attention)
     told = None
-    if attention and attention.lower().endswith(".safetensors"):
+    if attention and has_names(attention):
         shape = (stored_text.shape[0], stored_image.shape[0])
         told = _metadata(loaded, attention_mean, tokens, size, pairs.pair_id(image, text), shape)
     form = path.Output(
@@ -172,6 +172,7 @@ def _tell_of_one_row(config: Any, quiet: bool) -> None:
 def check_attention_options(attention: str | None, given: dict[str, Any]) -> None:
     """Raise `UsageError` if options ``given`` by name say something of ``attention`` that it cannot hold."""
     from fusecli.errors import UsageError
+    from fusecli.formats import has_names
 
     for name, value in {"attention": attention, "tokens": given["tokens"]}.items():
         if value == "":  # often a variable of the shell that is not set
@@ -179,7 +180,7 @@ def check_attention_options(attention: str | None, given: dict[str, Any]) -> Non
     for name, value in given.items():
         if value and attention is None:
             raise UsageError("needs attention to be written", where=f"--{name}", hint="add --attention OUT")
-        if value and name in ("tokens", "grid") and not str(attention).lower().endswith(".safetensors"):
+        if value and name in ("tokens", "grid") and not has_names(str(attention)):
             hint = f"write .safetensors, or give --{name} to fusecli show"
             raise UsageError("only .safetensors has room for it", where=f"--{name}", found=attention, hint=hint)
         if value == "bfloat16" and str(attention).lower().endswith(".npy"):

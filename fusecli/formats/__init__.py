@@ -38,6 +38,7 @@ __all__ = [
     "Stored",
     "as_bytes",
     "format_of",
+    "has_names",
     "is_stream",
     "itemsize",
     "npy",
@@ -91,6 +92,11 @@ def tensors_of(source: Source) -> dict[str, Stored]:
     """The same for a file that is open."""
     tensors: dict[str, Stored] = FORMATS[sniff(source)].open_tensors(source)
     return tensors
+
+
+def has_names(path_or_suffix: str) -> bool:
+    """Whether a file called so has names for its arrays, and room for what it says of itself."""
+    return path_or_suffix.lower().endswith(safetensors.SUFFIXES)
 
 
 def format_of(path: str, wanted: str | None = None) -> ModuleType:
