@@ -234,7 +234,7 @@ def cut(x: Array, at: int, axis: int = 0) -> tuple[Array, Array]:
 
     Slices of a tensor would each have a gradient as large as the whole, mostly zeros.
     """
-    first, rest = x.split([at, x.shape[axis] - at], axis) if is_torch(x) else np.split(x, [at], axis)
+    first, rest = x.split_with_sizes([at, x.shape[axis] - at], axis) if is_torch(x) else np.split(x, [at], axis)
     return first, rest
 
 

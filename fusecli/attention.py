@@ -23,7 +23,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache, cached_property, lru_cache, partial
-from typing import Any
 
 from fusecli.arrays import Array, cast, contiguous, cut, dtype_name, is_torch, joined, namespace, needs_grad, ones
 from fusecli.functional import THIN, dot, exp_and_sums, largest, linear, products_beside, range_of
@@ -178,7 +177,7 @@ def meet(text: Array, side: ImageSide, *, need_weights: bool = False) -> tuple[A
         The fused rows ``[N, D]`` and, if asked for, the attention weights ``[H, N, M]``.
     """
     if side.plan.scores is side.plan.values is Order.DIRECT:
-        return _meet_by_heads(text, side, need_weights)
+        return (_meet_at_once if is_torch(text) else _meet_by_heads)(text, side, need_weights)
     scores = side.keys.scores(text)  # [H, N, M]
     exact = partial(_exact_scores, text, side)
     weights, total = _softmax(scores, side.keys.order, text, exact)  # [H, N, M], [H, N, 1]
@@ -197,27 +196,48 @@ def _exact_scores(text: Array, side: ImageSide) -> Array:
 
 def _meet_by_heads(text: Array, side: ImageSide, need_weights: bool) -> tuple[Array, Array | None]:
     # A few heads at a time, so that their scores are still in the cache when the values are taken.
-    n, m, heads = text.shape[-2], side.image.shape[-2], side.num_heads
+    (n, m), heads = (len(text), len(side.image)), side.num_heads
     query = side.keys.queries(text)  # [H, N, d]
-    step = heads if is_torch(text) else max(1, TILE // (n * m))
+    step = max(1, TILE // (n * m))
     mixed, dump = [], []
 
     @cache  # for all heads that need it
     def exact_query() -> Array:
         return side.keys.exact.queries(cast(text, "float64"))  # [H, N, d]
 
-    def exact_scores(some: Any) -> Array:
-        return _masked(dot(exact_query()[some], side.keys.exact.rows[some].mT), side.mask)  # [h, N, M]
+    def exact_scores(some: slice) -> Array:
+        return dot(exact_query()[some], side.keys.exact.rows[some].mT)  # [h, N, M]
 
     for start in range(0, heads, step):
-        some = (..., slice(start, start + step), slice(None), slice(None))
-        scores = _masked(dot(query[some], side.keys.rows[some].mT), side.mask)  # [h, N, M]
+        some = slice(start, start + step)
+        scores = dot(query[some], side.keys.rows[some].mT)  # [h, N, M]
         weights, total = _softmax(scores, Order.DIRECT, text, partial(exact_scores, some))  # [h, N, M], [h, N, 1]
         if need_weights:
             dump.append(weights / total)
-        mixed.append((dot(weights, side.values[some]) / total).swapaxes(-3, -2))  # [N, h, d]
-    beside = joined(mixed, -2).reshape(*text.shape[:-1], -1)  # [N, D]
-    return _finish(beside, side.maps.out.mT, side), joined(dump, -3) if need_weights else None
+        mixed.append((dot(weights, side.values[some]) / total).swapaxes(0, 1))  # [N, h, d]
+    beside = joined(mixed, 1).reshape(n, -1)  # [N, D]
+    return _finish(beside, side.maps.out.mT, side), joined(dump, 0) if need_weights else None
+
+
+def _meet_at_once(text: Array, side: ImageSide, need_weights: bool) -> tuple[Array, Array | None]:
+    # By torch, all heads of all pairs of a batch.
+    def answer(weights: Array) -> tuple[Array, Array | None]:
+        mixed = (weights @ side.values).swapaxes(-3, -2)  # [N, H, d]
+        fused = _finish(mixed.reshape(*text.shape[:-1], -1), side.maps.out.mT, side)  # [N, D]
+        return fused, weights if need_weights else None
+
+    scores = side.keys.scores(text)  # [H, N, M]
+    weights = _torch_softmax(_masked(scores, side.mask), text)
+    answered = answer(weights)
+    if _is_coarse(scores):
+        # Whether float32 did is asked last: a GPU has the rest to do while this waits for the answer.
+        peaks = namespace(scores).linalg.vector_norm(scores, math.inf, (-3, -2, -1))  # []; of a batch [B]
+        if not peaks.max() < LARGE_DIRECT:
+            exact = _masked(side.keys.exact.scores(cast(text, "float64")), side.mask)
+            # What one pair needs changes no number of another.
+            good = (peaks < LARGE_DIRECT)[..., None, None, None]
+            return answer(namespace(weights).where(good, weights, _torch_softmax(exact, text)))
+    return answered
 
 
 def _masked(scores: Array, mask: Array | None) -> Array:
@@ -263,10 +283,15 @@ def _finish(mixed: Array, out: Array, side: ImageSide) -> Array:
 # Beyond some size float32 was seen to lose more than twice what the reference loses (drawn shapes, norms to
 # 90), so the scores are computed again in float64. The orders that leave one side unprojected round more, and
 # get there at 3. For the direct order it is 40 and more, where exp itself still works without subtracting the
-# row's maximum: so nothing is subtracted, and the row sums, between exp(max) and M exp(max), tell. (Not so for the
+# row's maximum: so NumPy subtracts nothing, and the row sums, between exp(max) and M exp(max), tell. (Not so for the
 # half precision of a module: there exp soon overflows, or loses its digits below 6e-5.)
 LARGE_SCORE = 3.0
 LARGE_TOTAL = 1e20
+LARGE_DIRECT = math.log(LARGE_TOTAL)
+
+
+def _is_coarse(scores: Array) -> bool:
+    return dtype_name(scores) == "float32" and not needs_grad(scores)
 
 
 def _softmax(scores: Array, order: Order, text: Array, exact: Callable[[], Array]) -> tuple[Array, Array]:
@@ -275,27 +300,26 @@ def _softmax(scores: Array, order: Order, text: Array, exact: Callable[[], Array
     Overwrites ``scores``. Where float32 does not do, ``exact`` gives them in float64. The result has the dtype of
     ``text``.
     """
-    if dtype_name(scores) != "float32" or needs_grad(scores):
+    if not _is_coarse(scores):
         return _shifted_softmax(scores, text)
     if order is not Order.DIRECT and not largest(scores) <= LARGE_SCORE:
         return _shifted_softmax(exact(), text)
     weights, total = exp_and_sums(scores)
-    if total.ndim > 3:  # a batch: what one pair needs changes no number of another
-        good = ((total > 1 / LARGE_TOTAL) & (total < LARGE_TOTAL)).all(axis=(-3, -2, -1), keepdims=True)
-        if not good.all():
-            others, where = _shifted_softmax(exact(), text), namespace(total).where
-            return where(good, weights, others[0]), where(good, total, others[1])
-        return weights, total
     low, high = range_of(total)
     return (weights, total) if low > 1 / LARGE_TOTAL and high < LARGE_TOTAL else _shifted_softmax(exact(), text)
 
 
 def _shifted_softmax(scores: Array, text: Array) -> tuple[Array, Array]:
-    if is_torch(scores):  # its gradient is exact where one weight is 1; through exp and sums it would be rounding alone
-        weights = cast(namespace(scores).softmax(scores, -1), dtype_name(text))
+    if is_torch(scores):
+        weights = _torch_softmax(scores, text)
         return weights, ones((1,), weights)
     scores -= scores.max(axis=-1, keepdims=True)
     return exp_and_sums(cast(scores, dtype_name(text)))
+
+
+def _torch_softmax(scores: Array, text: Array) -> Array:
+    # Its gradient is exact where one weight is 1; through exp and sums it would be rounding alone.
+    return cast(namespace(scores).softmax(scores, -1), dtype_name(text))
 
 
 def _split_heads(x: Array, num_heads: int) -> Array:

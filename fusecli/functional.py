@@ -90,7 +90,7 @@ def rows_apart(x: Array, weight: Array) -> Array:
     """``x [B, K] @ weightᵀ`` as ``[B, D]``, where the numbers of a row depend on no other row, nor on ``B``.
 
     A matrix product rounds differently for different numbers of rows. So there are products of one size only,
-    `ROWS_APART` rows, of zeros if need be.
+    `ROWS_APART` rows, of zeros if need be. Not for tensors on the CPU: MKL on many threads was seen to differ.
     """
     b, width = x.shape
     if is_torch(x):
