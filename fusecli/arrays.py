@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -142,9 +142,18 @@ def _is_plain(x: Array) -> bool:
     return (memory != 0 or x.numel() == 0) and torch.autograd.forward_ad.unpack_dual(x).tangent is None
 
 
+#: What a container may use of its processors, where one is limited (cgroups, version 2): microseconds of a period, or
+#: "max", and the period.
+CPU_MAX = "/sys/fs/cgroup/cpu.max"
+
+
 def cores() -> int:
     """How many processors this process may use: of many, a job of a cluster or a container often has some."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError), open(CPU_MAX, encoding="ascii") as file:
+        quota, period = map(int, file.read().split())
+        allowed = min(allowed, max(1, -(-quota // period)))
+    return allowed
 
 
 def import_torch() -> Any:

@@ -84,7 +84,7 @@ class Folder:
 
     root: str
     key: str | None = None
-    _suffixes: dict[str, str] = field(default_factory=dict)  # id: what follows it; "" where it is in doubt
+    _suffixes: dict[str, str] = field(default_factory=dict)  # id: what follows it, or all that do with | between
     _links: list[str] = field(default_factory=list)
 
     @classmethod
@@ -102,7 +102,7 @@ class Folder:
             for path in _walk(root, without, links):
                 stem, dot, ending = path.rpartition(".")
                 if (suffix := dot + ending).lower() in SUFFIXES:
-                    found[stem] = "" if stem in found else suffix
+                    found[stem] = f"{found[stem]}|{suffix}" if stem in found else suffix
             return cls(root, key, {id: found[id] for id in sorted(found)}, links)
         match = matcher(pattern)
         for path in _walk(root, without, links):
@@ -123,15 +123,15 @@ class Folder:
     def place(self, id: str) -> Place:
         """See `Collection`."""
         suffix = self._suffixes[id]
-        if not suffix:
-            found = " and ".join(f"{id}{suffix}" for suffix in SUFFIXES)
+        if "|" in suffix:
+            found = " and ".join(f"{id}{each}" for each in sorted(suffix.split("|")))
             raise FileError("two files for one id", where=self.root, found=found, wanted="one of them")
         return Place(f"{self.root}/{id}{suffix}", key_for(suffix, self.key))
 
     def paths(self) -> Iterator[str]:
         """See `Collection`."""
         for id, suffix in self._suffixes.items():
-            for each in [suffix] if suffix else SUFFIXES:
+            for each in suffix.split("|"):
                 yield f"{self.root}/{id}{each}"
 
     def links(self) -> Iterator[str]:

@@ -90,7 +90,16 @@ def test_only_the_cores_that_are_ours_are_counted() -> None:
         assert cores() == 1
     finally:
         os.sched_setaffinity(0, ours)
-    assert cores() == len(ours)
+    assert cores() <= len(ours)
+
+
+@pytest.mark.parametrize(("limit", "most"), [("50000 100000", 1), ("100001 100000", 2), ("max 100000", 99), ("?", 99)])
+def test_a_container_may_have_a_share_of_the_cores(
+    limit: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu.max").write_text(limit)
+    monkeypatch.setattr("fusecli.arrays.CPU_MAX", str(tmp_path / "cpu.max"))
+    assert cores() == min(most, len(os.sched_getaffinity(0)))
 
 
 def test_packed_and_stacked_sides_and_results(run: Run, many: Any, tmp_path: Path) -> None:

@@ -120,7 +120,9 @@ def test_a_tree_cannot_write_over_its_own_branches(run: Run, few: Path) -> None:
     (few / "all" / "x" / "x").mkdir(parents=True)
     for name in ("x/a.npy", "x/x/a.npy"):  # ids a and x/a below all/x: the result of the second is all/x/a.npy
         (few / "all" / name).write_bytes((few / "img" / "a.npy").read_bytes())
-    assert b"would replace" in batch(run, "all/x", "all/x", "-o", "all", code=2).stderr
+    (few / "txt" / "x").mkdir()
+    (few / "txt" / "b.npy").rename(few / "txt" / "x" / "a.npy")
+    assert b"would replace" in batch(run, "all/x", "txt", "-o", "all", code=2).stderr
 
 
 def test_results_among_the_images_are_no_images(run: Run, few: Path) -> None:
@@ -393,8 +395,8 @@ def test_an_empty_name_is_no_place(run: Run, few: Path, empty: list[str]) -> Non
     "options",
     [
         ["i.safetensors", "--image-key", "a", "--text-key", "b"],
-        ["i.safetensors", "i.safetensors", "--image-key", "a"],
-        ["stack.npy", "stack.npy", "--text-key", "b"],
+        ["i.safetensors", "txt", "--image-key", "a"],
+        ["img", "stack.npy", "--text-key", "b"],
         ["stack.npy", "--image-pattern", "{id}.i", "--text-pattern", "{id}.t"],
         ["--manifest", "m.csv", "--image-pattern", "{id}.npy"],
     ],
@@ -405,6 +407,30 @@ def test_what_would_say_nothing_is_refused(run: Run, few: Path, options: list[st
     told = batch(run, *options, "-o", "out", code=2).stderr
     assert b"leave" in told
     assert not (few / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["img", "img"],
+        ["img", "./img/"],
+        ["img"],
+        ["img", "img", "--image-pattern", "{id}.npy", "--text-pattern", "{id}.npy"],
+        ["i.safetensors", "i.safetensors"],
+        ["i.safetensors", "--image-key", "a", "--text-key", "a"],
+    ],
+)
+def test_nothing_is_fused_with_itself(run: Run, few: Path, options: list[str]) -> None:
+    save_file({id: np.ones((2, D), np.float32) for id in "ab"}, few / "i.safetensors")
+    assert b"tells them apart" in batch(run, *options, "-o", "out", code=2).stderr
+    assert not (few / "out").exists()
+
+
+def test_two_files_for_one_id_are_both_named(run: Run, few: Path) -> None:
+    (few / "img" / "a.NPY").write_bytes((few / "img" / "a.npy").read_bytes())
+    done = batch(run, "img", "txt", "-o", "out", "--json", code=4)
+    assert statuses(done) == dict.fromkeys(IDS, "fused") | {"a": "failed"}
+    assert b"a.NPY and a.npy" in done.stdout
 
 
 def test_keys_for_a_whole_folder_or_manifest(run: Run, few: Path) -> None:

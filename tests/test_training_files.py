@@ -166,3 +166,13 @@ def test_heads_of_a_bare_state_dict_can_be_given(run: Run, tmp_path: Path) -> No
     told = run(*command, "w.safetensors", "--num-heads", 4, code=2).stderr.decode()
     assert "--num-heads contradicts" in told
     assert "8 assumed" in run(*command, "bare.safetensors", code=3).stderr.decode()
+
+
+@pytest.mark.parametrize("lacking", ["progress", "facts", "epoch", "log"])
+def test_a_state_that_lacks_something_is_damaged(stopped: Path, lacking: str) -> None:
+    path = stopped / "f.state.pt"
+    state = torch.load(path, weights_only=True)
+    (state if lacking in state else state["progress"]).pop(lacking)
+    torch.save(state, path)
+    with pytest.raises(FileError, match="not the state"):
+        _files(stopped).begin(True)

@@ -175,6 +175,13 @@ class Sources:
     text_pattern: str | None
     tokens: str | None = None
 
+    @property
+    def one_place(self) -> bool:
+        """Whether both sides lie in the same place."""
+        if self.images is None:
+            return False
+        return self.texts is None or os.path.realpath(self.texts) == os.path.realpath(self.images)
+
     def paths(self) -> list[str]:
         """The places that are read."""
         return [path for path in (self.images, self.texts, self.manifest, self.tokens) if path and path != "-"]
@@ -208,9 +215,9 @@ def check_sources(sources: Sources) -> None:
     if sources.manifest is not None and any(patterns.values()):
         hint = "leave out --image-pattern and --text-pattern"
         raise UsageError("a manifest names every id itself", where="--manifest", hint=hint)
-    told_apart = None not in patterns.values() or (sources.image_key and sources.text_key)
-    if sources.manifest is None and sources.texts is None and not told_apart:
-        hint = "give TEXTS too, or --image-pattern '{id}.image.npy' --text-pattern '{id}.text.npy'"
+    apart = (sources.image_pattern, sources.text_pattern), (sources.image_key, sources.text_key)
+    if sources.one_place and not any(image != text and None not in (image, text) for image, text in apart):
+        hint = "give TEXTS of their own, or --image-pattern '{id}.image.npy' --text-pattern '{id}.text.npy'"
         raise UsageError("one place for both sides, and nothing tells them apart", where=sources.images, hint=hint)
     for side, pattern in patterns.items():
         try:

@@ -47,7 +47,7 @@ def read_labels(path: str, column: str = "label") -> dict[str, str]:
 
 
 def _require_columns(columns: Sequence[str], column: str, path: str) -> None:
-    found = ", ".join(map(str, columns))[:200] or "an empty file"
+    found = ", ".join(map(str, columns))[:200] or "nothing in the first line"
     for wanted in ("id", column):
         hint = "name it with --label-column" if wanted == column else None
         if wanted not in columns:

@@ -244,7 +244,8 @@ class _Files:
         try:
             with open(self._state, "rb") as file:
                 state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-            facts = json.loads(state["facts"])
+            facts, progress = dict(json.loads(state["facts"])), state["progress"]
+            _ = progress["epoch"], progress["best_epoch"], [*progress["log"]]
         except Exception:  # torch raises a dozen kinds for a bad file
             raise self.damaged() from None
         other = [name for name in self._facts if json.loads(json.dumps(self._facts[name])) != facts.get(name)]
