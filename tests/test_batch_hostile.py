@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from fusecli.batch.job import Outcome, Task
 from fusecli.batch.local import Pool, Stop
 from fusecli.batch.plan import Shard
 from fusecli.collections import Place
+from fusecli.formats import FileSink
 from tests.batches import D, as_npy, batch, expected, results, statuses
 from tests.conftest import FUSECLI, Run
 
@@ -488,6 +492,137 @@ def test_a_file_of_all_results_is_left_as_it_is_where_nothing_is_new(run: Run, f
         batch(run, "img", "txt", "-o", "out.safetensors", code=4)
         files.append((few / "out.safetensors").stat().st_ino)
     assert files[0] == files[1]
+
+
+LOST = ["the file", "its index", "both", "its bytes"]
+
+
+def _lose(output: Path, what: str) -> None:
+    if what == "its bytes":
+        output.write_bytes(b"junk")
+    if what in ("the file", "both"):
+        output.unlink()
+    if what in ("its index", "both"):
+        (output.parent / f"{output.name}.fusecli" / "fused.index").unlink()
+
+
+@pytest.mark.parametrize("what", LOST)
+def test_results_that_are_lost_do_not_stand_in_the_way(run: Run, few: Path, what: str) -> None:
+    lines = (few / "m.csv").read_bytes().splitlines(keepends=True)
+    batch(run, "--manifest", "-", "-o", "o.safetensors", input=b"".join(lines[:3]))
+    _lose(few / "o.safetensors", what)
+    batch(run, "--manifest", "-", "-o", "o.safetensors", input=lines[0] + lines[3])
+    assert list(load_file(few / "o.safetensors")) == ["c"]
+    batch(run, "img", "txt", "-o", "p.npy")
+    _lose(few / "p.npy", what)
+    batch(run, "img", "txt", "-o", "p.npy", "--limit", 2)
+    assert np.load(few / "p.npy").shape == (2, 3, D)
+
+
+def test_a_run_killed_between_file_and_index_loses_nothing(
+    run: Run, few: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = (few / "m.csv").read_bytes().splitlines(keepends=True)
+    batch(run, "--manifest", "-", "-o", "o.safetensors", input=b"".join(lines[:3]))
+    state = few / "o.safetensors.fusecli"
+    before = (state / "fused.index").read_bytes()
+    batch(run, "--manifest", "-", "-o", "o.safetensors", input=lines[0] + lines[3])
+    (state / "fused.index").rename(state / "fused.new.index")
+    (state / "fused.index").write_bytes(before)
+    batch(run, "--manifest", "-", "-o", "o.safetensors", input=lines[0] + lines[4])
+    assert list(load_file(few / "o.safetensors")) == ["a", "b", "c", "d"]
+
+
+def test_a_file_of_all_results_may_be_a_link_to_another_disk(run: Run, few: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        for name in ("o.safetensors", "a.npy"):
+            (few / name).symlink_to(f"{other}/{name}")
+        batch(run, "img", "txt", "-o", "o.safetensors", "-a", "a.npy")
+        assert sorted(load_file(f"{other}/o.safetensors")) == IDS
+        assert sorted(os.listdir(other)) == ["a.npy", "o.safetensors"]
+
+
+@pytest.mark.parametrize("attention", ["new/deep/a.npy", "new/deep/a"])
+def test_folders_for_attention_are_made(run: Run, few: Path, attention: str) -> None:
+    batch(run, "img", "txt", "-o", "out", "-a", attention)
+    assert (few / attention).exists()
+
+
+@pytest.mark.parametrize("attention", ["att", "att.safetensors"])
+def test_attention_belongs_to_one_output(run: Run, few: Path, attention: str) -> None:
+    one = ["img", "txt", "-o", "one", "-a", attention]
+    other = ["img", "txt", "-o", "other", "-a", attention]
+    batch(run, *one)
+    told = batch(run, *other, code=2).stderr
+    assert b"holds the attention of another output" in told
+    assert b"one/.fusecli" in told
+    batch(run, "img", "txt", "-o", attention, code=2)
+    batch(run, "img", "txt", "-o", "third", "-a", "one", code=2)
+    batch(run, *one)
+    batch(run, *other, "--overwrite")
+    batch(run, *one, code=2)
+    shutil.rmtree(few / "other")
+    batch(run, *one)
+
+
+def test_runs_with_one_file_of_attention_exclude_each_other(run: Run, few: Path) -> None:
+    (few / "a.npy.fusecli").mkdir()
+    with open(few / "a.npy.fusecli" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        told = batch(run, "img", "txt", "-o", "out", "-a", "a.npy", code=1).stderr
+    assert b"another run is writing here" in told
+
+
+def test_rows_of_a_stack_count_what_is_missing(run: Run, few: Path) -> None:
+    (few / "txt" / "c.npy").unlink()
+    batch(run, "img", "txt", "-o", "o.npy", "--allow-missing")
+    assert np.isnan(np.load(few / "o.npy")).any((1, 2)).tolist() == [id == "c" for id in IDS]
+    lines = (few / "m.csv").read_text().splitlines()
+    lines.insert(2, "broken")
+    for place in ("m.csv", "-"):
+        text = "\n".join([*lines[:5], lines[1], lines[5]]) + "\n"
+        (few / "m.csv").write_text(text)
+        batch(run, "--manifest", place, "-o", f"{place}.npy", code=4, input=text.encode())
+    rows = np.load(few / "m.csv.npy")
+    assert np.isnan(rows).any((1, 2)).tolist() == [False, True, False, True, True, False]  # c fails: its text is gone
+    assert len(np.load(few / "-.npy")) == 4
+
+
+def test_a_stream_tried_again_passes_over_what_never_failed(run: Run, few: Path) -> None:
+    lines = (few / "m.csv").read_bytes()
+    done = batch(run, "--manifest", "-", "-o", "new", "--json", "--retry-failed", input=lines)
+    assert done.stdout == b""
+    assert not results(few / "new")
+
+
+def test_a_dry_run_looks_at_files(run: Run, few: Path) -> None:
+    plan = ["batch", "img", "txt", "-w", "w.safetensors", "--dry-run", "-o"]
+    for output, lost in (("out", "out/a.npy"), ("o.npy", "o.npy")):
+        batch(run, "img", "txt", "-o", output)
+        assert b"6 done" in run(*plan, output).stderr
+        (few / lost).unlink()
+        assert (
+            b"6 to do" in run(*plan, output).stderr or b"5 done, 0 failed before, 1 to do" in run(*plan, output).stderr
+        )
+
+
+def test_a_folder_where_a_result_should_go_leaves_no_attention_either(run: Run, few: Path) -> None:
+    (few / "out" / "a.npy" / "z").mkdir(parents=True)
+    batch(run, "img", "txt", "-o", "out", "-a", "att", code=4)
+    assert sorted(results(few / "att")) == IDS[1:]
+
+
+def test_a_value_of_two_lines_gives_no_pair_of_its_rest(run: Run, few: Path) -> None:
+    (few / "m.csv").write_text('id,image,text\n"x\ny",img/a.npy,txt/a.npy\n"b",img/b.npy,txt/b.npy\n')
+    done = batch(run, "--manifest", "m.csv", "-o", "out", "--json", code=4)
+    assert list(results(few / "out")) == ["b"]
+    assert done.stdout.count(b"quotes closed") == 2
+
+
+def test_a_full_disk_is_named() -> None:
+    with open("/dev/full", "wb") as full, pytest.raises(OSError, match="the output") as caught:
+        FileSink("the output", full.fileno()).put(0, b"x" * 99)
+    assert caught.value.filename == "the output"
 
 
 def test_names_that_no_stack_has_and_no_text_can_hold(run: Run, tmp_path: Path) -> None:

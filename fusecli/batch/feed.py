@@ -29,6 +29,7 @@ class Pairs:
     ids: list[str]
     places: Callable[[str], tuple[Place, Place]]  # raises InputError for a pair that cannot be used
     known: list[Outcome] = field(default_factory=list)  # pairs that cannot be done, and why
+    rows: list[str] = field(default_factory=list)  # ids, and "" for lines without one, as a stack of results has them
     inside: set[str] = field(default_factory=set)  # inputs that lie in an output
 
 
@@ -40,7 +41,8 @@ def from_collections(images: Collection, texts: Collection, found: Match, inputs
         for side in (images, texts):
             inputs.see_all(side)
     inside = inputs.found if inputs else set()
-    return Pairs(found.both, lambda name: (images.place(name), texts.place(name)), known, inside)
+    rows = list(images) if found.no_text else found.both
+    return Pairs(found.both, lambda name: (images.place(name), texts.place(name)), known, rows, inside)
 
 
 def from_manifest(reader: Manifest, path: str, shard: Shard | None, inputs: Inputs) -> Pairs:
@@ -49,52 +51,61 @@ def from_manifest(reader: Manifest, path: str, shard: Shard | None, inputs: Inpu
     Raises:
         FileError: it cannot be read, or has no header. A line that makes no sense is an outcome.
     """
-    entries: dict[str, Entry] = {}
-    known: list[Outcome] = []
+    lines = _Lines(reader, shard, inputs)
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
-            for line in lines:
-                _enter(reader, line, shard, entries, known, inputs)
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+            for line in file:
+                lines.take(line)
     except OSError as error:
         raise FileError("cannot be read", where=path, found=error.strerror) from None
-    if not entries and not known and shard is None:
+    entries = lines.entries
+    if not entries and not lines.known and shard is None:
         raise FileError("names no pairs", where=path, wanted="lines with id,image,text")
-    return Pairs(list(entries), lambda name: entries[name][2:], known, inputs.found)
+    return Pairs(list(entries), lambda name: entries[name][2:], lines.known, lines.rows, inputs.found)
 
 
-def _enter(
-    reader: Manifest,
-    line: str,
-    shard: Shard | None,
-    entries: dict[str, Entry],
-    known: list[Outcome],
-    inputs: Inputs | None = None,
-) -> Entry | None:
-    """Take one line: to ``entries``, or to ``known`` if it fails."""
-    try:
-        entry = reader.read(line)
-    except InputError as error:
-        if reader.headless:
-            raise
-        known.append(_bad_line(reader.line, error))
-        return None
-    if entry and inputs:  # those of other parts too
-        inputs.see(entry.image.path)
-        inputs.see(entry.text.path)
-    if entry is None or (shard and not shard.has(entry.id)):
-        return None
-    if entry.id in entries:
-        where = f"{reader.name}, line {entry.line}"
-        found = f"{entry.id}, also in line {entries[entry.id].line}"
-        known.append(_bad_line(entry.line, FileError("an id twice", where=where, found=found)))
-        return None
-    entries[entry.id] = entry
-    return entry
+class _Lines:
+    """What the lines of a manifest come to."""
 
+    def __init__(self, reader: Manifest, shard: Shard | None, inputs: Inputs | None = None) -> None:
+        self._reader, self._shard, self._inputs = reader, shard, inputs
+        self.entries: dict[str, Entry] = {}
+        self.known: list[Outcome] = []  # lines that name no pair
+        self.rows: list[str] = []  # see `Pairs`
 
-def _bad_line(line: int, error: InputError) -> Outcome:
-    outcome = failed(f"line {line}", error)
-    return outcome._replace(facts={"line": line, **outcome.facts})  # what has a line is no pair's id
+    def take(self, line: str) -> Entry | None:
+        """The pair that a line names, if it is a new one of this part.
+
+        Raises:
+            FileError: it should be a header, and is none.
+        """
+        try:
+            entry = self._reader.read(line)
+        except InputError as error:
+            if self._reader.headless:
+                raise
+            self._fail(error)
+            return None
+        if entry and self._inputs:  # those of other parts too
+            self._inputs.see(entry.image.path)
+            self._inputs.see(entry.text.path)
+        if entry is None or (self._shard and not self._shard.has(entry.id)):
+            return None
+        if entry.id in self.entries:
+            where = f"{self._reader.name}, line {entry.line}"
+            found = f"{entry.id}, also in line {self.entries[entry.id].line}"
+            self._fail(FileError("an id twice", where=where, found=found))
+            return None
+        self.entries[entry.id] = entry
+        self.rows.append(entry.id)
+        return entry
+
+    def _fail(self, error: InputError) -> None:
+        line = self._reader.line
+        outcome = failed(f"line {line}", error)
+        # What has a line is no pair's id.
+        self.known.append(outcome._replace(facts={"line": line, **outcome.facts}))
+        self.rows.append("")
 
 
 class _Feed:
@@ -157,18 +168,32 @@ class ListFeed(_Feed):
         """All of them, in their order."""
         return self._pairs.ids
 
+    @property
+    def rows(self) -> list[str]:
+        """See `Pairs`."""
+        return self._pairs.rows
+
 
 class StreamFeed(_Feed):
-    """Items of a manifest on standard input: each line is work as soon as it is there."""
+    """Items of a manifest on standard input: each line is work as soon as it is there (if its id is ``wanted``)."""
 
     total = None
+    rows = None  # what follows nobody knows yet, nor what came in a run before
 
-    def __init__(self, reader: Manifest, fd: int, shard: Shard | None, keep: Keep, limit: int | None) -> None:
+    def __init__(
+        self,
+        reader: Manifest,
+        fd: int,
+        shard: Shard | None,
+        keep: Keep,
+        limit: int | None,
+        wanted: Callable[[str], bool] | None = None,
+    ) -> None:
         super().__init__()
-        self._reader, self._fd, self._shard, self._keep, self._left = reader, fd, shard, keep, limit
-        self._entries: dict[str, Entry] = {}
+        self._fd, self._keep, self._left, self._wanted = fd, keep, limit, wanted
+        self._lines = _Lines(reader, shard)
         self._waiting: deque[Task] = deque()
-        self._rest = b""
+        self._rest = bytearray()  # of a line that has not ended
         self._ended = limit == 0
 
     def take(self) -> Item | None:
@@ -181,20 +206,24 @@ class StreamFeed(_Feed):
     def _read(self) -> None:
         data = os.read(self._fd, 2**16)
         self._ended = not data
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        if self._ended and self._rest:
-            lines, self._rest = [self._rest], b""
+        self._rest += data
+        if data and b"\n" not in data:  # so a line of any length is looked through once
+            return
+        *lines, rest = bytes(self._rest).split(b"\n")
+        self._rest = bytearray(rest)
+        if self._ended and rest:
+            lines = [rest]
         for line in lines:
-            entry = _enter(
-                self._reader, line.decode("utf-8", "surrogateescape"), self._shard, self._entries, self._known
-            )
-            if entry:
+            entry = self._lines.take(line.decode("utf-8", "surrogateescape"))
+            if entry and (self._wanted is None or self._wanted(entry.id)):
                 known = self._keep(entry.id)
                 if known:
                     self._known.append(known)
                 elif self._left != 0:
                     self._waiting.append(Task(entry.id, entry.image, entry.text))
                     self._left = None if self._left is None else self._left - 1
+        self._known += self._lines.known
+        self._lines.known.clear()
         self._ended |= self._left == 0
 
     def ended(self) -> bool:
@@ -208,4 +237,4 @@ class StreamFeed(_Feed):
     @property
     def ids(self) -> list[str]:
         """Those that have come, in their order."""
-        return list(self._entries)
+        return list(self._lines.entries)

@@ -1,7 +1,7 @@
 """Parts become one file: a packed ``.safetensors`` or a stacked ``.npy``.
 
 Beside it lies an index, a JSON line ``[id, shape, dtype, offset]`` a result in order, so that a later run finds
-the results again when the parts are gone.
+the results again when the parts are gone. While the file is replaced there are two, and one of them fits it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import zip_longest
 
 import numpy as np
 
-from fusecli.batch.store import STATE, WHOLE, PartStore, Piece, believed, look_into
+from fusecli.batch.ledger import History
+from fusecli.batch.store import STATE, WHOLE, PartStore, Piece, Store, believed, look_into
 from fusecli.errors import OutputError
 from fusecli.formats import FileSink, NumpyArray, Replacing, Sink, as_bytes, npy, open_sink, open_source, safetensors
 
@@ -22,6 +25,70 @@ from fusecli.formats import FileSink, NumpyArray, Replacing, Sink, as_bytes, npy
 BLOCK = 2**22
 
 Result = tuple[str, Piece | None]
+#: What is still there of a pair's result.
+Held = Callable[[str], Piece | None]
+
+
+def read_history(folder: str, stores: Iterable[Store]) -> History:
+    """What the ledgers say of ``stores``, of fused features and maybe of attention; and where gathered results are."""
+    history = History.read(folder)
+    for number, store in enumerate(stores):
+        if isinstance(store, PartStore):
+            history.move(gathered(store), attention=number == 1)
+    return history
+
+
+def gather_what_is_there(
+    store: PartStore, history: History, attention: bool, ids: list[str], rows: list[str] | None
+) -> None:
+    """Write the file of a store anew, if what is there is not what it holds.
+
+    Args:
+        store: to gather.
+        history: what the ledgers say.
+        attention: whether the store is for that.
+        ids: of this run, in order.
+        rows: the ids that a stack has a row for, ``""`` where nobody knows one; None: ids come in time, and those of
+            runs before it are before them.
+    """
+    store.look_again()
+
+    def held(id: str) -> Piece | None:
+        pieces = history.pieces(id)
+        piece = pieces[attention] if pieces else None
+        return piece if piece and store.holds(id, store.kind, piece) else None
+
+    stacked = not store.path.endswith(safetensors.SUFFIXES)
+    order = _rows(history, held, rows) if stacked and rows is not None else _order(history, held, ids, rows is None)
+    mine = partial(_results, held, order, stacked)
+    changed = not is_whole(store) or any(wanted != there for wanted, there in zip_longest(mine(), gathered(store)))
+    if changed and any(piece for _, piece in mine()):
+        gather(store, mine)
+
+
+def _rows(history: History, held: Held, rows: list[str]) -> list[str]:
+    """The rows of a stack: it ends with the last pair of which something is known.
+
+    What was not done before that has a row too, or the numbers of rows would say nothing.
+    """
+    known = history.failed | history.missing
+    last = max((at for at, id in enumerate(rows) if not id or id in known or held(id)), default=-1)
+    return rows[: last + 1]
+
+
+def _order(history: History, held: Held, ids: list[str], stream: bool) -> list[str]:
+    """The ids that a gathered file tells of: those of this run, and what is there of runs before it."""
+    known = set(ids)
+    earlier = [id for id in history.ids() if id not in known and held(id)]
+    return earlier + ids if stream else ids + earlier
+
+
+def _results(held: Held, order: list[str], stacked: bool) -> Iterator[Result]:
+    """What a gathered file tells of; only in a stack is there a row for a pair that has no result."""
+    for id in order:
+        piece = held(id)
+        if piece or stacked:
+            yield id, piece
 
 
 def gather(store: PartStore, results: Callable[[], Iterator[Result]]) -> None:
@@ -41,14 +108,16 @@ def gather(store: PartStore, results: Callable[[], Iterator[Result]]) -> None:
         shape, dtype = _common(store, results())
         header = npy.header("", (sum(1 for _ in results()), *shape), dtype, {})
         hole = np.full(shape, np.nan, dtype).tobytes()
-    temporary = f"{store.path}{STATE}-tmp"  # always the same: what a killed run leaves, the next one takes away
+    target = os.path.realpath(store.path)
+    temporary = f"{target}{STATE}-tmp"  # always the same: what a killed run leaves, the next one takes away
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
-    with Replacing(os.path.realpath(store.path), temporary) as fd:
+    with Replacing(target, temporary) as fd:
         sink = FileSink(store.path, fd)
         sink.put(0, header)
         _copy(store, results(), sink, len(header), hole)
-    _write_index(store, results(), header, len(hole))
+        _write_index(store, results(), [os.fstat(fd).st_size, len(header), zlib.crc32(header)], len(hole))
+    os.replace(_new_index(store), _index(store))
     for name in os.listdir(store.folder):
         if name.startswith(f"{store.kind}-") and name.endswith(".part"):
             os.unlink(f"{store.folder}/{name}")
@@ -107,14 +176,19 @@ def _runs(results: Iterator[Result], hole: int) -> Iterator[tuple[str | None, in
         yield part, start, nbytes
 
 
-def _index_path(store: PartStore) -> str:
+def _index(store: PartStore) -> str:
     return f"{store.folder}/{store.kind}.index"
 
 
-def _write_index(store: PartStore, results: Iterator[Result], header: bytes, hole: int) -> None:
-    with open_sink(_index_path(store)) as sink:
-        block = json.dumps([os.stat(store.path).st_size, len(header), zlib.crc32(header)]).encode() + b"\n"
-        offset, at = 0, len(header)
+def _new_index(store: PartStore) -> str:
+    return f"{store.folder}/{store.kind}.new.index"
+
+
+def _write_index(store: PartStore, results: Iterator[Result], about: list[int], hole: int) -> None:
+    """Write the new index: ``about`` is size, length of the header and its checksum."""
+    with open_sink(_new_index(store)) as sink:
+        block = json.dumps(about).encode() + b"\n"
+        offset, at = 0, about[1]
         for id, piece in results:
             block += json.dumps([id, *(piece[:2] if piece else (None, None)), at]).encode() + b"\n"
             at += piece.nbytes if piece else hole
@@ -128,9 +202,18 @@ def is_whole(store: PartStore) -> bool:
     """Whether the gathered file is as `gather` left it, and there is nothing that is not in it."""
     if any(name.startswith(f"{store.kind}-") and name.endswith(".part") for name in os.listdir(store.folder)):
         return False
-    with contextlib.suppress(OSError, ValueError), open(_index_path(store), "rb") as file:
-        return _fits(store, file.readline())
-    return False
+    return _fitting(store) is not None
+
+
+def _fitting(store: PartStore) -> str | None:
+    """The index that is true of the gathered file: the new one, if a run was killed between the two renames."""
+    for path in (_index(store), _new_index(store)):
+        with contextlib.suppress(OSError, ValueError):
+            if look_into(path, 0)[0] >= 0:
+                with open(path, "rb") as file:
+                    if _fits(store, file.readline()):
+                        return path
+    return None
 
 
 def _fits(store: PartStore, line: bytes) -> bool:
@@ -143,13 +226,12 @@ def _fits(store: PartStore, line: bytes) -> bool:
 
 def gathered(store: PartStore) -> Iterator[Result]:
     """What `gather` wrote last, if the file is still as it was; pieces are of the part `WHOLE`."""
-    path = _index_path(store)
-    if look_into(path, 0)[0] < 0:
+    path = _fitting(store)
+    if path is None:
         return
     with contextlib.suppress(OSError, ValueError, TypeError), open(path, "rb") as file:
-        if not _fits(store, file.readline()):
-            return
         end = 0
+        file.readline()
         for line in file:
             id, shape, dtype, at = json.loads(line)
             piece = believed(shape, dtype, WHOLE, at) if shape is not None else None

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeAlias
 from fusecli.batch.job import Outcome
 from fusecli.batch.store import WHOLE, Piece, believed
 from fusecli.errors import OutputError, UsageError
+from fusecli.formats import write_whole
 
 #: How the line of a run starts.
 BEGAN = b'{"began": '
@@ -220,6 +221,45 @@ def require_same_run(old: dict[str, Any] | None, new: dict[str, Any], output: st
         wanted=", ".join(f"{name} {_shown(new.get(name))}" for name in names),
         hint="write to another output, or start afresh with --overwrite",
     )
+
+
+#: In the folder with the state of attention: the path of that of the features it belongs to, seen from there.
+OWNER = "attention-of"
+
+
+def claim(folder: str, attended: str | None, overwrite: bool) -> None:
+    """See that results meet no other ones, and say whose attention is written.
+
+    Args:
+        folder: with the state of an output.
+        attended: likewise of its attention.
+        overwrite: whatever is there.
+
+    Raises:
+        UsageError: the attention of another output goes to one of them, or other features to where attention is to go.
+    """
+    hint = "write to another place, or start afresh with --overwrite"
+    other = _owner(folder)
+    if other and not overwrite:
+        raise UsageError("holds the attention of another output", where=folder, found=other, hint=hint)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"{folder}/{OWNER}")
+    if attended is None:
+        return
+    mine, other = os.path.realpath(folder), _owner(attended)
+    if not overwrite and other and other != mine:
+        raise UsageError("holds the attention of another output", where=attended, found=other, hint=hint)
+    if not overwrite and any(Path(attended).glob("ledger*.jsonl")):
+        raise UsageError("holds fused features, not attention", where=attended, hint=hint)
+    write_whole(f"{attended}/{OWNER}", os.fsencode(os.path.relpath(mine, os.path.realpath(attended))))
+
+
+def _owner(folder: str) -> str | None:
+    """The state of the output whose attention lies with ``folder``, as long as that is there."""
+    with contextlib.suppress(OSError, ValueError), open(f"{folder}/{OWNER}", "rb") as file:
+        other = os.path.realpath(f"{os.path.realpath(folder)}/{os.fsdecode(file.read())}")
+        return other if os.path.isdir(other) else None
+    return None
 
 
 def _shown(value: Any) -> str:

@@ -98,6 +98,8 @@ class Manifest:
                 raise self._bad(text, "a JSON object")
             return record
         assert self._columns is not None
+        if text.count('"') % 2:  # a value that goes on in the next line, or the rest of one
+            raise self._bad(text, "a line of CSV with its quotes closed")
         try:
             values = next(csv.reader([text], delimiter=self._delimiter, strict=True))
         except csv.Error:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import zip_longest
 from typing import Any, Protocol
 
 from fusecli.arrays import to_device
 from fusecli.batch.apart import require_apart
 from fusecli.batch.feed import ListFeed, Pairs, StreamFeed
-from fusecli.batch.gather import Result, gather, gathered, is_whole
+from fusecli.batch.gather import gather_what_is_there, is_whole, read_history
 from fusecli.batch.job import Job, Options, Outcome
-from fusecli.batch.ledger import History, Ledger, Lock, require_same_run
+from fusecli.batch.ledger import History, Ledger, Lock, claim, require_same_run
 from fusecli.batch.local import Pool, Stop
 from fusecli.batch.manifest import Manifest
 from fusecli.batch.plan import Shard, item_size
@@ -154,6 +153,7 @@ def run(request: Request, plan: Callable[[], Pairs | Manifest], reporter: Report
         OutputError: the output cannot be written.
     """
     folder = state_folder(request.output)
+    attended = state_folder(request.attention) if request.attention else None
     job, lock, stop = _job(request, folder), Lock(), Stop()
     pool = Pool(partial(work, job), request.workers if request.device == "cpu" else 0, lock.release)
     try:
@@ -161,9 +161,10 @@ def run(request: Request, plan: Callable[[], Pairs | Manifest], reporter: Report
         if isinstance(pairs, Pairs):
             require_apart(pairs.ids, pairs.inside, request.targets())
         try:
-            for held in [folder, *(f"{store.path}/{STATE}" for store in _folders(job) if store is job.attention)]:
+            for held in (folder, attended) if attended else (folder,):
                 os.makedirs(held, exist_ok=True)
                 lock.take(held, _name(request.shard))
+            claim(folder, attended, request.overwrite)
             return _run(request, pairs, reporter, job, pool, stop, folder)
         except BrokenPipeError:
             raise
@@ -180,7 +181,7 @@ def _run(
     facts = request.run_facts()
     if request.overwrite:
         _forget(folder)
-    history = _history(job, folder)
+    history = read_history(folder, _stores(job))
     require_same_run(history.run, facts, request.output)
     if history.run is None and next(history.ids(), None) is not None:
         hint = "write to another output, or start afresh with --overwrite"
@@ -217,11 +218,14 @@ def _folders(job: Job) -> list[FolderStore]:
 
 
 def look(request: Request, pairs: Pairs) -> tuple[int, int, int]:
-    """How many pairs are done, have failed and are to be done, by the ledgers alone; nothing is written."""
+    """How many pairs are done, have failed and are to be done; nothing is written."""
     require_apart(pairs.ids, pairs.inside, request.targets())
-    history = History.read(state_folder(request.output)) if not request.overwrite else History()
+    folder = state_folder(request.output)
+    job = _job(replace(request, device="cpu"), folder)
+    history = read_history(folder, _stores(job)) if not request.overwrite else History()
     require_same_run(history.run, request.run_facts(), request.output)
-    done = sum(history.pieces(id) is not None for id in pairs.ids)
+    written = ((id, history.pieces(id)) for id in pairs.ids)
+    done = sum(pieces is not None and _is_there(job, id, *pieces) for id, pieces in written)
     bad = sum(map(history.undone, pairs.ids))
     todo = bad if request.retry_failed else len(pairs.ids) - done
     return done, bad, todo if request.limit is None else min(todo, request.limit)
@@ -263,26 +267,15 @@ def _job(request: Request, folder: str) -> Job:
     return Job(request.weights, request.options, store(request.output, "fused"), attention, mover, folder, threads)
 
 
-def _history(job: Job, folder: str) -> History:
-    """What the ledgers say, and where gathered results are now."""
-    history = History.read(folder)
-    for store in _stores(job):
-        if isinstance(store, PartStore):
-            history.move(gathered(store), attention=store is job.attention)
-    return history
-
-
 def _feed(request: Request, pairs: Pairs | Manifest, history: History, job: Job) -> ListFeed | StreamFeed:
     def keep(id: str) -> Outcome | None:
         pieces = history.pieces(id)
-        done = pieces is not None and _is_there(job, id, *pieces)
-        if done or (request.retry_failed and not history.undone(id)):
-            return Outcome(id, "skipped", {})
-        return None
+        return Outcome(id, "skipped", {}) if pieces and _is_there(job, id, *pieces) else None
 
+    wanted = history.undone if request.retry_failed else None
     if isinstance(pairs, Manifest):
-        return StreamFeed(pairs, 0, request.shard, keep, request.limit)
-    ids = list(filter(history.undone, pairs.ids)) if request.retry_failed else pairs.ids
+        return StreamFeed(pairs, 0, request.shard, keep, request.limit, wanted)
+    ids = list(filter(wanted, pairs.ids)) if wanted else pairs.ids
     return ListFeed(pairs, ids, keep, item_size(len(ids), request.workers), request.limit)
 
 
@@ -343,35 +336,6 @@ def _gather(job: Job, folder: str, feed: ListFeed | StreamFeed, summary: Summary
     stores = [store for store in _stores(job) if isinstance(store, PartStore)]
     if not stores or (not summary.fused and not summary.failures and all(map(is_whole, stores))):
         return
-    history, ids, stream = _history(job, folder), feed.ids, isinstance(feed, StreamFeed)
+    history = read_history(folder, _stores(job))
     for store in stores:
-        stacked = not store.path.endswith(safetensors.SUFFIXES)
-        order = _order(history, ids, stream, stacked)
-        mine = partial(_results, history, order, store is job.attention, stacked)
-        changed = not is_whole(store) or any(wanted != there for wanted, there in zip_longest(mine(), gathered(store)))
-        if changed and any(piece for _, piece in mine()):
-            gather(store, mine)
-
-
-def _order(history: History, ids: list[str], stream: bool, stacked: bool) -> list[str]:
-    """The ids that a gathered file tells of: those of this run, and those of runs before it.
-
-    A stack ends with the last pair that was done or failed; what was not done before that has a row too, or
-    the numbers of rows would say nothing.
-    """
-    if stacked and not stream:
-        last = max((at for at, id in enumerate(ids) if id in history.failed or history.pieces(id)), default=-1)
-        return ids[: last + 1]
-    known = set(ids)
-    earlier = [id for id in history.ids() if id not in known]
-    if not earlier:
-        return ids
-    return earlier + ids if stream else ids + earlier
-
-
-def _results(history: History, order: list[str], attention: bool, stacked: bool) -> Iterator[Result]:
-    """What a gathered file tells of; only in a stack is there a row for a pair that has failed."""
-    for id in order:
-        pieces = history.pieces(id)
-        if pieces or stacked:
-            yield id, pieces[attention] if pieces else None
+        gather_what_is_there(store, history, store is job.attention, feed.ids, feed.rows)

@@ -110,7 +110,7 @@ class FolderStore:
     temporary: str  # folder on the same file system
     gate: bool = False  # each result has gates behind it
     label: Label | None = None  # what each result says of itself, in a format that has room for it
-    _there: dict[str, dict[str, bool]] = field(default_factory=dict)  # what was in a folder at first: is it a link?
+    _there: dict[str, dict[str, str]] = field(default_factory=dict)  # what was in a folder at first, and its kind
     _count: Iterator[int] = field(default_factory=count)
     _owner: int = 0  # the process whose folder for files on their way is there
 
@@ -162,9 +162,12 @@ class FolderStore:
                 raise OutputError("a link leads out of the output", where=folder, found=inside.rstrip("/"))
             os.makedirs(folder, exist_ok=True)
             with os.scandir(folder) as entries:
-                self._there[folder] = {f"{folder}/{entry.name}": entry.is_symlink() for entry in entries}
-        if self._there[folder].get(target):
+                self._there[folder] = {f"{folder}/{entry.name}": _kind(entry) for entry in entries}
+        kind = self._there[folder].get(target)
+        if kind == "link":
             raise OutputError("is a link, which is not followed", where=target, found=os.readlink(target))
+        if kind == "folder":
+            raise OutputError("is a directory", where=target, wanted="a file name")
 
     def holds(self, id: str, name: str, piece: Piece) -> bool:
         """See `Store`: size and header are looked at."""
@@ -186,6 +189,10 @@ class FolderStore:
         second = gate_of(shape) if self.gate else None
         header: bytes = self._format.header(name, shape, dtype, told, second)
         return header
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    return "link" if entry.is_symlink() else "folder" if entry.is_dir() else "file"
 
 
 def _is_one_of(target: str, paths: Iterable[str]) -> bool:
@@ -282,6 +289,10 @@ class PartStore:
         if part not in self._sizes:
             self._sizes[part] = max(0, look_into(self.file_of(part), 0)[0])
         return self._sizes[part]
+
+    def look_again(self) -> None:
+        """Forget how large parts were: workers may have added to them."""
+        self._sizes.clear()
 
     def file_of(self, part: str) -> str:
         """The path of a part."""

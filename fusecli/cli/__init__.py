@@ -66,7 +66,6 @@ def main() -> None:
         os.environ[f"{library}_NUM_THREADS"] = "1"
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # they are for us, not for users
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     if sys.stdout is not None:
@@ -74,7 +73,11 @@ def main() -> None:
     else:
         sys.stdout = io.StringIO()
     try:
-        _app(sys.argv[1] if len(sys.argv) > 1 else "")(prog_name="fusecli")
+        app = _app(sys.argv[1] if len(sys.argv) > 1 else "")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        app(prog_name="fusecli")
+    except KeyboardInterrupt:
+        sys.exit(130)
     except Exception as error:
         if "--debug" in sys.argv:
             traceback.print_exc()

@@ -155,7 +155,8 @@ def batch(
         raise typer.Exit(130) from None
     if summary.one_row and loaded.config.can_forget_text:
         note(f"{summary.one_row:,} of them: {ONE_ROW}", quiet)
-    if manifest == "-" and not (summary.fused or summary.skipped or summary.failures or summary.missed):
+    came = summary.fused or summary.skipped or summary.failures or summary.missed or retry_failed
+    if manifest == "-" and not came:
         raise InputError("no pairs came", where="<stdin>", wanted="lines with id,image,text")
     code = explain(summary, request, allow_missing, quiet)
     if code:

@@ -38,13 +38,19 @@ class FileSink:
 
     def put(self, offset: int, data: bytes | NumpyArray) -> None:
         """See `Sink`."""
-        view = _as_bytes(data)
+        try:
+            self._put(offset, _as_bytes(data))
+        except OSError as error:
+            error.filename = self.name
+            raise
+
+    def _put(self, offset: int, view: memoryview) -> None:
         if self._head:
             head, self._head = self._head, b""
             together = offset == len(head)
             done = os.pwritev(self._fd, [head, view[:PIECE]] if together else [head], 0) - len(head)
             if done < 0:
-                self.put(0, head)
+                self._put(0, memoryview(head))
             elif together:
                 view, offset = view[done:], offset + done
         while view:
