@@ -27,7 +27,7 @@ from fusecli.pairs import find_features
 from fusecli.path import Output, Pair, fuse_pair, to_file
 from tests.batches import IDS, D, batch, expected, results
 from tests.conftest import Run
-from tests.oracle import article, weights_of
+from tests.oracle import article, assert_as_good, both_precisions, features, weights_of
 from tests.oracle_methods import oracle
 from tests.test_methods import EVERY
 
@@ -90,6 +90,17 @@ def test_large_scores_are_computed_again(device: str, rng: np.random.Generator) 
     for at in range(3):
         exact = fuse(weights, images[at].astype(np.float64), texts[at].astype(np.float64))
         np.testing.assert_allclose(to_numpy(met.fused[at]), exact, rtol=1e-4, atol=1e-3)
+
+
+@DEVICES
+def test_together_is_as_good_as_the_article_where_scores_are_large(device: str) -> None:
+    for seed in range(60):
+        module, rng = article(96, 1, 80, 112, seed=seed), np.random.default_rng(seed)
+        image, text = (features(rng, rows, width, 20 + seed) for rows, width in ((50, 112), (7, 80)))
+        (exact, _), (single, _) = both_precisions(module, image, text)
+        move = _move(device)
+        met = fuse_together(weights_of(module), move(image[None]), move(text[None]), "float32")
+        assert_as_good(to_numpy(met.fused[0]), exact, single)
 
 
 @DEVICES

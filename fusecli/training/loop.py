@@ -206,9 +206,11 @@ class _Run:
     def _diverged(self, step: int, loss: float) -> TrainingError:
         """What to say of a loss that is no number."""
         best = self.progress.best_epoch
-        kept = f"the best weights are kept, of epoch {best}" if best else "no epoch bettered the weights before it"
+        nothing = "no epoch bettered the weights before it, so none are written"
+        kept = f"the best weights are kept, of epoch {best}" if best else nothing
         where = f"epoch {self.progress.epoch + 1}, step {step} of {self.steps}"
-        hint = f"a lower --lr than {self._settings.lr:g}, or --layer-norm"
+        hint = f"a lower --lr than {self._settings.lr:g}"
+        hint += "" if self._fusion.config.layer_norm else ", or --layer-norm"
         return TrainingError(f"the training diverged; {kept}", where=where, found=f"loss {loss}", hint=hint)
 
     def state(self) -> dict[str, Any]:
