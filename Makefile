@@ -39,7 +39,7 @@ lint: .venv/installed  ## ruff and import-linter
 types: .venv/installed  ## mypy, strict
 	$(BIN)/mypy
 
-weights: .venv/installed  ## train the demo's checkpoint: make weights DATA=folder (regions, texts, labels)
+weights: .venv/installed  ## train the demo's checkpoint: make weights DATA=folder (regions and texts)
 	@mkdir -p $(OUT)
 	$(BIN)/fusecli train $(DATA)/regions.safetensors $(DATA)/texts.safetensors -o $(OUT)/trained.safetensors --overwrite
 	$(BIN)/fusecli convert $(OUT)/trained.safetensors -o sample_data/fusion.safetensors --dtype float16

@@ -7,6 +7,7 @@ key, ``fusecli``, with canonical JSON. The bare ``state_dict`` of the article's 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
@@ -216,15 +217,13 @@ def orthogonal(feature_dim: int = 768, num_heads: int = 8, *, seed: int = 0, **o
 
     A product of three random matrices, as `init` has on the way from image to result, loses much of what is in the
     image, and without labels few pairs do not bring it back. ``image_proj`` turns the image about at random (Saxe,
-    McClelland and Ganguli 2014, section 3), the others are the identity where they are square; ``gated`` starts as
-    ``T + A``, and the last layer of a feed-forward network at zero.
+    McClelland and Ganguli 2014, section 3), the others are the identity where they are square; a sigmoid gate and the
+    last layer of a feed-forward network start at zero.
 
     Args and errors as in `init`.
     """
     weights = init(feature_dim, num_heads, seed=seed, **options)
     tensors = {name: _turned(name, tensor) for name, tensor in weights.tensors.items()}
-    if "gate_proj.weight" in tensors:  # a gate of weight zero is half open
-        tensors["attention.out_proj.weight"] *= 2
     return Weights(weights.config, tensors)
 
 
@@ -307,7 +306,9 @@ def identity(feature_dim: int = 768, num_heads: int = 1, *, method: str = "atten
     shapes = tensor_shapes(config, feature_dim, feature_dim, feature_dim)
     tensors = {name: np.full(shape, CONSTANTS.get(name, 0.0), np.float32) for name, shape in shapes.items()}
     for name, tensor in tensors.items():
-        if name.endswith("norm.weight"):
+        if name == "gamma":
+            tensor[:] = math.atanh(0.5)
+        elif name.endswith("norm.weight"):
             tensor[:] = 1
         elif name == "concat_proj.weight":
             tensor[:] = np.tile(np.eye(feature_dim, dtype=np.float32), 2)

@@ -19,7 +19,7 @@ from typing import Any
 
 from fusecli.errors import FileError, ShapeError
 from fusecli.formats import Source, open_source, read_bytes, safetensors, sniff
-from fusecli.grid import Grid, fitting, grid_of
+from fusecli.grid import Grid, grid_of
 
 #: The one key of our metadata, and the version of what it holds.
 KEY, FORMAT = "fusecli", 1
@@ -129,6 +129,7 @@ class Label:
     facts: Mapping[str, Any]
     tokens: Tokens | None = None
     grid: tuple[int, int] | None = None
+    skip: int | None = None  # rows before the grid
 
     def check(self, id: str, shape: tuple[int, ...]) -> Grid | None:
         """The grid of one pair's attention of ``shape [..., N, M]``, if it has one.
@@ -139,11 +140,7 @@ class Label:
         n, m = shape[-2:]
         if self.tokens:
             require_tokens(self.tokens.of(id), n, f"{self.tokens.path}, {id}")
-        try:
-            return grid_of(m, self.grid, where=id)
-        except ShapeError as error:
-            hint = ", or ".join(option for option in fitting(m) if "skip" not in option)
-            raise ShapeError(error.what, where=id, found=error.found, wanted=error.wanted, hint=hint) from None
+        return grid_of(m, self.grid, self.skip, where=id)
 
     def of_one(self, id: str, shape: tuple[int, ...]) -> dict[str, str]:
         """Metadata of one pair's attention of ``shape [..., N, M]``; raises as `check` does."""
@@ -154,7 +151,8 @@ class Label:
     def of_many(self, ids: Iterable[str]) -> dict[str, str]:
         """Metadata of a packed file of these pairs."""
         ids = list(ids)
-        placed = {"grid": list(self.grid)} if self.grid else {}
+        known = {"grid": self.grid and list(self.grid), "skip_rows": self.skip}
+        placed = {name: value for name, value in known.items() if value is not None}
         words = [self.tokens.of(id) if self.tokens else None for id in ids]
         return self._metadata(placed | {"ids": ids}, words)
 

@@ -155,5 +155,5 @@ def require_width(stored: Stored, width: int, side: str) -> None:
             where=stored.where,
             found=f"{list(stored.shape)}, width {stored.shape[1]}",
             wanted=f"width {width}",
-            hint=f"other weights, e.g. fusecli init -o weights.safetensors --{side}-dim {stored.shape[1]}",
+            hint=f"other weights: fusecli init with --{side}-dim {stored.shape[1]}, or --feature-dim for both sides",
         )

@@ -121,10 +121,20 @@ def test_killed_again_and_again_nothing_is_lost(run: Run, tmp_path: Path, output
     _enlarge(tmp_path, 1500)
     batch(run, "img", "txt", "-o", f"clean/{output}")
     command = [*FUSECLI, "batch", "img", "txt", "-o", output, "-w", "w.safetensors", "-q", "-j", "2"]
-    for moment in np.random.default_rng(2).uniform(0.2, 0.6, 8):
+    ledger = tmp_path / f"{output}{'/' if output == 'out' else ''}.fusecli" / "ledger.jsonl"
+
+    def written() -> int:
+        return ledger.stat().st_size if ledger.exists() else 0
+
+    left = []  # bytes of the ledger at each death
+    for more in (0, *np.random.default_rng(2).integers(1, 40_000, 8)):
+        wanted = written() + more
         with subprocess.Popen(command, cwd=tmp_path) as child:
-            time.sleep(moment)
+            while child.poll() is None and written() < wanted:
+                time.sleep(0.002)
             child.kill()
+        left.append(written())
+    assert len(set(left)) > 6
     assert subprocess.run(command, cwd=tmp_path, check=False).returncode == 0
     if output == "out":
         assert results(tmp_path / "out") == results(tmp_path / "clean" / "out")

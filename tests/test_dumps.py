@@ -91,6 +91,21 @@ def test_a_packed_dump_tells_of_all_its_pairs(run: Run, tmp_path: Path, many: di
         assert sorted(file.keys()) == sorted(told["ids"])
 
 
+def test_rows_before_the_grid_are_kept_in_dumps(run: Run, tmp_path: Path, rng: np.random.Generator) -> None:
+    (tmp_path / "img").mkdir()
+    (tmp_path / "txt").mkdir()
+    for side, rows in (("img", 21), ("txt", 3)):  # five rows of another kind, and 4x4
+        np.save(tmp_path / side / "a.npy", rng.standard_normal((rows, 768), np.float32))
+    options = ["-q", "--skip-rows", "5"]
+    run("fuse", "img/a.npy", "txt/a.npy", "-o", "o.npy", "-a", "one.safetensors", *options)
+    run("batch", "img", "txt", "-o", "out", "-a", "all.safetensors", *options)
+    for dump in ("one.safetensors", "all.safetensors"):
+        shown = json.loads(run("show", dump, "--json").stdout)
+        assert (shown["grid"], shown["skip_rows"]) == ([4, 4], 5)
+    told = run("show", "all.safetensors", "--grid", "2x8", code=3).stderr
+    assert b"--skip-rows 5" in told
+
+
 FOLDERS = ["out", "--suffix", ".safetensors", "-a", "att"]
 
 
@@ -128,7 +143,10 @@ def test_attention_has_the_dtype_asked_for(run: Run, tmp_path: Path, pair: Any, 
         (["--tokens", "latin"], 3, "no UTF-8"),
         (["--tokens", "broken.jsonl"], 3, "line 2"),
         (["--tokens", "absent"], 3, "absent"),
-        (["--grid", "3x4"], 3, "--grid 4x4"),
+        (["--grid", "3x4"], 3, "--skip-rows 4"),
+        (["--grid", "3x6"], 3, "--grid 4x4"),
+        (["--skip-rows", "5"], 3, "--grid 4x4"),
+        (["--skip-rows", "5", "-a", "a.npy"], 2, "fusecli show"),
         (["--grid", "4"], 2, "7x9"),
         (["--tokens", "four", "-a", "a.npy"], 2, "fusecli show"),
         (["--attention-dtype", "bfloat16", "-a", "a.npy"], 2, "float16"),

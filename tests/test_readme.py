@@ -64,7 +64,9 @@ def test_the_python_runs(folder: Path) -> None:
 
 
 def test_the_two_commands_are_targets_of_make() -> None:
-    for target in re.findall(r"^make (\w+) ", README, re.MULTILINE):
+    targets = re.findall(r"^make (\w+) ", README, re.MULTILINE)
+    assert set(targets) >= {"demo", "test"}
+    for target in targets:
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 

@@ -45,7 +45,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = False
-        self._ear, self._mouth = os.pipe2(os.O_CLOEXEC)
+        self._ear, self._mouth = os.pipe()
 
     def ask(self) -> None:
         """Begin nothing new."""
@@ -55,6 +55,11 @@ class Stop:
     def fileno(self) -> int:
         """What becomes readable with the wish."""
         return self._ear
+
+    def close(self) -> None:
+        """Nobody listens any more."""
+        os.close(self._ear)
+        os.close(self._mouth)
 
     @contextlib.contextmanager
     def on_interrupt(self) -> Iterator[None]:

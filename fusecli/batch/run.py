@@ -53,6 +53,7 @@ class Request:
     fail_fast: bool = False
     tokens: Tokens | None = None  # for the dumps of attention
     grid: tuple[int, int] | None = None  # likewise
+    skip_rows: int | None = None  # likewise
 
     @cached_property
     def fingerprint(self) -> str:
@@ -62,7 +63,7 @@ class Request:
     def label(self) -> Label:
         """What dumps of attention say of themselves."""
         facts = dump_facts(self.weights.config, self.fingerprint, self.options.attention_mean)
-        return Label(facts, self.tokens, self.grid)
+        return Label(facts, self.tokens, self.grid, self.skip_rows)
 
     def targets(self) -> list[tuple[str, str | None]]:
         """Where results go: a folder and the suffix of the files in it, or a file and None."""
@@ -81,6 +82,7 @@ class Request:
             "attention": self.attention and os.path.relpath(self.attention, self.output),
             **self.options.facts(),
             "grid": self.grid and "{}x{}".format(*self.grid),
+            "skip_rows": self.skip_rows,
             **self.facts,
         }
 
@@ -133,7 +135,7 @@ class Reporter(Protocol):
     """Is told what happens, as it happens."""
 
     def planned(self, pairs: int | None) -> None:
-        """So many pairs are to be done (None: nobody knows)."""
+        """So many pairs are to be looked at (None: nobody knows)."""
 
     def told(self, outcomes: list[Outcome], summary: Summary) -> None:
         """Something came of these; ``summary`` counts them already."""
@@ -172,6 +174,7 @@ def run(request: Request, plan: Callable[[], Pairs | Manifest], reporter: Report
             raise OutputError("cannot be written", where=error.filename, found=error.strerror) from error
     finally:
         pool.close()
+        stop.close()
         lock.release()
 
 
@@ -241,6 +244,11 @@ def is_one_file(output: str) -> bool:
     return output.endswith(SUFFIXES) and not os.path.isdir(output)
 
 
+def written_suffix(path: str, suffix: str) -> str:
+    """What tells the format of results at ``path``: its own suffix, or that of the files in the folder."""
+    return path if is_one_file(path) else suffix
+
+
 def _name(shard: Shard | None) -> str | None:
     return str(shard) if shard else None
 
@@ -253,7 +261,7 @@ def _forget(folder: str) -> None:
 
 def _job(request: Request, folder: str) -> Job:
     def store(path: str, kind: str) -> Store:
-        named = (path if is_one_file(path) else request.suffix).endswith(safetensors.SUFFIXES)
+        named = written_suffix(path, request.suffix).endswith(safetensors.SUFFIXES)
         label = request.label() if named and kind == "attention" else None
         if is_one_file(path):
             return PartStore(path, folder, kind, label)

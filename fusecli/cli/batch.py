@@ -24,6 +24,7 @@ from fusecli.cli.options import (
     Quiet,
     Residual,
     Seed,
+    SkipRows,
     Weights,
     to_grid,
 )
@@ -55,6 +56,7 @@ def batch(
         typer.Option(metavar="FILE", help="JSON lines with id and tokens, kept in .safetensors of attention."),
     ] = None,
     grid: GridSize = None,
+    skip_rows: SkipRows = None,
     residual: Residual = False,
     manifest: Annotated[
         str | None,
@@ -112,12 +114,13 @@ def batch(
     sources = Sources(images, texts, manifest, image_key, text_key, image_pattern, text_pattern, tokens)
     check_sources(sources)
     _check_outputs(output, attention, suffix, weights, sources)
-    dumped = attention and (attention if batches.is_one_file(attention) else suffix)
-    given = {"attention-mean": attention_mean, "attention-dtype": attention_dtype, "tokens": tokens, "grid": grid}
+    dumped = attention and batches.written_suffix(attention, suffix)
+    placed = {"tokens": tokens, "grid": grid, "skip-rows": skip_rows}
+    given = {"attention-mean": attention_mean, "attention-dtype": attention_dtype, **placed}
     check_attention_options(dumped, given)
     if overwrite and retry_failed:
         raise UsageError("--overwrite forgets what has failed", where="--retry-failed", hint="leave one of them out")
-    if dtype == "bfloat16" and (output if output.endswith((".npy", ".safetensors")) else suffix).endswith(".npy"):
+    if dtype == "bfloat16" and batches.written_suffix(output, suffix).endswith(".npy"):
         raise UsageError(".npy cannot name bfloat16", where="--dtype", hint="-o OUT.safetensors, or another --suffix")
     if shard and overwrite:
         hint = f"rm -r {output}, then start the parts"
@@ -140,6 +143,7 @@ def batch(
         fail_fast=fail_fast,
         tokens=_read_tokens(tokens) if tokens else None,
         grid=to_grid(grid),
+        skip_rows=skip_rows,
     )
     if dry_run:
         _tell_plan(request, find_pairs(sources, [output, attention], part, weights), quiet)
@@ -154,7 +158,7 @@ def batch(
         note(INTERRUPTED, quiet)
         raise typer.Exit(130) from None
     if summary.one_row and loaded.config.can_forget_text:
-        note(f"{summary.one_row:,} of them: {ONE_ROW}", quiet)
+        note(f"{summary.one_row:,} pairs: {ONE_ROW}", quiet)
     came = summary.fused or summary.skipped or summary.failures or summary.missed or retry_failed
     if manifest == "-" and not came:
         raise InputError("no pairs came", where="<stdin>", wanted="lines with id,image,text")
@@ -338,7 +342,7 @@ def _tell_plan(request: Any, pairs: Any, quiet: bool) -> None:
     if isinstance(pairs, Manifest):
         raise UsageError("lines that have not come yet cannot be planned", where="--dry-run")
     done, bad, todo = look(request, pairs)
-    note(f"{len(pairs.ids):,} pairs: {done:,} done, {bad:,} failed before, {todo:,} to do", quiet)
+    note(f"{len(pairs.ids):,} pairs: {done:,} done, {bad:,} failed or incomplete before, {todo:,} to do", quiet)
     for outcome in pairs.known[:5]:
         what = outcome.facts.get("message") or f"no {outcome.facts['missing']} for {outcome.id}"
         note(what, quiet)

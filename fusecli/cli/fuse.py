@@ -25,6 +25,7 @@ from fusecli.cli.options import (
     Quiet,
     Residual,
     Seed,
+    SkipRows,
     Weights,
     to_grid,
 )
@@ -65,6 +66,7 @@ def fuse(
         typer.Option(metavar="FILE", help="JSON or a token a line, kept in a .safetensors of attention."),
     ] = None,
     grid: GridSize = None,
+    skip_rows: SkipRows = None,
     residual: Residual = False,
     image_key: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the tensor in IMAGE.")] = None,
     text_key: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the tensor in TEXT.")] = None,
@@ -97,10 +99,11 @@ def fuse(
     _check_streams(output, attention, json)
     if tokens == "-" and "-" in (image, text):
         raise UsageError("standard input brings features already", where="--tokens -", hint="name a file")
-    given = {"attention-mean": attention_mean, "attention-dtype": attention_dtype, "tokens": tokens, "grid": grid}
+    placed = {"tokens": tokens, "grid": grid, "skip-rows": skip_rows}
+    given = {"attention-mean": attention_mean, "attention-dtype": attention_dtype, **placed}
     check_attention_options(attention, given)
     pairs.refuse_same_file([output, attention], [image, text, weights, tokens])
-    size = to_grid(grid)
+    lies = to_grid(grid), skip_rows
     stored_image = pairs.find_features(image, "image", image_key)
     stored_text = pairs.find_features(text, "text", text_key)
     loaded = load_weights(weights, num_heads, seed, residual, attention, lambda line: note(line, quiet))
@@ -110,7 +113,7 @@ def fuse(
     told = None
     if attention and has_names(attention):
         shape = (stored_text.shape[0], stored_image.shape[0])
-        told = _metadata(loaded, attention_mean, tokens, size, pairs.pair_id(image, text), shape)
+        told = _metadata(loaded, attention_mean, tokens, lies, pairs.pair_id(image, text), shape)
     form = path.Output(
         path.to_file(output, format),
         path.to_file(attention, gate=gate, metadata=told) if attention else None,
@@ -151,7 +154,12 @@ def fuse(
 
 
 def _metadata(
-    weights: Any, mean: bool, tokens: str | None, size: tuple[int, int] | None, id: str, shape: tuple[int, int]
+    weights: Any,
+    mean: bool,
+    tokens: str | None,
+    lies: tuple[tuple[int, int] | None, int | None],  # the grid of the image rows, and the rows before it
+    id: str,
+    shape: tuple[int, int],
 ) -> Any:
     from fusecli.checkpoint import dump_facts, fingerprint
     from fusecli.dumps import Label, read_tokens
@@ -159,7 +167,7 @@ def _metadata(
     words = read_tokens(tokens) if tokens else None
     if words:
         words.require(id)
-    return Label(dump_facts(weights.config, fingerprint(weights), mean), words, size).of_one(id, shape)
+    return Label(dump_facts(weights.config, fingerprint(weights), mean), words, *lies).of_one(id, shape)
 
 
 def _tell_of_one_row(config: Any, quiet: bool) -> None:
@@ -180,7 +188,7 @@ def check_attention_options(attention: str | None, given: dict[str, Any]) -> Non
     for name, value in given.items():
         if value and attention is None:
             raise UsageError("needs attention to be written", where=f"--{name}", hint="add --attention OUT")
-        if value and name in ("tokens", "grid") and not has_names(str(attention)):
+        if value and name in ("tokens", "grid", "skip-rows") and not has_names(str(attention)):
             hint = f"write .safetensors, or give --{name} to fusecli show"
             raise UsageError("only .safetensors has room for it", where=f"--{name}", found=attention, hint=hint)
         if value == "bfloat16" and str(attention).lower().endswith(".npy"):

@@ -57,12 +57,18 @@ Device = Annotated[str, typer.Option(metavar="cpu|cuda|cuda:N", help="Where to c
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf in the features through, into the output.")
 ]
+SkipRows = Annotated[
+    int | None,
+    typer.Option("--skip-rows", metavar="N", min=0, help="Image rows before the grid: class row, registers."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable object on stdout.")]
 MethodName = Annotated[Method, typer.Option("--method", "-m", help="How to fuse.")]
 GateName = Annotated[Gate | None, typer.Option("--gate", help="Of gated.  [default: sigmoid]")]
 NumLayers = Annotated[int | None, typer.Option(min=1, max=1024, help="Layers of transformer.  [default: 1]")]
-DimFeedforward = Annotated[int | None, typer.Option(min=1, max=2**20, help="Width inside them.  [default: 4 D]")]
+DimFeedforward = Annotated[
+    int | None, typer.Option(min=1, max=2**20, help="Width inside the layers of transformer.  [default: 4 D]")
+]
 SelfAttention = Annotated[
     bool, typer.Option("--self-attention", help="Tokens of transformer attend to each other as well.")
 ]

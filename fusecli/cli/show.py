@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fusecli.cli.console import emit, note, printable
-from fusecli.cli.options import Debug, GridSize, Quiet, to_grid
+from fusecli.cli.options import Debug, GridSize, Quiet, SkipRows, to_grid
 
 
 class Heads(StrEnum):
@@ -62,9 +62,7 @@ def show(
     head: Annotated[int | None, typer.Option("--head", metavar="N", help="This head alone, counted from 0.")] = None,
     heads: Annotated[Heads, typer.Option("--heads", help="Each head by itself, or their mean.")] = Heads.mean,
     grid: GridSize = None,
-    skip_rows: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Image rows before the grid: class row, registers.")
-    ] = None,
+    skip_rows: SkipRows = None,
     scale: Annotated[
         Scale,
         typer.Option(help="Full colour: the token's largest weight, the largest of all, or the token's own range."),

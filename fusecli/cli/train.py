@@ -290,7 +290,7 @@ def _usable(pairs: Any, labels: dict[str, str] | None, allow_missing: bool, quie
     told = [f"{len(some):,} {what}" for what, some in lacking.items() if some]
     for what, some in lacking.items():
         if some:
-            note(f"{len(some):,} ids {what}: {shown(some[:FIRST], len(some))}", quiet)
+            note(f"{len(some):,} {'id' if len(some) == 1 else 'ids'} {what}: {shown(some[:FIRST], len(some))}", quiet)
     if told and not allow_missing:
         raise InputError("not every id has all", found=", ".join(told), hint="--allow-missing passes over them")
     if not ids:

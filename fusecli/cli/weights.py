@@ -131,5 +131,6 @@ def _write(weights: Any, output: str, json: bool, quiet: bool) -> None:
     if json:
         emit(facts)
     else:
-        heads = f"{facts['num_heads']} heads, " if "num_heads" in facts else ""
+        count = facts.get("num_heads")
+        heads = f"{count} head{'s' * (count > 1)}, " if count else ""
         note(f"{output}: {facts['parameters']:,} parameters, {heads}{facts['fingerprint']}", quiet)

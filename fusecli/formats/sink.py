@@ -101,8 +101,9 @@ def is_stream(path: str) -> bool:
 def open_sink(path: str) -> Iterator[Sink]:
     """Open ``path`` for writing; ``-`` is standard output.
 
-    A file is written beside its place under a temporary name and moved there at the end, so nobody sees half
-    of it, and after an error the old file is as it was. Its mode follows the umask.
+    A file is written beside its place, without a name where the system can do that, and moved there at the end, so
+    nobody sees half of it, and after an error the old file is as it was. Its mode is that of the old file, or follows
+    the umask.
 
     Raises:
         OutputError: no such folder, no permission, no space.

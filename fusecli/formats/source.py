@@ -230,7 +230,7 @@ class Stored(NamedTuple):
             hint = "convert it first, e.g. x.astype('float32')"
             if self.dtype == "void16":
                 hint = ".npy cannot name bfloat16 and lost it: store it as .safetensors"
-            raise ValuesError("not floats", where=self.where, found=self.dtype, wanted="a float dtype", hint=hint)
+            raise ValuesError("not floats", where=self.where, found=self.dtype, wanted=", ".join(FLOATS), hint=hint)
 
     def read(self, rows: slice | None = None) -> NumpyArray:
         """The array, or ``rows`` of it (the first axis), in native byte order and C order.

@@ -206,7 +206,7 @@ def _dump(id: str, stored: Stored, gate: Stored | None, about: About, wanted: Wa
     require_tokens(words, n, wanted.tokens.path if wanted.tokens else stored.where)
     size, skip = wanted.size, wanted.skip
     if size is None and skip is None:
-        known = about.grid is not None and m - about.grid[0] * about.grid[1] in (about.skip, 0, 1)
+        known = about.grid is None or m - about.grid[0] * about.grid[1] in (about.skip, 0, 1)
         size, skip = (about.grid, about.skip) if known else (None, None)
     grid = grid_of(m, size, skip, stored.where) if m > 1 else None
     shares = gate.read() if gate is not None and gate.shape == (n,) and stored.name == "attention" else None
