@@ -8,10 +8,10 @@ Public names are loaded on first use, so that importing the package costs nothin
 by those who name `ImageTextFusion`.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as in `typing`, whose import takes a while in which Ctrl-C is not in our hands yet
 if TYPE_CHECKING:
+    from typing import Any
+
     from fusecli.checkpoint import fingerprint, identity, init, load, save
     from fusecli.errors import FusecliError
     from fusecli.fusion import fuse
@@ -48,7 +48,9 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
+    from importlib import import_module
+
     if name not in _HOMES:
         raise AttributeError(f"module 'fusecli' has no attribute {name!r}")
     value = getattr(import_module(f"fusecli.{_HOMES[name]}"), name)

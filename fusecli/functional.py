@@ -146,7 +146,7 @@ def gelu(x: Array) -> Array:
     # NumPy has no erf, and calling Python's for each number takes longer than the matrix products around it. So
     # Φ is taken from a table, with its first two derivatives: the third is below 1, and the error below 2e-10.
     table = _normal_table()
-    at = np.clip(x, -GELU_END, GELU_END, dtype=np.float64)
+    at = np.fmin(np.fmax(x, -GELU_END, dtype=np.float64), GELU_END)  # NaN too: below it meets x again
     node = np.rint(at * GELU_NODES)
     at -= node / GELU_NODES
     node = (node + GELU_END * GELU_NODES).astype(np.int32)

@@ -52,6 +52,9 @@ def describe(
     if len(named) == 1 and stochastic[named[0]] and len(rows[named[0]]["shape"]) in (2, 3):
         *heads, n, m = rows[named[0]]["shape"]
         kind = {"kind": "attention", "heads": heads[0] if heads else "mean", "text_rows": n, "image_rows": m}
+    elif about.ids:
+        kind = {"kind": "attention", "pairs": len(about.ids)}
+    if kind["kind"] == "attention":
         kind |= {name: about.facts[name] for name in ("method", "weights") if name in about.facts}
     return {"file": path, **kind, "tensors": rows}
 

@@ -86,6 +86,8 @@ def test_a_packed_dump_tells_of_all_its_pairs(run: Run, tmp_path: Path, many: di
     path = tokens_file(tmp_path, many)
     batch(run, "img", "txt", "-o", "out.safetensors", "-a", "att.safetensors", "--tokens", path)
     told = about(tmp_path / "att.safetensors")
+    shown = json.loads(run("inspect", "att.safetensors", "--json").stdout)
+    assert (shown["kind"], shown["pairs"], shown["weights"]) == ("attention", len(IDS), told["weights"])
     assert dict(zip(told["ids"], map(len, told["tokens"]), strict=True)) == {id: len(many[id][1]) for id in IDS}
     with safe_open(tmp_path / "att.safetensors", "np") as file:
         assert sorted(file.keys()) == sorted(told["ids"])

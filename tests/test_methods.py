@@ -292,6 +292,10 @@ def test_the_formulas_of_arrays_are_torchs(rng: np.random.Generator) -> None:
     for dtype, tolerance in ((np.float32, 2e-7), (np.float64, 1e-15)):
         exact = torch.nn.functional.gelu(torch.from_numpy(x.astype(dtype)).double()).numpy()
         assert (abs(gelu(x.astype(dtype)) - exact) <= tolerance * np.maximum(1, abs(exact))).all()
+    wild = np.array([np.nan, np.inf, -np.inf, 3e38, -3e38], np.float32)
+    with np.errstate(all="ignore"):
+        assert gelu(wild)[[1, 3]].tolist() == wild[[1, 3]].tolist()
+        assert np.isnan(gelu(wild)[0])
     weight, bias = rng.standard_normal((2, 100))
     ours, theirs = layer_norm(x, weight, bias), layer_norm(*map(torch.from_numpy, (x, weight, bias)))
     np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)

@@ -12,7 +12,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import zip_longest
+from itertools import chain, zip_longest
 
 import numpy as np
 
@@ -34,8 +34,14 @@ def read_history(folder: str, stores: Iterable[Store]) -> History:
     history = History.read(folder)
     for number, store in enumerate(stores):
         if isinstance(store, PartStore):
-            history.move(gathered(store), attention=number == 1)
+            store.look_again()
+            # A part that is there was written after the last gathering, which removes them.
+            history.move(gathered(store), number == 1, partial(_is_in_a_part, store))
     return history
+
+
+def _is_in_a_part(store: PartStore, id: str, piece: Piece) -> bool:
+    return store.holds(id, store.kind, piece)
 
 
 def gather_what_is_there(
@@ -51,7 +57,6 @@ def gather_what_is_there(
         rows: the ids that a stack has a row for, ``""`` where nobody knows one; None: ids come in time, and those of
             runs before it are before them.
     """
-    store.look_again()
 
     def held(id: str) -> Piece | None:
         pieces = history.pieces(id)
@@ -59,7 +64,9 @@ def gather_what_is_there(
         return piece if piece and store.holds(id, store.kind, piece) else None
 
     stacked = not store.path.endswith(safetensors.SUFFIXES)
-    order = _rows(history, held, rows) if stacked and rows is not None else _order(history, held, ids, rows is None)
+    order = (
+        _rows(history, held, rows) if stacked and rows is not None else _order(store, history, held, ids, rows is None)
+    )
     mine = partial(_results, held, order, stacked)
     changed = not is_whole(store) or any(wanted != there for wanted, there in zip_longest(mine(), gathered(store)))
     if changed and any(piece for _, piece in mine()):
@@ -76,10 +83,11 @@ def _rows(history: History, held: Held, rows: list[str]) -> list[str]:
     return rows[: last + 1]
 
 
-def _order(history: History, held: Held, ids: list[str], stream: bool) -> list[str]:
+def _order(store: PartStore, history: History, held: Held, ids: list[str], stream: bool) -> list[str]:
     """The ids that a gathered file tells of: those of this run, and what is there of runs before it."""
     known = set(ids)
-    earlier = [id for id in history.ids() if id not in known and held(id)]
+    before = dict.fromkeys(chain((id for id, _ in gathered(store)), history.ids()))  # as they stand, then as they came
+    earlier = [id for id in before if id not in known and held(id)]
     return earlier + ids if stream else ids + earlier
 
 
@@ -112,15 +120,26 @@ def gather(store: PartStore, results: Callable[[], Iterator[Result]]) -> None:
     temporary = f"{target}{STATE}-tmp"  # always the same: what a killed run leaves, the next one takes away
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
-    with Replacing(target, temporary) as fd:
+    with _named(store.path), Replacing(target, temporary) as fd:
         sink = FileSink(store.path, fd)
         sink.put(0, header)
         _copy(store, results(), sink, len(header), hole)
-        _write_index(store, results(), [os.fstat(fd).st_size, len(header), zlib.crc32(header)], len(hole))
+        info = os.fstat(fd)
+        _write_index(store, results(), [info.st_size, len(header), zlib.crc32(header), info.st_ino], len(hole))
     os.replace(_new_index(store), _index(store))
     for name in os.listdir(store.folder):
         if name.startswith(f"{store.kind}-") and name.endswith(".part"):
             os.unlink(f"{store.folder}/{name}")
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Errors here are of ``path``, not of the file that is to take its place."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = path
+        raise
 
 
 def _common(store: PartStore, results: Iterator[Result]) -> tuple[tuple[int, ...], str]:
@@ -185,7 +204,7 @@ def _new_index(store: PartStore) -> str:
 
 
 def _write_index(store: PartStore, results: Iterator[Result], about: list[int], hole: int) -> None:
-    """Write the new index: ``about`` is size, length of the header and its checksum."""
+    """Write the new index: ``about`` is size, length of the header, its checksum, and what file of all it is."""
     with open_sink(_new_index(store)) as sink:
         block = json.dumps(about).encode() + b"\n"
         offset, at = 0, about[1]
@@ -207,21 +226,25 @@ def is_whole(store: PartStore) -> bool:
 
 def _fitting(store: PartStore) -> str | None:
     """The index that is true of the gathered file: the new one, if a run was killed between the two renames."""
-    for path in (_index(store), _new_index(store)):
+    target = os.path.realpath(store.path)
+    for path in (_new_index(store), _index(store)):
         with contextlib.suppress(OSError, ValueError):
             if look_into(path, 0)[0] >= 0:
                 with open(path, "rb") as file:
-                    if _fits(store, file.readline()):
-                        return path
+                    about = json.loads(file.readline())
+                # Stacks of as many rows have one header: before the first rename the new one would fit the old file.
+                # Afterwards the file may have been moved to another disk.
+                new = path == _new_index(store)
+                if _fits(target, about) and (not new or os.stat(target).st_ino in about[3:]):
+                    return path
     return None
 
 
-def _fits(store: PartStore, line: bytes) -> bool:
-    wanted = json.loads(line)
-    if not isinstance(wanted, list) or len(wanted) != 3 or not all(type(n) is int for n in wanted):
+def _fits(target: str, about: object) -> bool:
+    if not isinstance(about, list) or len(about) < 3 or not all(type(n) is int for n in about):
         return False
-    size, start = look_into(os.path.realpath(store.path), min(max(0, wanted[1]), safetensors.MAX_HEADER + 8))
-    return [size, len(start), zlib.crc32(start)] == wanted
+    size, start = look_into(target, min(max(0, about[1]), safetensors.MAX_HEADER + 8))
+    return [size, len(start), zlib.crc32(start)] == about[:3]
 
 
 def gathered(store: PartStore) -> Iterator[Result]:

@@ -15,7 +15,7 @@ import os
 import time
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -83,11 +83,14 @@ class History:
                 seen.add(id)
                 yield id
 
-    def move(self, moved: Iterator[tuple[str, Piece | None]], attention: bool) -> None:
-        """Pieces now lie elsewhere."""
+    def move(
+        self, moved: Iterator[tuple[str, Piece | None]], attention: bool, stays: Callable[[str, Piece], bool]
+    ) -> None:
+        """Pieces now lie elsewhere, but for those of which ``stays`` says that they are still where they were."""
         for id, piece in moved:
             before = self.pieces(id)
-            if before and piece:
+            now = before and before[attention]
+            if before and piece and not (now and stays(id, now)):
                 self._add(id, before[0] if attention else piece, piece if attention else before[1])
         self._sort()
 
@@ -227,31 +230,32 @@ def require_same_run(old: dict[str, Any] | None, new: dict[str, Any], output: st
 OWNER = "attention-of"
 
 
-def claim(folder: str, attended: str | None, overwrite: bool) -> None:
-    """See that results meet no other ones, and say whose attention is written.
+def require_unclaimed(folder: str, attended: str | None) -> None:
+    """See that results meet no other ones.
 
     Args:
         folder: with the state of an output.
         attended: likewise of its attention.
-        overwrite: whatever is there.
 
     Raises:
         UsageError: the attention of another output goes to one of them, or other features to where attention is to go.
     """
     hint = "write to another place, or start afresh with --overwrite"
-    other = _owner(folder)
-    if other and not overwrite:
-        raise UsageError("holds the attention of another output", where=folder, found=other, hint=hint)
+    for place, mine in ((folder, None), (attended, os.path.realpath(folder))):
+        other = place and _owner(place)
+        if other and other != mine:
+            raise UsageError("holds the attention of another output", where=place, found=other, hint=hint)
+    if attended and any(Path(attended).glob("ledger*.jsonl")):
+        raise UsageError("holds fused features, not attention", where=attended, hint=hint)
+
+
+def claim(folder: str, attended: str | None) -> None:
+    """Say whose attention is written; arguments as in `require_unclaimed`."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(f"{folder}/{OWNER}")
-    if attended is None:
-        return
-    mine, other = os.path.realpath(folder), _owner(attended)
-    if not overwrite and other and other != mine:
-        raise UsageError("holds the attention of another output", where=attended, found=other, hint=hint)
-    if not overwrite and any(Path(attended).glob("ledger*.jsonl")):
-        raise UsageError("holds fused features, not attention", where=attended, hint=hint)
-    write_whole(f"{attended}/{OWNER}", os.fsencode(os.path.relpath(mine, os.path.realpath(attended))))
+    if attended:
+        mine = os.path.relpath(*map(os.path.realpath, (folder, attended)))
+        write_whole(f"{attended}/{OWNER}", os.fsencode(mine))
 
 
 def _owner(folder: str) -> str | None:

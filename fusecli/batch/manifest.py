@@ -39,6 +39,7 @@ class Manifest:
         self._keys = image_key, text_key
         self._columns: list[str] | None = None
         self._delimiter: str | None = None  # None: JSON
+        self._open = False  # a quote that an earlier line has opened, so that the rest of a value may come
 
     def read(self, text: str) -> Entry | None:
         """What one line says; None for a header or an empty line.
@@ -98,14 +99,18 @@ class Manifest:
                 raise self._bad(text, "a JSON object")
             return record
         assert self._columns is not None
-        if text.count('"') % 2:  # a value that goes on in the next line, or the rest of one
-            raise self._bad(text, "a line of CSV with its quotes closed")
+        odd = text.count('"') % 2 == 1
+        if self._open and odd:
+            self._open = False
+            raise self._bad(text, "a value in one line")
         try:
             values = next(csv.reader([text], delimiter=self._delimiter, strict=True))
         except csv.Error:
+            self._open = odd
             raise self._bad(text, "a line of CSV") from None
         if len(values) != len(self._columns):
             raise self._bad(text, f"{len(self._columns)} values")
+        self._open = False
         return dict(zip(self._columns, values, strict=True))
 
     def _place(self, path: str, key: str | None) -> Place:

@@ -13,7 +13,7 @@ from fusecli.batch.apart import require_apart
 from fusecli.batch.feed import ListFeed, Pairs, StreamFeed
 from fusecli.batch.gather import gather_what_is_there, is_whole, read_history
 from fusecli.batch.job import Job, Options, Outcome
-from fusecli.batch.ledger import History, Ledger, Lock, claim, require_same_run
+from fusecli.batch.ledger import History, Ledger, Lock, claim, require_same_run, require_unclaimed
 from fusecli.batch.local import Pool, Stop
 from fusecli.batch.manifest import Manifest
 from fusecli.batch.plan import Shard, item_size
@@ -70,6 +70,10 @@ class Request:
         paths = [path for path in (self.output, self.attention) if path]
         return [(path, None if is_one_file(path) else self.suffix) for path in paths]
 
+    def states(self) -> tuple[str, str | None]:
+        """The folders with the state of the output, and of the attention."""
+        return state_folder(self.output), state_folder(self.attention) if self.attention else None
+
     def run_facts(self) -> dict[str, Any]:
         """All that decides the bytes of the results, as the ledger has it."""
         config = self.weights.config
@@ -79,7 +83,7 @@ class Request:
             **config.options(),
             "device": self.device.partition(":")[0],
             "suffix": self.suffix,
-            "attention": self.attention and os.path.relpath(self.attention, self.output),
+            "attention": self.attention and os.path.relpath(*map(os.path.realpath, (self.attention, self.output))),
             **self.options.facts(),
             "grid": self.grid and "{}x{}".format(*self.grid),
             "skip_rows": self.skip_rows,
@@ -154,8 +158,7 @@ def run(request: Request, plan: Callable[[], Pairs | Manifest], reporter: Report
         UsageError: the output was begun with other weights or options.
         OutputError: the output cannot be written.
     """
-    folder = state_folder(request.output)
-    attended = state_folder(request.attention) if request.attention else None
+    folder, attended = request.states()
     job, lock, stop = _job(request, folder), Lock(), Stop()
     pool = Pool(partial(work, job), request.workers if request.device == "cpu" else 0, lock.release)
     try:
@@ -166,8 +169,7 @@ def run(request: Request, plan: Callable[[], Pairs | Manifest], reporter: Report
             for held in (folder, attended) if attended else (folder,):
                 os.makedirs(held, exist_ok=True)
                 lock.take(held, _name(request.shard))
-            claim(folder, attended, request.overwrite)
-            return _run(request, pairs, reporter, job, pool, stop, folder)
+            return _run(request, pairs, reporter, job, pool, stop)
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -178,23 +180,19 @@ def run(request: Request, plan: Callable[[], Pairs | Manifest], reporter: Report
         lock.release()
 
 
-def _run(
-    request: Request, pairs: Pairs | Manifest, reporter: Reporter, job: Job, pool: Pool, stop: Stop, folder: str
-) -> Summary:
-    facts = request.run_facts()
+def _run(request: Request, pairs: Pairs | Manifest, reporter: Reporter, job: Job, pool: Pool, stop: Stop) -> Summary:
+    folder, attended = request.states()
     if request.overwrite:
         _forget(folder)
     history = read_history(folder, _stores(job))
-    require_same_run(history.run, facts, request.output)
-    if history.run is None and next(history.ids(), None) is not None:
-        hint = "write to another output, or start afresh with --overwrite"
-        raise UsageError("the ledger does not say what its results were made with", where=folder, hint=hint)
+    _require_fitting(request, job, history, pairs)
+    claim(folder, attended)
     folders = _folders(job)
     ledger = Ledger(folder, _name(request.shard))
     try:
         for store in folders:
             store.begin()
-        ledger.begin(facts, history.began)
+        ledger.begin(request.run_facts(), history.began)
         teller = _Teller(ledger, history.missing, reporter)
         feed = _feed(request, pairs, history, job)
         reporter.planned(feed.total)
@@ -212,6 +210,25 @@ def _run(
     return summary
 
 
+def _require_fitting(request: Request, job: Job, history: History, pairs: Pairs | Manifest) -> None:
+    """Raise `UsageError` if what is there was not made with the same weights, options and ids."""
+    folder, attended = request.states()
+    if not request.overwrite:
+        require_unclaimed(folder, attended)
+    require_same_run(history.run, request.run_facts(), request.output)
+    hint = "write to another output, or start afresh with --overwrite"
+    if history.run is None and next(history.ids(), None) is not None:
+        raise UsageError("the ledger does not say what its results were made with", where=folder, hint=hint)
+    stacked = any(isinstance(x, PartStore) and not x.path.endswith(safetensors.SUFFIXES) for x in _stores(job))
+    if not stacked or isinstance(pairs, Manifest) or request.shard:
+        return
+    rows = set(pairs.rows)
+    for id in history.ids():  # they would have no row any more
+        pieces = history.pieces(id)
+        if id not in rows and pieces and _is_there(job, id, *pieces):
+            raise UsageError("holds results of other pairs", where=request.output, found=id, hint=hint)
+
+
 def _stores(job: Job) -> list[Store]:
     return [job.fused, job.attention] if job.attention else [job.fused]
 
@@ -223,10 +240,10 @@ def _folders(job: Job) -> list[FolderStore]:
 def look(request: Request, pairs: Pairs) -> tuple[int, int, int]:
     """How many pairs are done, have failed and are to be done; nothing is written."""
     require_apart(pairs.ids, pairs.inside, request.targets())
-    folder = state_folder(request.output)
+    folder, _ = request.states()
     job = _job(replace(request, device="cpu"), folder)
     history = read_history(folder, _stores(job)) if not request.overwrite else History()
-    require_same_run(history.run, request.run_facts(), request.output)
+    _require_fitting(request, job, history, pairs)
     written = ((id, history.pieces(id)) for id in pairs.ids)
     done = sum(pieces is not None and _is_there(job, id, *pieces) for id, pieces in written)
     bad = sum(map(history.undone, pairs.ids))
@@ -235,8 +252,10 @@ def look(request: Request, pairs: Pairs) -> tuple[int, int, int]:
 
 
 def state_folder(output: str) -> str:
-    """Where the ledger of an output lies: in a folder, or beside a file."""
-    return f"{output}{STATE}" if is_one_file(output) else f"{output}/{STATE}"
+    """Where the ledger of an output lies: in a folder, or beside a file, of whatever links lead to it."""
+    if not is_one_file(output):
+        return f"{output}/{STATE}"
+    return f"{os.path.realpath(output) if os.path.islink(output) else output}{STATE}"
 
 
 def is_one_file(output: str) -> bool:
