@@ -448,7 +448,7 @@ def test_a_pair_called_attention_is_one_of_many(run: Run, tmp_path: Path, rng: n
     run("batch", *both, "-q")
     for id in ("attention", "b", "gate"):
         assert json.loads(run("show", "a.safetensors", "--id", id, "--json").stdout)["id"] == id
-    assert b"features" in run("inspect", "a.safetensors").stdout
+    assert b"attention (pairs 3" in run("inspect", "a.safetensors").stdout
 
 
 def test_what_a_killed_report_left_goes_with_the_next_one(run: Run, tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def test_ids_without_label_are_listed_or_passed_over(run: Run, lesson: list[str]
     (tmp_path / "txt" / f"{lesson[0]}.npy").unlink()
     told = _train(run, "--labels", "labels.csv", code=3)
     assert f"7 ids without label: {sorted(lesson[-7:])[0]}" in told
-    assert f"1 ids without text: {lesson[0]}" in told
+    assert f"1 id without text: {lesson[0]}" in told
     _train(run, "--labels", "labels.csv", "--allow-missing", "--epochs", 1)
 
 

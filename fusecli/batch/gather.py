@@ -64,9 +64,10 @@ def gather_what_is_there(
         return piece if piece and store.holds(id, store.kind, piece) else None
 
     stacked = not store.path.endswith(safetensors.SUFFIXES)
-    order = (
-        _rows(history, held, rows) if stacked and rows is not None else _order(store, history, held, ids, rows is None)
-    )
+    if stacked and rows is not None:
+        order = _rows(history, held, rows)
+    else:
+        order = _order(store, history, held, ids, stream=rows is None)
     mine = partial(_results, held, order, stacked)
     changed = not is_whole(store) or any(wanted != there for wanted, there in zip_longest(mine(), gathered(store)))
     if changed and any(piece for _, piece in mine()):
