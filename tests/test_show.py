@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from fusecli.errors import FileError
 from fusecli.heatmap.dump import Wanted, caption, open_dumps
 from fusecli.heatmap.maps import colours, entropy, pooled, shades, strongest
+from fusecli.heatmap.report import _pictures as pictures_of
 from fusecli.heatmap.view import look_at
 from tests.conftest import Run
 from tests.planted import DOT, FITS, PICTURES, paint, place_of, plant, require_dot_in_hot_cell, terminal_cells
@@ -508,3 +510,13 @@ def test_a_report_that_fails_halfway_leaves_the_old_one(tmp_path: Path, monkeypa
         write_report(dumps, str(output), Wanted(), None, "cover", overwrite=True)
     assert (output / "index.html").read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ["a.npy", "report"]
+
+
+def test_pictures_are_found_by_id_or_not_at_all(tmp_path: Path) -> None:
+    for name in ("a.png", ".b.png", ".hidden/a.png", "c/a.JPG", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert pictures_of(str(tmp_path)) == {"a": f"{tmp_path}/a.png", "c/a": f"{tmp_path}/c/a.JPG"}
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(FileError, match="two pictures for one id"):
+        pictures_of(str(tmp_path))

@@ -199,16 +199,21 @@ def _thumbnail(cells: NumpyArray, size: tuple[int, int], under: NumpyArray | Non
 
 
 def _pictures(folder: str) -> dict[str, str]:
-    """Paths of pictures by id: the path below the folder without its suffix."""
+    """Paths of pictures by id: the path below the folder without its suffix; hidden ones are passed over."""
     if not os.path.isdir(folder):
         raise FileError("no such folder", where=folder, wanted="pictures by id, in a folder")
     found: dict[str, str] = {}
-    for root, _, names in sorted(os.walk(folder)):
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         for name in sorted(names):
             path = os.path.join(root, name)
             stem, suffix = os.path.splitext(os.path.relpath(path, folder))
-            if suffix.lower() in SUFFIXES:
-                found.setdefault(stem, path)
+            if suffix.lower() not in SUFFIXES or name.startswith("."):
+                continue
+            if stem in found:
+                both = f"{os.path.relpath(found[stem], folder)} and {os.path.relpath(path, folder)}"
+                raise FileError("two pictures for one id", where=folder, found=both, wanted="one of them")
+            found[stem] = path
     return found
 
 
