@@ -683,6 +683,32 @@ def test_rows_of_a_stack_count_what_is_missing(run: Run, few: Path) -> None:
     assert len(np.load(few / "-.npy")) == 4
 
 
+def test_rows_of_a_stack_come_and_go_without_results(run: Run, few: Path) -> None:
+    place = ["img", "txt", "-o", "o.npy", "-a", "a.npy", "--allow-missing"]
+
+    def holes(name: str) -> list[bool]:
+        rows = np.load(few / name)
+        return [bool(np.isnan(row).any()) for row in rows]
+
+    batch(run, *place)
+    (few / "img" / "aa.npy").write_bytes((few / "img" / "a.npy").read_bytes())  # it has no text
+    batch(run, *place)
+    assert holes("o.npy") == holes("a.npy") == [False, True, False, False, False, False, False]
+    (few / "img" / "aa.npy").unlink()
+    batch(run, *place)
+    assert holes("o.npy") == holes("a.npy") == [False] * 6
+
+
+def test_what_killed_runs_left_goes_with_the_next(run: Run, few: Path) -> None:
+    place = ["img", "txt", "-o", "o.npy", "-a", "att"]
+    batch(run, *place)
+    left = [few / name for name in ("o.npy.fusecli-tmp", "o.npy.fusecli/.fusecli-1.tmp", "att/.fusecli/.fusecli-2.tmp")]
+    for path in left:
+        path.touch()
+    batch(run, *place)
+    assert not any(path.exists() for path in left)
+
+
 def test_a_stream_tried_again_passes_over_what_never_failed(run: Run, few: Path) -> None:
     lines = (few / "m.csv").read_bytes()
     done = batch(run, "--manifest", "-", "-o", "new", "--json", "--retry-failed", input=lines)

@@ -7,6 +7,7 @@ the results again when the parts are gone. While the file is replaced there are 
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import zlib
@@ -40,6 +41,25 @@ def read_history(folder: str, stores: Iterable[Store]) -> History:
     return history
 
 
+def is_stack(store: PartStore) -> bool:
+    """Whether results have rows instead of names."""
+    return not store.path.endswith(safetensors.SUFFIXES)
+
+
+def _temporary(store: PartStore) -> str:
+    return f"{os.path.realpath(store.path)}{STATE}-tmp"
+
+
+def remove_left(stores: Iterable[Store], states: Iterable[str | None]) -> None:
+    """Remove what killed runs have left on its way to ``stores`` and their ``states``; nobody else may be at work."""
+    left = [_temporary(store) for store in stores if isinstance(store, PartStore)]
+    for folder in filter(None, states):
+        left += glob.glob(f"{glob.escape(folder)}/.fusecli-*.tmp")
+    for path in left:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
 def _is_in_a_part(store: PartStore, id: str, piece: Piece) -> bool:
     return store.holds(id, store.kind, piece)
 
@@ -63,7 +83,7 @@ def gather_what_is_there(
         piece = pieces[attention] if pieces else None
         return piece if piece and store.holds(id, store.kind, piece) else None
 
-    stacked = not store.path.endswith(safetensors.SUFFIXES)
+    stacked = is_stack(store)
     if stacked and rows is not None:
         order = _rows(history, held, rows)
     else:
@@ -109,7 +129,7 @@ def gather(store: PartStore, results: Callable[[], Iterator[Result]]) -> None:
     Raises:
         OutputError: they do not stack, or the file cannot be written.
     """
-    if store.path.endswith(safetensors.SUFFIXES):
+    if not is_stack(store):
         told = store.label.of_many(id for id, _ in results()) if store.label else {}
         header = safetensors.header_of_many(((id, p.shape, p.dtype) for id, p in results() if p), told)
         hole = b""
@@ -117,10 +137,7 @@ def gather(store: PartStore, results: Callable[[], Iterator[Result]]) -> None:
         shape, dtype = _common(store, results())
         header = npy.header("", (sum(1 for _ in results()), *shape), dtype, {})
         hole = np.full(shape, np.nan, dtype).tobytes()
-    target = os.path.realpath(store.path)
-    temporary = f"{target}{STATE}-tmp"  # always the same: what a killed run leaves, the next one takes away
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(temporary)
+    target, temporary = os.path.realpath(store.path), _temporary(store)
     with _named(store.path), Replacing(target, temporary) as fd:
         sink = FileSink(store.path, fd)
         sink.put(0, header)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from fusecli.arrays import to_device
 from fusecli.batch.apart import require_apart
 from fusecli.batch.feed import ListFeed, Pairs, StreamFeed
-from fusecli.batch.gather import gather_what_is_there, is_whole, read_history
+from fusecli.batch.gather import gather_what_is_there, is_stack, is_whole, read_history, remove_left
 from fusecli.batch.job import Job, Options, Outcome
 from fusecli.batch.ledger import History, Ledger, Lock, claim, require_same_run, require_unclaimed
 from fusecli.batch.local import Pool, Stop
@@ -184,6 +184,8 @@ def _run(request: Request, pairs: Pairs | Manifest, reporter: Reporter, job: Job
     folder, attended = request.states()
     if request.overwrite:
         _forget(folder)
+    if not request.shard:
+        remove_left(_stores(job), (folder, attended))
     history = read_history(folder, _stores(job))
     _require_fitting(request, job, history, pairs)
     claim(folder, attended)
@@ -219,7 +221,7 @@ def _require_fitting(request: Request, job: Job, history: History, pairs: Pairs 
     hint = "write to another output, or start afresh with --overwrite"
     if history.run is None and next(history.ids(), None) is not None:
         raise UsageError("the ledger does not say what its results were made with", where=folder, hint=hint)
-    stacked = any(isinstance(x, PartStore) and not x.path.endswith(safetensors.SUFFIXES) for x in _stores(job))
+    stacked = any(isinstance(store, PartStore) and is_stack(store) for store in _stores(job))
     if not stacked or isinstance(pairs, Manifest) or request.shard:
         return
     rows = set(pairs.rows)
@@ -359,9 +361,10 @@ def _reason_to_stop(outcomes: list[Outcome], fail_fast: bool) -> Outcome | None:
 
 
 def _gather(job: Job, folder: str, feed: ListFeed | StreamFeed, summary: Summary) -> None:
-    """Make one file of the parts, where there is something new."""
+    """Make one file of the parts, where there is something new; rows of a stack also come and go without results."""
     stores = [store for store in _stores(job) if isinstance(store, PartStore)]
-    if not stores or (not summary.fused and not summary.failures and all(map(is_whole, stores))):
+    rows = feed.rows is not None and any(map(is_stack, stores))
+    if not stores or not (summary.fused or summary.failures or rows or not all(map(is_whole, stores))):
         return
     history = read_history(folder, _stores(job))
     for store in stores:
