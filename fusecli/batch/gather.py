@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import glob
 import json
+import operator
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import chain, zip_longest
+from itertools import chain, repeat, zip_longest
 
 import numpy as np
 
@@ -37,8 +38,14 @@ def read_history(folder: str, stores: Iterable[Store]) -> History:
         if isinstance(store, PartStore):
             store.look_again()
             # A part that is there was written after the last gathering, which removes them.
-            history.move(gathered(store), number == 1, partial(_is_in_a_part, store))
+            stays = partial(_is_in_a_part, store) if _parts(store) else None
+            history.move(gathered(store), number == 1, stays)
     return history
+
+
+def _parts(store: PartStore) -> list[str]:
+    names = os.listdir(store.folder) if os.path.isdir(store.folder) else []
+    return [name for name in names if name.startswith(f"{store.kind}-") and name.endswith(".part")]
 
 
 def is_stack(store: PartStore) -> bool:
@@ -107,7 +114,8 @@ def _rows(history: History, held: Held, rows: list[str]) -> list[str]:
 def _order(store: PartStore, history: History, held: Held, ids: list[str], stream: bool) -> list[str]:
     """The ids that a gathered file tells of: those of this run, and what is there of runs before it."""
     known = set(ids)
-    before = dict.fromkeys(chain((id for id, _ in gathered(store)), history.ids()))  # as they stand, then as they came
+    standing = (id for id, _ in gathered(store))
+    before = dict.fromkeys(chain(standing, history.ids(but=known)))  # as they stand, then as they came
     earlier = [id for id in before if id not in known and held(id)]
     return earlier + ids if stream else ids + earlier
 
@@ -145,9 +153,8 @@ def gather(store: PartStore, results: Callable[[], Iterator[Result]]) -> None:
         info = os.fstat(fd)
         _write_index(store, results(), [info.st_size, len(header), zlib.crc32(header), info.st_ino], len(hole))
     os.replace(_new_index(store), _index(store))
-    for name in os.listdir(store.folder):
-        if name.startswith(f"{store.kind}-") and name.endswith(".part"):
-            os.unlink(f"{store.folder}/{name}")
+    for name in _parts(store):
+        os.unlink(f"{store.folder}/{name}")
 
 
 @contextlib.contextmanager
@@ -235,11 +242,21 @@ def _write_index(store: PartStore, results: Iterator[Result], about: list[int], 
         sink.put(offset, block)
 
 
-def is_whole(store: PartStore) -> bool:
-    """Whether the gathered file is as `gather` left it, and there is nothing that is not in it."""
-    if any(name.startswith(f"{store.kind}-") and name.endswith(".part") for name in os.listdir(store.folder)):
+def is_whole(store: PartStore, rows: list[str] | None = None) -> bool:
+    """Whether the gathered file is as `gather` left it, and there is nothing that is not in it.
+
+    A stack is also to have just these ``rows``, if they are given.
+    """
+    path = _fitting(store)
+    if path is None or _parts(store):
         return False
-    return _fitting(store) is not None
+    if rows is None or not is_stack(store):
+        return True
+    with contextlib.suppress(OSError, ValueError, TypeError), open(path, "rb") as file:
+        file.readline()
+        there = chain((json.loads(line)[0] for line in file), repeat(None))
+        return all(map(operator.eq, rows, there)) and next(there) is None
+    return False
 
 
 def _fitting(store: PartStore) -> str | None:

@@ -15,7 +15,7 @@ import os
 import time
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -75,22 +75,22 @@ class History:
         dump = Piece._make((*attention, self._attention_at[at])) if attention else None
         return Piece._make((*fused, self._at[at])), dump
 
-    def ids(self) -> Iterator[str]:
-        """The ids of which something was written, in the order in which they first came."""
+    def ids(self, but: Container[str] = ()) -> Iterator[str]:
+        """The ids of which something was written, ``but`` some, in the order in which they first came."""
         seen: set[str] = set()
         for id in self._ids:
-            if id not in seen and self.pieces(id):
+            if id not in seen and id not in but and self.pieces(id):
                 seen.add(id)
                 yield id
 
     def move(
-        self, moved: Iterator[tuple[str, Piece | None]], attention: bool, stays: Callable[[str, Piece], bool]
+        self, moved: Iterator[tuple[str, Piece | None]], attention: bool, stays: Callable[[str, Piece], bool] | None
     ) -> None:
         """Pieces now lie elsewhere, but for those of which ``stays`` says that they are still where they were."""
         for id, piece in moved:
             before = self.pieces(id)
             now = before and before[attention]
-            if before and piece and not (now and stays(id, now)):
+            if before and piece and not (stays and now and stays(id, now)):
                 self._add(id, before[0] if attention else piece, piece if attention else before[1])
         self._sort()
 

@@ -224,10 +224,9 @@ def _require_fitting(request: Request, job: Job, history: History, pairs: Pairs 
     stacked = any(isinstance(store, PartStore) and is_stack(store) for store in _stores(job))
     if not stacked or isinstance(pairs, Manifest) or request.shard:
         return
-    rows = set(pairs.rows)
-    for id in history.ids():  # they would have no row any more
+    for id in history.ids(but=set(pairs.rows)):  # they would have no row any more
         pieces = history.pieces(id)
-        if id not in rows and pieces and _is_there(job, id, *pieces):
+        if pieces and _is_there(job, id, *pieces):
             raise UsageError("holds results of other pairs", where=request.output, found=id, hint=hint)
 
 
@@ -363,8 +362,7 @@ def _reason_to_stop(outcomes: list[Outcome], fail_fast: bool) -> Outcome | None:
 def _gather(job: Job, folder: str, feed: ListFeed | StreamFeed, summary: Summary) -> None:
     """Make one file of the parts, where there is something new; rows of a stack also come and go without results."""
     stores = [store for store in _stores(job) if isinstance(store, PartStore)]
-    rows = feed.rows is not None and any(map(is_stack, stores))
-    if not stores or not (summary.fused or summary.failures or rows or not all(map(is_whole, stores))):
+    if not summary.fused and not summary.failures and all(is_whole(store, feed.rows) for store in stores):
         return
     history = read_history(folder, _stores(job))
     for store in stores:
