@@ -158,7 +158,7 @@ def batch(
         note(INTERRUPTED, quiet)
         raise typer.Exit(130) from None
     if summary.one_row and loaded.config.can_forget_text:
-        note(f"{summary.one_row:,} pairs: {ONE_ROW}", quiet)
+        note(f"{summary.one_row:,} of the pairs: {ONE_ROW}", quiet)
     came = summary.fused or summary.skipped or summary.failures or summary.missed or retry_failed
     if manifest == "-" and not came:
         raise InputError("no pairs came", where="<stdin>", wanted="lines with id,image,text")
