@@ -273,6 +273,8 @@ def _drawn(bits: np.random.MT19937, name: str, shapes: Mapping[str, tuple[int, .
 
 #: Where a number alone starts.
 CONSTANTS = {"alpha": 0.5, "gamma": 0.0}
+#: γ of a tanh gate that is half open, as a sigmoid is by itself.
+HALF_OPEN = math.atanh(0.5)
 
 
 def _uniform(bits: np.random.MT19937, shape: tuple[int, ...], bound: float) -> NumpyArray:
@@ -307,7 +309,7 @@ def identity(feature_dim: int = 768, num_heads: int = 1, *, method: str = "atten
     tensors = {name: np.full(shape, CONSTANTS.get(name, 0.0), np.float32) for name, shape in shapes.items()}
     for name, tensor in tensors.items():
         if name == "gamma":
-            tensor[:] = math.atanh(0.5)
+            tensor[:] = HALF_OPEN
         elif name.endswith("norm.weight"):
             tensor[:] = 1
         elif name == "concat_proj.weight":

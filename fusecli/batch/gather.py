@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain, repeat, zip_longest
+from typing import Any
 
 import numpy as np
 
@@ -38,8 +39,7 @@ def read_history(folder: str, stores: Iterable[Store]) -> History:
         if isinstance(store, PartStore):
             store.look_again()
             # A part that is there was written after the last gathering, which removes them.
-            stays = partial(_is_in_a_part, store) if _parts(store) else None
-            history.move(gathered(store), number == 1, stays)
+            history.move(gathered(store), number == 1, store.has if _parts(store) else None)
     return history
 
 
@@ -67,10 +67,6 @@ def remove_left(stores: Iterable[Store], states: Iterable[str | None]) -> None:
             os.unlink(path)
 
 
-def _is_in_a_part(store: PartStore, id: str, piece: Piece) -> bool:
-    return store.holds(id, store.kind, piece)
-
-
 def gather_what_is_there(
     store: PartStore, history: History, attention: bool, ids: list[str], rows: list[str] | None
 ) -> None:
@@ -88,7 +84,7 @@ def gather_what_is_there(
     def held(id: str) -> Piece | None:
         pieces = history.pieces(id)
         piece = pieces[attention] if pieces else None
-        return piece if piece and store.holds(id, store.kind, piece) else None
+        return piece if piece and store.has(piece) else None
 
     stacked = is_stack(store)
     if stacked and rows is not None:
@@ -252,11 +248,17 @@ def is_whole(store: PartStore, rows: list[str] | None = None) -> bool:
         return False
     if rows is None or not is_stack(store):
         return True
-    with contextlib.suppress(OSError, ValueError, TypeError), open(path, "rb") as file:
-        file.readline()
-        there = chain((json.loads(line)[0] for line in file), repeat(None))
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        there = chain((id for id, *_ in _lines(path)), repeat(None))
         return all(map(operator.eq, rows, there)) and next(there) is None
     return False
+
+
+def _lines(path: str) -> Iterator[Any]:
+    """What an index says of each result."""
+    with open(path, "rb") as file:
+        file.readline()
+        yield from map(json.loads, file)
 
 
 def _fitting(store: PartStore) -> str | None:
@@ -287,11 +289,9 @@ def gathered(store: PartStore) -> Iterator[Result]:
     path = _fitting(store)
     if path is None:
         return
-    with contextlib.suppress(OSError, ValueError, TypeError), open(path, "rb") as file:
+    with contextlib.suppress(OSError, ValueError, TypeError):
         end = 0
-        file.readline()
-        for line in file:
-            id, shape, dtype, at = json.loads(line)
+        for id, shape, dtype, at in _lines(path):
             piece = believed(shape, dtype, WHOLE, at) if shape is not None else None
             if type(id) is not str or at < end:
                 return

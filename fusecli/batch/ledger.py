@@ -84,13 +84,13 @@ class History:
                 yield id
 
     def move(
-        self, moved: Iterator[tuple[str, Piece | None]], attention: bool, stays: Callable[[str, Piece], bool] | None
+        self, moved: Iterator[tuple[str, Piece | None]], attention: bool, stays: Callable[[Piece], bool] | None
     ) -> None:
         """Pieces now lie elsewhere, but for those of which ``stays`` says that they are still where they were."""
         for id, piece in moved:
             before = self.pieces(id)
             now = before and before[attention]
-            if before and piece and not (stays and now and stays(id, now)):
+            if before and piece and not (stays and now and stays(now)):
                 self._add(id, before[0] if attention else piece, piece if attention else before[1])
         self._sort()
 

@@ -362,7 +362,8 @@ def _reason_to_stop(outcomes: list[Outcome], fail_fast: bool) -> Outcome | None:
 def _gather(job: Job, folder: str, feed: ListFeed | StreamFeed, summary: Summary) -> None:
     """Make one file of the parts, where there is something new; rows of a stack also come and go without results."""
     stores = [store for store in _stores(job) if isinstance(store, PartStore)]
-    if not summary.fused and not summary.failures and all(is_whole(store, feed.rows) for store in stores):
+    new = summary.fused or summary.failures or not all(is_whole(store, feed.rows) for store in stores)
+    if not stores or not new:
         return
     history = read_history(folder, _stores(job))
     for store in stores:

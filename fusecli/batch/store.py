@@ -281,7 +281,11 @@ class PartStore:
         return self._was_there and _is_one_of(self.path, paths)
 
     def holds(self, id: str, name: str, piece: Piece) -> bool:
-        """See `Store`: the part is long enough."""
+        """See `Store`."""
+        return self.has(piece)
+
+    def has(self, piece: Piece) -> bool:
+        """Whether the part is there, and long enough."""
         return piece.part is not None and self.size(piece.part) >= piece.at + piece.nbytes
 
     def size(self, part: str) -> int:

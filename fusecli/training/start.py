@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fusecli.checkpoint import HALF_OPEN
 from fusecli.errors import ValuesError
 from fusecli.formats import NumpyArray
 from fusecli.functional import layer_norm, linear
@@ -28,8 +29,6 @@ Map = Callable[[NumpyArray], NumpyArray]
 SHARES = (0.35, 0.7, 1.4)
 #: What varies less than this share of the whole (squares) is not scaled up further.
 FLAT = 1e-6
-#: How far a gate begins open: a sigmoid is so by itself. A tanh is shut, where nothing behind it can learn.
-OPEN = 0.5
 #: What queries are scaled by: the attention begins nearly even, so that all of the image counts.
 EVEN = 0.1
 
@@ -69,7 +68,7 @@ def _with_turn(weights: Weights, last: str, turn: NumpyArray, middle: NumpyArray
     tensors[last.replace("weight", "bias")][...] = -turn @ middle  # the middle of all images adds nothing
     for name, tensor in tensors.items():
         if name == "gamma":
-            tensor[...] = math.atanh(OPEN)
+            tensor[...] = HALF_OPEN  # it is shut, where nothing behind it can learn
         if name.endswith("in_proj_weight"):
             tensor[: weights.dim] *= EVEN
         if name.endswith("multihead_attn.out_proj.weight") and name != last:
@@ -78,10 +77,10 @@ def _with_turn(weights: Weights, last: str, turn: NumpyArray, middle: NumpyArray
 
 
 def _before(weights: Weights) -> float:
-    """What the last matrix is multiplied by, as its result is lessened before it is added: by a gate, say."""
+    """What the last matrix is multiplied by, to make up for a gate that is half open, say."""
     if weights.config.method == "weighted-sum":
         return 1 / float(weights.tensors["alpha"][0])
-    return 1 / OPEN if weights.config.method == "gated" else 1.0
+    return 2.0 if weights.config.method == "gated" else 1.0
 
 
 def _ways(weights: Weights) -> tuple[Map, Map, str]:
