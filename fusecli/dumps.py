@@ -7,6 +7,7 @@
 
 ``ids`` are the pairs in it and ``tokens`` the words of each, null where they are not known; a dump of one pair is a
 list of one. ``grid`` is there where it is known, or where ``M`` is ``g²`` or ``g² + 1``. What is not known is left out.
+The tensor ``attention`` of one pair may have a tensor ``gate`` beside it; of many, that of ``<id>`` is ``<id>.gate``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from fusecli.grid import Grid, grid_of
 
 #: The one key of our metadata, and the version of what it holds.
 KEY, FORMAT = "fusecli", 1
+#: What the gates of a pair are called in a file of many: the id, and this.
+GATE = ".gate"
 #: What is told of the weights, and as what.
 FACTS = {"method": str, "num_heads": int, "weights": str, "mean": bool}
 #: A file of tokens that is longer was not meant.

@@ -116,6 +116,36 @@ def test_packed_and_stacked_sides_and_results(run: Run, many: Any, tmp_path: Pat
     assert as_npy(load_file(tmp_path / "st" / "b.safetensors")["fused"]) == wanted["b"]
 
 
+@pytest.mark.parametrize("extra", [[], ["--attention-mean", "--attention-dtype", "float16"]])
+def test_packed_attention_has_the_gates_beside_it(run: Run, many: Any, tmp_path: Path, extra: list[str]) -> None:
+    run("init", "-m", "gated", "-o", "w.safetensors", "--feature-dim", D, "--num-heads", 4, "-q")
+    both = ["img", "txt", "-o", "fused.safetensors", "-a", "att.safetensors", *extra]
+    batch(run, *both, "-j", 2, "--limit", 3)
+    batch(run, *both)  # adds to what is there
+    packed = load_file(tmp_path / "att.safetensors")
+    assert len(packed) == 2 * len(IDS)
+    for id in IDS:
+        expected(run, tmp_path, [id], "-a", "a.safetensors", *extra)
+        one = load_file(tmp_path / "a.safetensors")
+        assert as_npy(packed[id]) == as_npy(one["attention"])
+        assert as_npy(packed[f"{id}.gate"]) == as_npy(one["gate"])
+        shown = [json.loads(run("show", "att.safetensors", "--json", "--id", id).stdout)["tokens"]]
+        shown.append(json.loads(run("show", "a.safetensors", "--json").stdout)["tokens"])
+        assert all("gate" in token for token in shown[0])
+        assert shown[0] == shown[1]
+
+
+def test_an_id_cannot_be_the_name_of_a_gate(run: Run, many: Any, tmp_path: Path) -> None:
+    run("init", "-m", "gated", "-o", "w.safetensors", "--feature-dim", D, "--num-heads", 4, "-q")
+    for side in ("img", "txt"):
+        (tmp_path / side / "b.npy").rename(tmp_path / side / "c.gate.npy")
+    both = ["img", "txt", "-o", "out.safetensors"]
+    batch(run, *both)
+    told = batch(run, *both, "-a", "a.safetensors", "--overwrite", "--json", code=4).stdout
+    assert b"keeps for something else" in told
+    assert "c.gate" not in load_file(tmp_path / "out.safetensors")
+
+
 def test_stacks_match_by_row_number(run: Run, tmp_path: Path, rng: np.random.Generator) -> None:
     run("init", "-o", "w.safetensors", "--feature-dim", D, "--num-heads", 4, "-q")
     images, texts = rng.standard_normal((12, D), np.float32), rng.standard_normal((11, 3, D), np.float32)

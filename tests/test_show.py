@@ -441,8 +441,11 @@ def test_thousands_of_tokens_or_rows_are_shown(run: Run, tmp_path: Path, shape: 
         run("show", "a.npy", "--grid", {4000: "50x80", 256: "16x16", 16: "4x4"}[shape[-1]], "-o", output, "-q")
 
 
-def test_a_pair_called_attention_is_one_of_many(run: Run, tmp_path: Path, rng: np.random.Generator) -> None:
-    run("init", "-o", "w.safetensors", "--feature-dim", 8, "--num-heads", 2, "-q")
+@pytest.mark.parametrize("method", ["attention", "gated"])
+def test_a_pair_called_attention_is_one_of_many(
+    run: Run, tmp_path: Path, rng: np.random.Generator, method: str
+) -> None:
+    run("init", "-m", method, "-o", "w.safetensors", "--feature-dim", 8, "--num-heads", 2, "-q")
     for side in ("i", "t"):
         sides = {id: rng.standard_normal((4, 8), np.float32) for id in ("attention", "b", "gate")}
         save_file(sides, tmp_path / f"{side}.safetensors")

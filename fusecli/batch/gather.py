@@ -21,8 +21,10 @@ import numpy as np
 
 from fusecli.batch.ledger import History
 from fusecli.batch.store import STATE, WHOLE, PartStore, Piece, Store, believed, look_into
+from fusecli.dumps import GATE
 from fusecli.errors import OutputError
 from fusecli.formats import FileSink, NumpyArray, Replacing, Sink, as_bytes, npy, open_sink, open_source, safetensors
+from fusecli.path import gate_of
 
 #: Bytes copied at once.
 BLOCK = 2**22
@@ -135,7 +137,7 @@ def gather(store: PartStore, results: Callable[[], Iterator[Result]]) -> None:
     """
     if not is_stack(store):
         told = store.label.of_many(id for id, _ in results()) if store.label else {}
-        header = safetensors.header_of_many(((id, p.shape, p.dtype) for id, p in results() if p), told)
+        header = safetensors.header_of_many(_tensors(results(), store.gate), told)
         hole = b""
     else:
         shape, dtype = _common(store, results())
@@ -151,6 +153,15 @@ def gather(store: PartStore, results: Callable[[], Iterator[Result]]) -> None:
     os.replace(_new_index(store), _index(store))
     for name in _parts(store):
         os.unlink(f"{store.folder}/{name}")
+
+
+def _tensors(results: Iterator[Result], gate: bool) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """What a packed file holds, in order."""
+    for id, piece in results:
+        if piece:
+            yield id, piece.shape, piece.dtype
+            if gate:
+                yield id + GATE, gate_of(piece.shape)[1], piece.dtype
 
 
 @contextlib.contextmanager
@@ -186,7 +197,7 @@ def _common(store: PartStore, results: Iterator[Result]) -> tuple[tuple[int, ...
 
 def _copy(store: PartStore, results: Iterator[Result], sink: Sink, begin: int, hole: bytes) -> None:
     at = begin
-    for part, start, nbytes in _runs(results, len(hole)):
+    for part, start, nbytes in _runs(results, len(hole), store.gate):
         if part is None:
             for offset in range(0, nbytes, len(hole)):
                 sink.put(at + offset, hole)
@@ -200,12 +211,12 @@ def _copy(store: PartStore, results: Iterator[Result], sink: Sink, begin: int, h
         at += nbytes
 
 
-def _runs(results: Iterator[Result], hole: int) -> Iterator[tuple[str | None, int, int]]:
+def _runs(results: Iterator[Result], hole: int, gate: bool) -> Iterator[tuple[str | None, int, int]]:
     """(part, offset, bytes) of results that follow one another in one part."""
     part: str | None = None
     start = nbytes = 0
     for _, piece in results:
-        name, at, size = (piece.part, piece.at, piece.nbytes) if piece else (None, 0, hole)
+        name, at, size = (piece.part, piece.at, piece.nbytes(gate)) if piece else (None, 0, hole)
         if nbytes and name == part and (name is None or at == start + nbytes):
             nbytes += size
             continue
@@ -231,7 +242,7 @@ def _write_index(store: PartStore, results: Iterator[Result], about: list[int], 
         offset, at = 0, about[1]
         for id, piece in results:
             block += json.dumps([id, *(piece[:2] if piece else (None, None)), at]).encode() + b"\n"
-            at += piece.nbytes if piece else hole
+            at += piece.nbytes(store.gate) if piece else hole
             if len(block) > 2**16:
                 sink.put(offset, block)
                 offset, block = offset + len(block), b""
@@ -295,5 +306,5 @@ def gathered(store: PartStore) -> Iterator[Result]:
             piece = believed(shape, dtype, WHOLE, at) if shape is not None else None
             if type(id) is not str or at < end:
                 return
-            end = at + (piece.nbytes if piece else 0)
+            end = at + (piece.nbytes(store.gate) if piece else 0)
             yield id, piece

@@ -74,6 +74,12 @@ class Request:
         """The folders with the state of the output, and of the attention."""
         return state_folder(self.output), state_folder(self.attention) if self.attention else None
 
+    @property
+    def packs_gates(self) -> bool:
+        """Whether gates go into one file with the attention of all pairs."""
+        path = self.attention
+        return path is not None and is_one_file(path) and takes_gate(self.weights, path)
+
     def run_facts(self) -> dict[str, Any]:
         """All that decides the bytes of the results, as the ledger has it."""
         config = self.weights.config
@@ -87,6 +93,8 @@ class Request:
             **self.options.facts(),
             "grid": self.grid and "{}x{}".format(*self.grid),
             "skip_rows": self.skip_rows,
+            # They take room between the numbers of pairs; nothing is said where there are none.
+            **({"packed_gates": True} if self.packs_gates else {}),
             **self.facts,
         }
 
@@ -284,7 +292,7 @@ def _job(request: Request, folder: str) -> Job:
         named = written_suffix(path, request.suffix).endswith(safetensors.SUFFIXES)
         label = request.label() if named and kind == "attention" else None
         if is_one_file(path):
-            return PartStore(path, folder, kind, label)
+            return PartStore(path, folder, kind, kind == "attention" and request.packs_gates, label)
         temporary = f"{path}/{STATE}/{f'tmp-{request.shard}' if request.shard else 'tmp'}"
         gate = kind == "attention" and takes_gate(request.weights, request.suffix)
         return FolderStore(path, request.suffix, temporary, gate, label)

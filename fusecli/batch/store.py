@@ -17,7 +17,7 @@ from itertools import count
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
-from fusecli.dumps import Label
+from fusecli.dumps import GATE, Label
 from fusecli.errors import FusecliError, OutputError
 from fusecli.formats import FLOATS, FileSink, Replacing, Sink, format_of, itemsize, safetensors
 from fusecli.path import gate_of
@@ -38,10 +38,10 @@ class Piece(NamedTuple):
     part: str | None = None  # the file that holds it, where results share files
     at: int = 0  # where in that file
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the numbers."""
-        return math.prod(self.shape) * itemsize(self.dtype)
+    def nbytes(self, gate: bool = False) -> int:
+        """Bytes of the numbers, with those of the ``gate`` behind them if there is one."""
+        behind = math.prod(gate_of(self.shape)[1]) if gate else 0
+        return (math.prod(self.shape) + behind) * itemsize(self.dtype)
 
     def facts(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -66,6 +66,7 @@ class Store(Protocol):
     """Takes results by id."""
 
     path: str
+    gate: bool  # each result has gates behind it
 
     def open(
         self, id: str, name: str, shape: tuple[int, ...], dtype: str, told: list[Piece]
@@ -91,14 +92,15 @@ def require_safe(id: str, root: str) -> None:
         )
 
 
-def _require_name(id: str, path: str) -> None:
+def _require_name(id: str, path: str, gate: bool) -> None:
     """Raise `OutputError` for an id that no tensor can be called."""
     try:
         id.encode()
     except UnicodeEncodeError:
         raise OutputError("the id is no UTF-8", where=path, found=repr(id), hint="write to a folder") from None
-    if id == safetensors.METADATA and path.endswith(safetensors.SUFFIXES):
-        raise OutputError("the id is a name that the format keeps for itself", where=path, found=id)
+    kept = id == safetensors.METADATA or (gate and id.endswith(GATE))
+    if kept and path.endswith(safetensors.SUFFIXES):
+        raise OutputError("the id is a name that the file keeps for something else", where=path, found=id)
 
 
 @dataclass
@@ -177,8 +179,7 @@ class FolderStore:
         except FusecliError:  # never written by us
             return False
         size, start = look_into(path, len(header))
-        behind = math.prod(gate_of(piece.shape)[1]) * itemsize(piece.dtype) if self.gate else 0
-        return size == len(header) + piece.nbytes + behind and start == header
+        return size == len(header) + piece.nbytes(self.gate) and start == header
 
     @cached_property
     def _format(self) -> ModuleType:
@@ -243,6 +244,7 @@ class PartStore:
     path: str  # of the file that they become
     folder: str  # of the parts
     kind: str  # "fused" or "attention"
+    gate: bool = False  # each result has gates behind it
     label: Label | None = None  # what the file says of itself, in a format that has room for it
     _lock: Any = field(default_factory=threading.Lock)
     _fd: int = -1
@@ -260,14 +262,14 @@ class PartStore:
     ) -> Iterator[tuple[Sink, int]]:
         """See `Store`."""
         format_of(self.path).header(name, shape, dtype, {})  # it can name the dtype
-        _require_name(id, self.path)
+        _require_name(id, self.path, self.gate)
         if self.label:
             self.label.check(id, shape)
         with self._lock:
             if self._owner != os.getpid():
                 self._begin_part()
             piece = Piece(shape, dtype, self._part, self._at)
-            self._at += piece.nbytes
+            self._at += piece.nbytes(self.gate)
         yield FileSink(f"{self.path}[{id}]", self._fd), piece.at
         told.append(piece)
 
@@ -286,7 +288,7 @@ class PartStore:
 
     def has(self, piece: Piece) -> bool:
         """Whether the part is there, and long enough."""
-        return piece.part is not None and self.size(piece.part) >= piece.at + piece.nbytes
+        return piece.part is not None and self.size(piece.part) >= piece.at + piece.nbytes(self.gate)
 
     def size(self, part: str) -> int:
         """Bytes in a part, 0 where it is gone; the gathered file counts as a part of the name `WHOLE`."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from fusecli.arrays import cast
 from fusecli.batch.job import Item, Job, Outcome, Task, failed
-from fusecli.batch.store import FolderStore, PartStore, Piece
+from fusecli.batch.store import PartStore, Piece
 from fusecli.collections import Place
 from fusecli.errors import FusecliError, OutputError
 from fusecli.formats import NumpyArray, Stored
@@ -118,7 +118,7 @@ def fuse_task(
     }
     if dumps:
         facts["attention"] = dumps[0].facts()
-    nbytes = image.nbytes + text.nbytes + pieces[0].nbytes
+    nbytes = image.nbytes + text.nbytes + pieces[0].nbytes()
     return Outcome(task.id, "fused", facts, False, read, fuse, seconds.write, nbytes)
 
 
@@ -131,7 +131,7 @@ def _output(job: Job, id: str, pieces: list[Piece], dumps: list[Piece]) -> Outpu
         attention_dtype=job.options.attention_dtype,
         dtype=job.options.dtype,
         finite=not job.options.allow_nonfinite,
-        gate=isinstance(job.attention, FolderStore) and job.attention.gate,
+        gate=job.attention is not None and job.attention.gate,
     )
 
 

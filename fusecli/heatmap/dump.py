@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fusecli.collections import Folder
-from fusecli.dumps import About, Tokens, require_tokens
+from fusecli.dumps import GATE, About, Tokens, require_tokens
 from fusecli.errors import FileError, ShapeError, ValuesError
 from fusecli.formats import NumpyArray, Stored, open_tensors
 from fusecli.grid import Grid, grid_of
@@ -164,6 +164,14 @@ def _no_attention(where: str, found: str) -> ValuesError:
     return ValuesError("is no attention", where=where, found=found, wanted=wanted, hint=hint)
 
 
+class _Found(NamedTuple):
+    """What a file holds of a pair."""
+
+    attention: Stored
+    gate: Stored | None
+    about: About
+
+
 @dataclass(frozen=True)
 class Dumps:
     """The dumps of one pair or of many."""
@@ -171,7 +179,7 @@ class Dumps:
     path: str
     ids: list[str]
     many: bool
-    _open: Callable[[str], tuple[str, dict[str, Stored], About]]
+    _find: Callable[[str], _Found]
 
     @cached_property
     def _known(self) -> frozenset[str]:
@@ -193,12 +201,11 @@ class Dumps:
         if id not in self._known:
             found = f"{', '.join(self.ids[:5])}{', …' if len(self.ids) > 5 else ''}"
             raise FileError("no such pair", where=self.path, found=found, wanted=id)
-        name, tensors, about = self._open(id)
-        return _dump(id, tensors[name], tensors.get("gate"), about, wanted)
+        return _dump(id, self._find(id), wanted)
 
 
-def _dump(id: str, stored: Stored, gate: Stored | None, about: About, wanted: Wanted) -> Dump:
-    stored = _as_weights(stored)
+def _dump(id: str, found: _Found, wanted: Wanted) -> Dump:
+    stored, gate, about = _as_weights(found.attention), found.gate, found.about
     n, m = stored.shape[-2:]
     if wanted.tokens:
         wanted.tokens.require(id)
@@ -209,9 +216,9 @@ def _dump(id: str, stored: Stored, gate: Stored | None, about: About, wanted: Wa
         known = about.grid is None or m - about.grid[0] * about.grid[1] in (about.skip, 0, 1)
         size, skip = (about.grid, about.skip) if known else (None, None)
     grid = grid_of(m, size, skip, stored.where) if m > 1 else None
-    shares = gate.read() if gate is not None and gate.shape == (n,) and stored.name == "attention" else None
-    if shares is not None and not np.isfinite(shares).all():
-        raise ValuesError("not finite", where=f"{stored.source.name}[gate]", wanted="mean gates of tokens")
+    shares = gate.read() if gate is not None and gate.shape == (n,) else None
+    if gate is not None and shares is not None and not np.isfinite(shares).all():
+        raise ValuesError("not finite", where=gate.where, wanted="mean gates of tokens")
     return Dump(id, stored, about.facts, words, grid, shares)
 
 
@@ -238,13 +245,23 @@ def open_dumps(path: str) -> Dumps:
     if any(name.endswith(("image_proj.weight", "text_proj.weight")) for name in tensors):
         raise _no_attention(path, "a checkpoint")
     about = About.of(first.source)
-    if len(tensors) == 1 or ("attention" in tensors and len(about.ids) < 2):  # of many, one may be called so
-        name = "attention" if "attention" in tensors else next(iter(tensors))
+
+    def find(name: str) -> _Found:
+        beside = tensors.get("gate") if name == "attention" else None
+        return _Found(tensors[name], tensors.get(name + GATE, beside), about)
+
+    ids = sorted(name for name in tensors if not _is_gate(name, tensors))
+    if len(ids) == 1 or ("attention" in tensors and len(about.ids) < 2):  # of many, one may be called so
+        name = "attention" if "attention" in tensors else ids[0]
         if len(tensors[name].shape) == 4 and tensors[name].shape[0] > 1:
             return _of_stack(path, tensors[name], about)
         named = name if name not in ("", "attention") else os.path.splitext(os.path.basename(path))[0]
-        return Dumps(path, about.ids if len(about.ids) == 1 else [named], False, lambda _: (name, tensors, about))
-    return Dumps(path, sorted(tensors), True, lambda name: (name, tensors, about))
+        return Dumps(path, about.ids if len(about.ids) == 1 else [named], False, lambda _: find(name))
+    return Dumps(path, ids, True, find)
+
+
+def _is_gate(name: str, tensors: Mapping[str, Stored]) -> bool:
+    return name.endswith(GATE) and name.removesuffix(GATE) in tensors and len(tensors[name].shape) == 1
 
 
 def _of_stack(path: str, stored: Stored, about: About) -> Dumps:
@@ -253,8 +270,9 @@ def _of_stack(path: str, stored: Stored, about: About) -> Dumps:
         raise FileError("a stack in Fortran order has no rows to read", where=path, wanted="C order")
     size = stored.nbytes // stored.shape[0]
 
-    def row(id: str) -> tuple[str, dict[str, Stored], About]:
-        return "", {"": stored._replace(name=id, shape=stored.shape[1:], offset=stored.offset + int(id) * size)}, about
+    def row(id: str) -> _Found:
+        one = stored._replace(name=id, shape=stored.shape[1:], offset=stored.offset + int(id) * size)
+        return _Found(one, None, about)
 
     return Dumps(path, [str(at) for at in range(stored.shape[0])], True, row)
 
@@ -264,10 +282,10 @@ def _of_folder(path: str) -> Dumps:
     if not len(folder):
         raise FileError("no dumps in it", where=path, wanted="files .npy or .safetensors")
 
-    def one(id: str) -> tuple[str, dict[str, Stored], About]:
+    def one(id: str) -> _Found:
         inside = open_dumps(folder.place(id).path)
         if inside.many:
             raise FileError("holds more than one pair", where=inside.path, hint="show that file by itself")
-        return inside._open(inside.ids[0])
+        return inside._find(inside.ids[0])
 
     return Dumps(path, list(folder), True, one)
