@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal, overload
 
 from fusecli.arrays import (
@@ -24,8 +24,7 @@ from fusecli.arrays import (
     unwarned,
 )
 from fusecli.errors import ShapeError, UsageError
-from fusecli.functional import layer_norm
-from fusecli.methods import METHODS, Met, Method, View, adds_one_row, one_row_is_enough, single
+from fusecli.methods import METHODS, Met, Method, View, adds_one_row
 from fusecli.weights import Config, Weights
 
 #: Scores of one block of text rows at most, in numbers: 32 MiB of float32.
@@ -35,76 +34,33 @@ BLOCK_ROWS = 2**13
 
 
 class Seen:
-    """One image, ready to meet text in blocks of rows: the single path of every fusion.
+    """One image, ready to meet text in blocks of rows: the single path of every fusion."""
 
-    Args:
-        weights: the fusion.
-        image: ``[M, Di]``; ``[Di]`` and ``[1, M, Di]`` are read as that. With a mask, a batch ``[B, M, Di]``.
-        template: an array of the kind (and device) to compute with: the text, or a part of it.
-        n: rows that the text has in all blocks together; the plan depends on it.
-        dtype: ``"float32"`` or ``"float64"``, what to compute in.
-        training: compute with the layers as they are instead of folded maps, so that autograd reaches them.
-        row: the answer of one image row, from `single_rows`, in place of ``image``.
-        mask: ``[B, M]``, true for the image rows of a batch that are no padding.
-        drop: dropout, in training.
-
-    Raises:
-        ShapeError: the image has other axes, no rows, or a width other than ``Di``.
-    """
-
-    def __init__(
-        self,
-        weights: Weights,
-        image: Array,
-        template: Array,
-        n: int,
-        dtype: str,
-        *,
-        training: bool = False,
-        row: Array = None,
-        mask: Array = None,
-        drop: Callable[[Array], Array] = lambda x: x,
-    ) -> None:
-        self.weights, self.n, self.m, self.dtype = weights, n, 1, dtype
-        self._norm: tuple[Array, Array] | None = None
-        if weights.config.layer_norm:
-            tensors = weights.at(template, dtype)
-            self._norm = tensors["text_norm.weight"], tensors["text_norm.bias"]
-        if row is None:
-            image = image if mask is not None else as_rows(image, "image", weights.image_dim)
-            self.m = image.shape[-2]
-            image = cast(like(image, template), dtype)
-            enough = one_row_is_enough(weights) and not needs_grad(template)  # the text's is zero, but there is one
-            if self.m == 1 and not training and mask is None and enough:
-                row = single(weights, image[0], lambda x, weight: weight @ x)  # [D]
-            elif weights.config.layer_norm:
-                learned = () if training else (tensors["image_norm.weight"], tensors["image_norm.bias"])
-                image = layer_norm(image, *learned)
-        self._one_row = row is not None
-        view = View(weights, image, template, n, dtype, training, row, mask, drop)
-        self._method: Method = METHODS[weights.config.method](view)
+    def __init__(self, view: View) -> None:
+        self._view, self._config = view, view.weights.config
+        self.n, self.dtype = view.n, view.dtype
+        self._method: Method = METHODS[self._config.method](view)
 
     @property
     def rows_alike(self) -> bool:
         """Whether all fused rows are the same vector."""
-        return self._one_row and self.weights.config.can_forget_text
+        return self._view.one_row is not None and self._config.can_forget_text
 
     @property
     def only_adds(self) -> bool:
         """Whether nothing is multiplied for a text row: it is answered at the speed of copying."""
-        return self._one_row and adds_one_row(self.weights)
+        return self._view.one_row is not None and adds_one_row(self._view.weights)
 
     @property
     def block_rows(self) -> int:
         """Text rows to pass at once, so that memory stays flat in ``N``; all where they attend to each other."""
-        config = self.weights.config
-        if config.self_attention:
+        if self._config.self_attention:
             return self.n
-        return max(1, min(BLOCK_ROWS, BLOCK_SCORES // (config.num_heads * self.m)))
+        return max(1, min(BLOCK_ROWS, BLOCK_SCORES // (self._config.num_heads * self._view.m)))
 
     def blocks(self, most: int = BLOCK_ROWS) -> Iterator[slice]:
         """The rows ``0..N``, a block of at most ``most`` at a time."""
-        step = self.block_rows if self.weights.config.self_attention else min(self.block_rows, most)
+        step = self.block_rows if self._config.self_attention else min(self.block_rows, most)
         return (slice(start, min(start + step, self.n)) for start in range(0, self.n, step))
 
     def meet(self, text: Array, *, need_weights: bool = False, mask: Array = None) -> Met:
@@ -116,10 +72,7 @@ class Seen:
             Fused rows ``[n, D]`` and, if asked for, attention ``[H, n, M]`` and the mean gate ``[n]`` where there is
             one, in the dtype of computing.
         """
-        text = cast(text, self.dtype)
-        if self._norm is not None:
-            text = layer_norm(text, *self._norm)
-        return self._method.meet(text, mask, need_weights)
+        return self._method.meet(self._view.text_rows(text), mask, need_weights)
 
 
 #: Pairs that are computed at once on a GPU, and rows of all of them together, at most: what fills it.
@@ -155,7 +108,7 @@ def fuse_together(weights: Weights, images: Array, texts: Array, dtype: str, *, 
     size = pairs_together(weights, n, m)
     images, texts = padded(images, size), padded(texts, size)
     mask = cast(ones((size, max(m, n)), images), "bool")
-    seen = Seen(weights, images, texts, n, dtype, mask=mask[:, :m])
+    seen = Seen(View(weights, images, texts, n, dtype, mask=mask[:, :m]))
     met = seen.meet(texts, need_weights=need_weights, mask=mask[:, :n])
     return Met(*(None if x is None else x[:count] for x in met))
 
@@ -197,13 +150,14 @@ def fuse(weights: Weights, image: Array, text: Array, *, need_weights: bool = Fa
     """
     if need_weights:
         require_attention(weights.config)
-    image, text = plain(image), as_rows(plain(text), "text", weights.text_dim)
+    text = as_rows(plain(text), "text", weights.text_dim)
+    image = as_rows(plain(image), "image", weights.image_dim)
     dtype, given = compute_dtype(text, image), text
     training = is_torch(text) and needs_grad(*weights.tensors.values())
     if is_torch(text) and not is_on_gpu(text) and numpy_can_have(text, image, *weights.tensors.values()):
         text = to_numpy(text)
     with unwarned(given):
-        seen = Seen(weights, image, text, len(text), dtype, training=training)
+        seen = Seen(View(weights, image, text, len(text), dtype, training=training))
         parts = [seen.meet(text[rows], need_weights=need_weights) for rows in seen.blocks()]
         fused = cast(like(joined([part.fused for part in parts], 0), given), dtype_name(given))
     return (fused, like(joined([part.attention for part in parts], 1), given)) if need_weights else fused

@@ -21,7 +21,7 @@ from functools import cached_property, partial
 from typing import NamedTuple, Protocol
 
 from fusecli import attention
-from fusecli.arrays import Array, cut, dtype_name, filled, is_on_gpu, namespace, ones
+from fusecli.arrays import Array, cast, cut, dtype_name, filled, is_on_gpu, like, namespace, needs_grad, ones
 from fusecli.functional import dot, gelu, layer_norm, linear, mean_row, rows_apart, sigmoid
 from fusecli.maps import Maps, merged, unfolded, with_image, with_image_pays
 from fusecli.weights import Weights, layers_of
@@ -43,14 +43,44 @@ class View:
     """
 
     weights: Weights
-    image: Array  # [M, Di], normed if there is a norm, in training without weight and bias; None where there is a `row`
-    template: Array  # what kind of array to compute with
-    n: int  # text rows in all
-    dtype: str
+    image: Array  # [M, Di], of any float dtype and kind; not looked at where there is a `row`
+    template: Array  # of the kind, and on the device, to compute with: the text, or a part of it
+    n: int  # rows that the text has in all blocks together; the plan depends on it
+    dtype: str  # "float32" or "float64", what to compute in
     training: bool = False  # use the layers as they are instead of folded maps, so that autograd reaches them
     row: Array = None  # from `single_rows`: what an image of one row comes to
     mask: Array = None
     drop: Callable[[Array], Array] = lambda x: x  # dropout
+
+    @property
+    def m(self) -> int:
+        """``M``."""
+        return 1 if self.row is not None else int(self.image.shape[-2])
+
+    @cached_property
+    def one_row(self) -> Array:
+        """What every token gets from the only image row, ``[D]``, where that can be told before any text is seen."""
+        if self.row is not None or self.m > 1 or self.training or self.mask is not None:
+            return self.row
+        if not one_row_is_enough(self.weights) or needs_grad(self.template):  # the text's is zero, but there is one
+            return None
+        return single(self.weights, self._given[0], lambda x, weight: weight @ x)
+
+    @cached_property
+    def rows(self) -> Array:
+        """The image rows to compute with, normed if there is a norm; in training without its weight and bias."""
+        if not self.weights.config.layer_norm:
+            return self._given
+        return layer_norm(self._given, *(() if self.training else self.layer("image_norm")))
+
+    @property
+    def _given(self) -> Array:
+        return cast(like(self.image, self.template), self.dtype)
+
+    def text_rows(self, text: Array) -> Array:
+        """Text rows of any float dtype as they are to be computed with, normed if there is a norm."""
+        text = cast(text, self.dtype)
+        return layer_norm(text, *self.layer("text_norm")) if self.weights.config.layer_norm else text
 
     @cached_property
     def tensors(self) -> Mapping[str, Array]:
@@ -100,12 +130,12 @@ class Attend:
     """
 
     def __init__(self, view: View) -> None:
-        self.row: Array | None = view.row
+        self.row: Array | None = view.one_row
         self._heads = view.weights.config.num_heads
         self._text_proj: tuple[Array, Array] | None = None
         if self.row is not None:
             return
-        image, weights = view.image, view.weights
+        image, weights = view.rows, view.weights
         if view.training:
             layers = layers_of(view.tensors, self._heads)
             self._text_proj = layers.text
@@ -183,9 +213,9 @@ class Pooled:
     """``text_map(T) + what the mean of the image rows comes to``: weighted-sum and concat."""
 
     def __init__(self, view: View) -> None:
-        row = view.row
+        row = view.one_row
         if row is None:
-            row = _pooled(view.tensors, mean_row(view.image, view.mask)[..., None, :], _times_rows)  # [1, D]
+            row = _pooled(view.tensors, mean_row(view.rows, view.mask)[..., None, :], _times_rows)  # [1, D]
         tensors = view.tensors
         self._scale: Array = None
         if "alpha" in tensors:
@@ -228,7 +258,7 @@ class Transformer:
     def __init__(self, view: View) -> None:
         self._view = view
         self._config = view.weights.config
-        image = linear(view.image, *view.layer("image_proj"))  # [M, D]
+        image = linear(view.rows, *view.layer("image_proj"))  # [M, D]
         self._sides = []
         for number in range(self._config.num_layers):
             name = f"layers.{number}"

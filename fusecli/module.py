@@ -7,6 +7,7 @@ from torch import nn
 
 from fusecli.arrays import compute_dtype
 from fusecli.fusion import Seen, as_rows
+from fusecli.methods import View
 from fusecli.weights import Config, Weights
 
 
@@ -53,6 +54,7 @@ class ImageTextFusion(nn.Module):
         tensors = dict(self.named_parameters(remove_duplicate=False))  # layers may be one and the same
         weights = Weights(Config(num_heads=self.attention.num_heads), tensors)
         dtype = str(self.text_proj.weight.dtype).removeprefix("torch.")
+        image = as_rows(image_feat, "image", weights.image_dim)
         text = as_rows(text_feat, "text", weights.text_dim)
-        seen = Seen(weights, image_feat, text, len(text), dtype, training=True)
+        seen = Seen(View(weights, image, text, len(text), dtype, training=True))
         return seen.meet(text).fused.to(text_feat.dtype)  # type: ignore[no-any-return]

@@ -16,7 +16,7 @@ from fusecli.arrays import Array, cast, first_nonfinite, to_numpy
 from fusecli.errors import OutputError
 from fusecli.formats import FileSource, NumpyArray, Sink, Stored, format_of, has_names, itemsize, open_sink
 from fusecli.fusion import Seen, fuse_together, pairs_together
-from fusecli.methods import Met, adds_one_row, one_row_is_enough, single_rows
+from fusecli.methods import Met, View, adds_one_row, one_row_is_enough, single_rows
 from fusecli.pairs import compute_dtype_of, read_finite, require_width
 from fusecli.weights import Weights
 
@@ -157,7 +157,7 @@ def fuse_alike(
     if rows.shape[1] == 1 and adds_one_row(weights):  # so there is nothing left to do for a GPU
         answers = to_numpy(single_rows(weights, rows[:, 0]))  # [B, D]
         return [
-            Seen(weights, row, row, len(text), dtype, row=row).meet(cast(text, dtype), need_weights=need_weights)
+            Seen(View(weights, None, row, len(text), dtype, row=row)).meet(text, need_weights=need_weights)
             for row, text in zip(answers, texts, strict=True)
         ]
     many = to_device(np.stack([cast(text, dtype) for text in texts]))  # [B, N, Dt]
@@ -223,7 +223,7 @@ class _Blocks:
         if row is not None and adds_one_row(weights):
             rows = row = to_numpy(row)
             self._to_device = None
-        self._seen = seen = Seen(weights, rows, rows, pair.text.shape[0], compute, row=row)
+        self._seen = seen = Seen(View(weights, rows, rows, pair.text.shape[0], compute, row=row))
         looked = perf_counter()
         self._blocks = list(seen.blocks(COPIED_ROWS if seen.only_adds else FUSED_ROWS))
         self._first = read_finite(pair.text, output.finite, self._blocks[0])

@@ -13,6 +13,7 @@ from torch import nn
 
 from fusecli.arrays import cast
 from fusecli.fusion import Seen
+from fusecli.methods import View
 from fusecli.training.data import Batch, Data, load
 from fusecli.weights import Config, Weights
 
@@ -109,10 +110,10 @@ class Fusion:
         n = batch.texts.shape[1]
         learning = self._learned and torch.is_grad_enabled()
         weights = self._weights if learning else self.frozen()
-        seen = Seen(
+        view = View(
             weights, batch.images, batch.texts, n, "float32", training=learning, mask=batch.image_mask, drop=drop
         )
-        fused: torch.Tensor = seen.meet(batch.texts, mask=batch.text_mask).fused
+        fused: torch.Tensor = Seen(view).meet(batch.texts, mask=batch.text_mask).fused
         return fused
 
     def frozen(self) -> Weights:
@@ -143,7 +144,7 @@ class Fusion:
         lengths = torch.tensor([data.texts.length(at) for at in texts])
 
         def give(image: int) -> torch.Tensor:
-            seen = Seen(frozen, torch.from_numpy(data.images[image]).float(), rows, len(rows), "float32")
+            seen = Seen(View(frozen, torch.from_numpy(data.images[image]).float(), rows, len(rows), "float32"))
             parts = [seen.meet(rows[block]).fused for block in seen.blocks()]
             return torch.segment_reduce(torch.cat(parts), "mean", lengths=lengths.to(self.device))
 
