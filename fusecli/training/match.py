@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from fusecli.errors import ValuesError
 from fusecli.training.data import Batch, Data, batches, load
-from fusecli.training.objective import Head, Measured
+from fusecli.training.objective import Head, Measured, one_thread
 from fusecli.training.represent import EVALUATED, Fusion, Representation, masked_mean
 
 #: Share of the vectors that the head does not see in training.
@@ -23,6 +23,8 @@ DROPOUT = 0.1
 PENALTIES, FACTORS = (0.1, 0.3, 1.0, 3.0), (5.0, 10.0, 20.0, 40.0, 80.0)
 #: Images with texts of other pairs from which a head is made, at least; each image is met once in any case.
 SAMPLES = 4096
+#: Squares of correlations below this share of the largest are rounding; and what keeps from dividing by 0.
+EPS, TINY = 1e-16, 1e-60
 
 
 class Match:
@@ -212,10 +214,13 @@ def canonical(
     left, right = _root(x, penalty), _root(y, penalty)
     between = torch.linalg.solve_triangular(left, cross, upper=False)
     between = torch.linalg.solve_triangular(right, between.mT, upper=False).mT  # [Dx, Dy]
-    u, correlation, v = torch.linalg.svd(between, full_matrices=False)
-    weight = correlation[:most].sqrt()
-    u = torch.linalg.solve_triangular(left.mT, u[:, :most] * weight, upper=True)
-    v = torch.linalg.solve_triangular(right.mT, v[:most].mT * weight, upper=True)
+    # The singular vectors of y's side, and from them those of x's: a fraction of the work of both at once.
+    squares, v = torch.linalg.eigh(between.mT @ between)  # the largest last
+    most = min(most, len(x))
+    squares, v = squares.flip(0)[:most], v.flip(1)[:, :most]  # [k], [Dy, k]
+    weight = squares.clamp(min=float(squares[0]) * EPS + TINY) ** 0.25
+    u = torch.linalg.solve_triangular(left.mT, between @ v / weight, upper=True)
+    v = torch.linalg.solve_triangular(right.mT, v * weight, upper=True)
     return u.mT, v.mT
 
 
@@ -227,6 +232,7 @@ def _root(covariance: torch.Tensor, penalty: float) -> torch.Tensor:
     return lower
 
 
+@one_thread()
 def _heads(moments: Moments, space: int, device: str) -> list[dict[str, nn.Parameter]]:
     """A head for each of `PENALTIES`."""
     covariances, means, heads = moments.covariances(), moments.means(), []

@@ -86,8 +86,8 @@ ITERATIONS = 50
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Thousands of operations of microseconds: threads that meet after each would wait for whoever has no core."""
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: of thousands of operations of microseconds, each would wait for whoever has no core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -133,7 +133,7 @@ class Supervised:
         measured, best = self._fitted(x, data)
         return measured, {name: nn.Parameter(tensor.to(represent.device)) for name, tensor in best.items()}
 
-    @_one_thread()
+    @one_thread()
     def _fitted(self, x: torch.Tensor, data: Data) -> tuple[Measured, Head]:
         """The best linear head on ``x [pairs, width]``, and how the pairs for validation come out under it.
 
