@@ -220,6 +220,26 @@ def test_a_page_is_small_enough_to_mail(run: Run, tmp_path: Path, look: Any, rng
         assert np.abs(found - wanted).max() <= wanted.max() / (65535 if head < 0 else 255)
 
 
+def test_a_row_before_the_grid_that_takes_nearly_all_hides_nothing(
+    run: Run, tmp_path: Path, look: Any, rng: np.random.Generator
+) -> None:
+    weights = rng.dirichlet(np.full(257, 0.3), (4, 5))
+    weights[..., 0] = 0
+    weights *= 0.0015 / weights.sum(-1, keepdims=True)
+    weights[..., 0] = 0.9985
+    np.save(tmp_path / "a.npy", weights)
+    run("show", "a.npy", "-o", "m.html", "-q")
+    shown = look("m.html")
+    for head in (-1, 3):
+        found = np.array(shown.page.evaluate(f"Array.from(read(4, {head}))"))
+        wanted = weights[head, 4] if head >= 0 else weights.mean(0)[4]
+        assert np.abs(found - wanted)[1:].max() <= wanted[1:].max() / (65535 if head < 0 else 255)
+        assert found[0] == pytest.approx(0.9985)
+        bits = -(wanted * np.log2(wanted, out=np.zeros(257), where=wanted > 0)).sum()
+        shown.page.evaluate(f"state.head = {head}; choose(4)")
+        assert f"4: {bits:.2f} bits" in shown.page.inner_text("#told")
+
+
 @pytest.mark.parametrize("shape", [(2, 2000, 16), (2, 12, 4000)])
 def test_thousands_of_tokens_or_rows_open(run: Run, tmp_path: Path, look: Any, shape: tuple[int, ...]) -> None:
     np.save(tmp_path / "a.npy", np.full(shape, 1 / shape[-1], np.float32))

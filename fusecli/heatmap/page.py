@@ -71,13 +71,12 @@ def page(
     grid = require_map(dump)
     heads = dump.num_heads or 0
     whole = heads * mean.size <= MOST_OF_HEADS
-    tops, layers = [top], []
+    tops, layers = [top], [mean]
     for at in range(heads if whole else 0):
         layer = dump.head(at)
         tops.append(dump.peak(layer))
         layers.append(layer[rows])
-    each = np.stack(layers) if layers else None  # [H, N, M]
-    grain = "Numbers of the mean are exact to 1/65,535 of the token's largest, those of a head to 1/255."
+    grain = "Weights on the grid are exact to 1/65,535 of the largest there, those of a head to 1/255."
     if heads and not whole:
         grain = "The heads are left out: together they would be too large for a page."
     data: dict[str, Any] = {
@@ -91,16 +90,16 @@ def page(
         "skip": grid.skip,
         "m": dump.m,
         "heads": heads,
-        "head": head if each is not None else -1,
+        "head": head if whole else -1,
         "scale": scale,
         "fit": fit,
         "colours": [f"#{stop}" for stop in VIRIDIS],
-        "bits": [round(float(bits), 4) for bits in entropy(mean)],
+        "bits": [[round(float(bits), 4) for bits in entropy(layer)] for layer in layers],
         "gate": None if dump.gate is None else [round(float(dump.gate[row]), 4) for row in rows],
         "picture": None if picture is None else f"data:{picture[0]};base64,{base64.b64encode(picture[1]).decode()}",
         "nav": [],
-        **_packed("mean", mean, "<u2"),
-        **(_packed("each", each, "u1") if each is not None else {}),
+        "mean": _packed(mean, grid.skip, "<u2"),
+        "each": _packed(np.stack(layers[1:]), grid.skip, "u1") if layers[1:] else None,
     }
     return filled("page.html", {"title": html.escape(printed(dump.id)), "data": as_json(data)})
 
@@ -126,13 +125,24 @@ def as_json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c").replace("&", "\\u0026")
 
 
-def _packed(name: str, weights: NumpyArray, dtype: str) -> dict[str, Any]:
-    """Weights as unsigned integers in base64, each row a share of its own largest."""
-    top = weights.max(-1, keepdims=True)
-    most = np.iinfo(dtype).max
-    steps = np.divide(weights, top, out=np.zeros_like(weights), where=top > 0) * most
-    numbers = np.rint(steps).astype(dtype)
+#: What a share of the largest is raised to before it is rounded: one byte has steps for small ones too.
+GAMMA = {"<u2": 1.0, "u1": 0.5}
+
+
+def _packed(weights: NumpyArray, skip: int, dtype: str) -> dict[str, str | list[float]]:
+    """Weights ``[..., M]`` for the page, numbers in base64: of each row the largest on the grid, and shares of that.
+
+    Those of the ``skip`` rows before the grid, which may be larger by far, are as they are, in float32.
+    """
+    before, cells = weights[..., :skip], weights[..., skip:]
+    top = cells.max(-1, keepdims=True)
+    shares = np.divide(cells, top, out=np.zeros_like(cells), where=top > 0) ** GAMMA[dtype]
     return {
-        name: base64.b64encode(numbers.tobytes()).decode(),
-        f"{name}_max": [float(f"{value:.6g}") for value in top.ravel()],
+        "before": _in_base64(before.astype("<f4")),
+        "cells": _in_base64(np.rint(shares * np.iinfo(dtype).max).astype(dtype)),
+        "most": [float(f"{value:.6g}") for value in top.ravel()],
     }
+
+
+def _in_base64(numbers: NumpyArray) -> str:
+    return base64.b64encode(numbers.tobytes()).decode()
