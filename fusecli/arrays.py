@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -129,6 +129,16 @@ def numpy_can_have(*arrays: Array) -> bool:
 def unwarned(x: Array) -> AbstractContextManager[object]:
     """Here NumPy says nothing of overflow or NaN if it computes for a tensor: torch would not either."""
     return np.errstate(all="ignore") if is_torch(x) else nullcontext()
+
+
+@contextmanager
+def lasting(x: Array) -> Iterator[None]:
+    """Here what is made of tensors such as ``x`` can be kept: made in torch's inference mode, it is of no use later."""
+    if is_torch(x) and (torch := sys.modules["torch"]).is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
 
 
 def _is_plain(x: Array) -> bool:

@@ -64,21 +64,21 @@ def read_tokens(path: str) -> Tokens:
         FileError: it cannot be read, or is none of these.
     """
     source = open_source(path)
-    raw = b"" if b"\0" in read_bytes(source, 0, 4096) else read_bytes(source, 0, MAX_BYTES)
+    binary = b"\0" in read_bytes(source, 0, 4096)
+    raw = b"" if binary else read_bytes(source, 0, MAX_BYTES)
     if not raw or len(raw) == MAX_BYTES:
-        found = "more than 256 MB" if raw else None
+        found = "more than 256 MB" if raw else "bytes that are no UTF-8 text" if binary else None
         raise FileError("no tokens in it", where=source.name, found=found, wanted="a JSON list, or one token a line")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise FileError("no UTF-8", where=source.name, found=f"byte {error.start}", wanted="tokens as text") from None
-    if text.lstrip().startswith("{"):
+    first = text.strip().split("\n", 1)[0]
+    # A token may be a brace or a bracket: what begins a line of JSON, or a list, has a quote behind it.
+    if re.match(r'\{\s*"', first) or isinstance(_json_of(first), dict):
         return Tokens(source.name, many=_by_id(text, source.name))
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if isinstance(value, list) or re.match(r'\s*\[\s*"', text):
+    value = _json_of(text)
+    if isinstance(value, list) or re.match(r'\s*\[\s*"[^\n]', text):
         if not _are_tokens(value):
             found = repr(text[:60])
             raise FileError("not a list of tokens", where=source.name, found=found, wanted="a JSON list of strings")
@@ -86,15 +86,20 @@ def read_tokens(path: str) -> Tokens:
     return Tokens(source.name, one=[line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")])
 
 
+def _json_of(text: str) -> Any:
+    """What JSON it is; None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
 def _by_id(text: str, where: str) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
+        record = _json_of(line)
         record = record if isinstance(record, dict) else {}
         if type(record.get("id")) not in (str, int) or not _are_tokens(record.get("tokens")):
             wanted = '{"id": "…", "tokens": ["…"]}'

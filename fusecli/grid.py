@@ -52,33 +52,46 @@ def grid_of(
         if grid.rows == m and (skip is not None or before in (0, 1)):
             return grid
         wanted = f"{size[0]}x{size[1]}" + (f" after {skip} rows" if skip else "")
-        raise no_grid(m, where, wanted, hint=f"--skip-rows {before}" if before > 1 and skip is None else None)
+        raise no_grid(m, where, wanted, skip, hint=f"--skip-rows {before}" if before > 1 and skip is None else None)
     for before in (0, 1) if skip is None else (skip,):
         side = math.isqrt(max(m - before, 0))
         if side > 1 and side * side == m - before:
             return Grid(side, side, before)
     if skip is not None:
-        raise no_grid(m, where, f"a square after {skip} rows")
+        raise no_grid(m, where, f"a square after {skip} rows", skip)
     return None
 
 
-def no_grid(m: int, where: str | None, wanted: str = "g² or g² + 1 rows", hint: str | None = None) -> ShapeError:
-    """The error that says which grids ``m`` rows would fit."""
-    hint = hint or ", or ".join(fitting(m))
+def no_grid(
+    m: int, where: str | None, wanted: str = "g² or g² + 1 rows", skip: int | None = None, hint: str | None = None
+) -> ShapeError:
+    """The error that says which grids ``m`` rows would fit, beside ``skip`` rows before it if that was given."""
+    hint = hint or ", or ".join(fitting(m, skip))
     return ShapeError("the image rows are no such grid", where=where, found=f"M = {m}", wanted=wanted, hint=hint)
 
 
-def fitting(m: int, most: int = 4) -> list[str]:
-    """Options that would make a grid of ``m`` rows, the squarest first, a line of cells at last."""
-    found: list[tuple[float, int, str]] = []
-    for skip in USUAL_SKIPS:
-        rest = m - skip
-        for height in range(2, math.isqrt(max(rest, 0)) + 1):
-            if rest % height == 0:
-                width = rest // height
-                option = f"--grid {height}x{width}" + (f" --skip-rows {skip}" if skip > 1 else "")
-                found.append((width / height, skip, option))
-    return [option for stretched, _, option in sorted(found) if stretched <= 4][:most] or [f"--grid 1x{m}"]
+def fitting(m: int, given: int | None = None, most: int = 4) -> list[str]:
+    """Options that would make a grid of ``m`` rows, the squarest first, a line of cells at last.
+
+    They say what else to skip than the rows that are ``given``, where no grid is left behind those.
+    """
+    for skips in (USUAL_SKIPS,) if given is None else ((given,), USUAL_SKIPS):
+        sizes = sorted((rest, skip) for skip in skips for rest in _oblongs(m - skip))
+        if sizes:
+            break
+    else:
+        sizes = [((1.0, 1, m), 0)]
+    unsaid = (0, 1) if given is None else (given,)
+    return [
+        f"--grid {height}x{width}" + ("" if skip in unsaid else f" --skip-rows {skip}")
+        for (_, height, width), skip in sizes[:most]
+    ]
+
+
+def _oblongs(cells: int) -> list[tuple[float, int, int]]:
+    """How long for its height, and height and width, of the grids of so many cells that are not too long."""
+    heights = [height for height in range(2, math.isqrt(max(cells, 0)) + 1) if cells % height == 0]
+    return [(cells / height**2, height, cells // height) for height in heights if cells <= 4 * height**2]
 
 
 def parse_grid(text: str) -> tuple[int, int]:

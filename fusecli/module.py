@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from fusecli.arrays import compute_dtype
-from fusecli.fusion import Seen, as_rows
-from fusecli.methods import View
-from fusecli.weights import Config, Weights
+from fusecli.attention import meet, see
+from fusecli.fusion import as_rows
+from fusecli.maps import unfolded
+from fusecli.methods import DIRECT
 
 
 class ImageTextFusion(nn.Module):
@@ -51,10 +52,22 @@ class ImageTextFusion(nn.Module):
             ValuesError: an array is not of a floating dtype.
         """
         compute_dtype(image_feat, text_feat)  # the result takes the text's dtype, and integers would cut it off
-        tensors = dict(self.named_parameters(remove_duplicate=False))  # layers may be one and the same
-        weights = Weights(Config(num_heads=self.attention.num_heads), tensors)
-        dtype = str(self.text_proj.weight.dtype).removeprefix("torch.")
-        image = as_rows(image_feat, "image", weights.image_dim)
-        text = as_rows(text_feat, "text", weights.text_dim)
-        seen = Seen(View(weights, image, text, len(text), dtype, training=True))
-        return seen.meet(text).fused.to(text_feat.dtype)  # type: ignore[no-any-return]
+        rows = as_rows(image_feat, "image", _width(self.image_proj, image_feat))
+        text = as_rows(text_feat, "text", _width(self.text_proj, text_feat))
+        heads, dtype = self.attention, self.attention.out_proj.weight.dtype
+        # Layers are called, and parameters taken by name: what has been put in their place works here too.
+        query, memory = self.text_proj(text.to(dtype)).to(dtype), self.image_proj(rows.to(dtype)).to(dtype)
+        in_proj = heads.in_proj_weight, _bias(heads.in_proj_bias, heads.in_proj_weight)
+        out_proj = heads.out_proj.weight, _bias(heads.out_proj.bias, heads.out_proj.weight)
+        maps = unfolded(in_proj, out_proj, heads.num_heads)
+        fused, _ = meet(query, see(memory, maps, heads.num_heads, DIRECT))
+        return fused.to(text_feat.dtype)  # type: ignore[no-any-return]
+
+
+def _width(layer: nn.Module, features: torch.Tensor) -> int:
+    """What a projection takes, as far as it says so."""
+    return int(getattr(layer, "in_features", features.shape[-1] if features.ndim else 0))
+
+
+def _bias(bias: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+    return weight.new_zeros(len(weight)) if bias is None else bias

@@ -11,6 +11,7 @@ import numpy as np
 from fusecli import checkpoint
 from fusecli.arrays import dtype_name
 from fusecli.dumps import About
+from fusecli.errors import CheckpointError
 from fusecli.formats import FLOATS, NumpyArray, Stored, open_source, tensors_of
 from fusecli.state_dict import is_pt
 
@@ -23,7 +24,8 @@ def describe(
 ) -> dict[str, Any]:
     """Names, shapes, dtypes, norms of rows and number of NaN/Inf of each tensor, and what they make together.
 
-    ``kind`` is ``checkpoint``, ``attention`` or ``features``. A checkpoint also has method, heads, widths,
+    ``kind`` is ``checkpoint``, ``attention`` or ``features``, or ``no checkpoint`` with a ``problem`` for what looks
+    like one. A checkpoint also has method, heads, widths,
     parameter count and fingerprint; attention of ``[H, N, M]`` has them as ``heads``, ``text_rows``, ``image_rows``.
 
     Args:
@@ -33,7 +35,7 @@ def describe(
 
     Raises:
         FileError: the file cannot be read.
-        CheckpointError: it looks like a checkpoint and is none.
+        CheckpointError: a file of `torch.save` is no checkpoint.
     """
     source = open_source(path)
     if is_pt(source):
@@ -44,7 +46,11 @@ def describe(
     rows = [_scan(stored) for _, stored in sorted(tensors.items())]
     stochastic = [row.pop("stochastic") for row in rows]
     if any(name.endswith("image_proj.weight") for name in tensors):
-        return {"file": path, **_of_checkpoint(checkpoint.load_from(source, path, num_heads, tell)), "tensors": rows}
+        try:
+            facts = _of_checkpoint(checkpoint.load_from(source, path, num_heads, tell))
+        except CheckpointError as error:
+            facts = {"kind": "no checkpoint", "problem": str(error)}
+        return {"file": path, **facts, "tensors": rows}
     kind: dict[str, Any] = {"kind": "features"}
     about = About.of(source)
     alone = len(about.ids) < 2  # of many pairs, one may be called attention
@@ -84,11 +90,12 @@ def _facts(tensor: NumpyArray) -> dict[str, Any]:
 
 def _rows(block: NumpyArray) -> tuple[NumpyArray, int, bool]:
     """Norms of the rows, number of NaN/Inf, and whether every row is a distribution (not negative, sum 1)."""
-    rows = block.reshape(-1, block.shape[-1]).astype(np.float64)
+    bad = int((~np.isfinite(block)).sum())
     with np.errstate(over="ignore", invalid="ignore"):
+        rows = block.reshape(-1, block.shape[-1]).astype(np.float64)
         norms, sums = np.linalg.norm(rows, axis=1), rows.sum(1)
     stochastic = bool((rows >= 0).all() and (abs(sums - 1) < 1e-2).all())
-    return norms, int((~np.isfinite(rows)).sum()), stochastic
+    return norms, bad, stochastic
 
 
 def _summary(parts: list[tuple[NumpyArray, int, bool]]) -> dict[str, Any]:

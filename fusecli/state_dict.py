@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
 
-from fusecli.arrays import FLOAT_NAMES, dtype_name, import_torch, to_numpy
+from fusecli import arrays
+from fusecli.arrays import FLOAT_NAMES, compute_dtype, dtype_name, import_torch, to_numpy
 from fusecli.errors import CheckpointError, FileError
 from fusecli.formats import NumpyArray, Source, read_bytes
 
-#: How PyTorch's files begin: a zip archive or, before PyTorch 1.6, a pickle.
-ZIP, PICKLE = b"PK\x03\x04", b"\x80\x02"
+#: How PyTorch's files begin: a zip archive or, before PyTorch 1.6, a pickle; and the number that comes first in that.
+ZIP, PICKLE, MAGIC = b"PK\x03\x04", b"\x80\x02", b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 #: Dictionaries around a ``state_dict``, by the names that training loops give them, and how many are looked through.
 WRAPPERS, MAX_WRAPPERS = ("state_dict", "model_state_dict", "model"), 8
 
@@ -35,15 +37,7 @@ def article_names(tensors: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
     if len(named) < len(tensors):
         twice = next(name for name in tensors if prefix + name in tensors)
         raise CheckpointError("two tensors of one name", where=twice, found=prefix + twice, wanted="one of them")
-    thirds = [f"attention.{letter}_proj_weight" for letter in "qkv"]
-    if all(name in named for name in thirds):
-        parts = [named.pop(name) for name in thirds]
-        if len({part.shape for part in parts}) > 1 or parts[0].ndim != 2:
-            found = ", ".join(str(list(part.shape)) for part in parts)
-            raise CheckpointError(
-                "q, k and v have different shapes", where="attention", found=found, wanted="[D, D] each"
-            )
-        named["attention.in_proj_weight"] = np.concatenate(parts)
+    _stack_thirds(named)
     for layers in (["text_proj."], ["image_proj."], ["attention.in_proj_", "attention.out_proj."]):
         if not any(f"{layer}bias" in named for layer in layers):
             for layer in layers:
@@ -53,13 +47,31 @@ def article_names(tensors: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
     return named
 
 
+def _stack_thirds(named: dict[str, NumpyArray]) -> None:
+    """Put separate weights of query, key and value in one, as they are when their widths are equal."""
+    thirds = [f"attention.{letter}_proj_weight" for letter in "qkv"]
+    if not all(name in named for name in thirds):
+        return
+    if "attention.in_proj_weight" in named:
+        found = "in_proj_weight and q/k/v_proj_weight"
+        raise CheckpointError("query, key and value twice", where="attention", found=found, wanted="one of them")
+    parts = [named.pop(name) for name in thirds]
+    if len({part.shape for part in parts}) > 1 or parts[0].ndim != 2:
+        found = ", ".join(str(list(part.shape)) for part in parts)
+        raise CheckpointError("q, k and v have different shapes", where="attention", found=found, wanted="[D, D] each")
+    if len({part.dtype for part in parts}) > 1:
+        parts = [arrays.cast(part, compute_dtype(*parts)) for part in parts]
+    named["attention.in_proj_weight"] = np.concatenate(parts)
+
+
 def is_pt(source: Source) -> bool:
     """Whether a file begins as those of `torch.save` do, and not as NumPy's archives."""
     start = read_bytes(source, 0, 256)
     if start[8:9] == b"{":  # the length of a header of .safetensors may look like either
         return False
     first = start[30 : 30 + int.from_bytes(start[26:28], "little")]  # the name of the first file in an archive
-    return start.startswith(PICKLE) or (start.startswith(ZIP) and not first.endswith(b".npy"))
+    pickled = start.startswith(PICKLE) or (start.startswith(PICKLE[:1]) and MAGIC in start)
+    return pickled or (start.startswith(ZIP) and not first.endswith(b".npy"))
 
 
 def read_pt(source: Source, path: str) -> dict[str, NumpyArray]:
@@ -70,25 +82,37 @@ def read_pt(source: Source, path: str) -> dict[str, NumpyArray]:
         CheckpointError: a tensor is no plain array of floats.
         MissingPackageError: torch is not installed.
     """
-    import zipfile  # not needed to fuse
-
     torch = import_torch()
     data = read_bytes(source, 0, source.size() or 2**62)
-    if data.startswith(ZIP) and not zipfile.is_zipfile(io.BytesIO(data)):
+    if data.startswith(ZIP) and not _has_end(data):
         raise FileError("cut short", where=path, found=f"{len(data)} bytes, no end of the archive")
     try:
-        found: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of what may fail, and then does
+            found: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for a bad file
-        pickled = "Weights only load failed" in str(error)
-        told = "objects other than tensors, which are never loaded" if pickled else str(error).split("\n")[0]
-        hint = "torch.save(model.state_dict(), path)"
+        told, hint = str(error).split("\n")[0], "torch.save(model.state_dict(), path)"
+        if "Unsupported operand" in str(error):
+            told, hint = "a pickle protocol that is not loaded safely", f"{hint}, without pickle_protocol"
+        elif "Weights only load failed" in str(error):
+            told = "objects other than tensors, which are never loaded"
         raise FileError("not a PyTorch checkpoint of tensors", where=path, found=told, hint=hint) from None
     for _ in range(MAX_WRAPPERS):  # one may be in itself
         inner = [found[name] for name in WRAPPERS if isinstance(found, dict) and isinstance(found.get(name), dict)]
         found = inner[0] if inner else found
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise FileError("holds no state_dict", where=path, found=type(found).__name__, wanted="names and tensors")
+        held = f" of {', '.join(map(repr, list(found)[:5]))}" if isinstance(found, dict) and found else ""
+        wanted = "names and tensors"
+        raise FileError("holds no state_dict", where=path, found=f"{type(found).__name__}{held}", wanted=wanted)
     return {str(name): _plain(tensor, f"{path}[{name}]") for name, tensor in found.items()}
+
+
+def _has_end(data: bytes) -> bool:
+    import zipfile  # not needed to fuse
+
+    try:
+        return zipfile.is_zipfile(io.BytesIO(data))
+    except zipfile.BadZipFile:  # there is one, and it is damaged
+        return False
 
 
 def _plain(tensor: Any, where: str) -> NumpyArray:
@@ -97,9 +121,10 @@ def _plain(tensor: Any, where: str) -> NumpyArray:
     Sparse, quantised and other odd ones are refused, and so is a view that claims more than the file holds.
     """
     dtype = dtype_name(tensor)
-    odd = tensor.is_nested or tensor.is_sparse or tensor.is_sparse_csr or tensor.is_quantized or tensor.is_meta
-    if odd or dtype not in FLOAT_NAMES:
-        raise CheckpointError("not a plain tensor of floats", where=where, found=f"{dtype}, {tensor.layout}")
+    strided = tensor.layout is import_torch().strided
+    if not strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta or dtype not in FLOAT_NAMES:
+        found = f"{dtype}, {'without numbers' if tensor.is_meta else tensor.layout}"
+        raise CheckpointError("not a plain tensor of floats", where=where, found=found)
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise CheckpointError("claims more numbers than the file holds", where=where, found=str(list(tensor.shape)))
     tensor = tensor.resolve_neg().detach()

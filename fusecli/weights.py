@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from fusecli.arrays import FLOAT_NAMES, Array, cast, dtype_name, is_torch, like, needs_grad, place
+from fusecli.arrays import FLOAT_NAMES, Array, cast, dtype_name, is_torch, lasting, like, needs_grad, place
 from fusecli.errors import CheckpointError, FusecliError
 from fusecli.maps import Layers, Maps, fold
 
@@ -266,7 +266,8 @@ class Weights:
         # `with_options` shares the cache, and the maps hold 1/sqrt(d).
         key = (what, str(self.config.num_heads), *place(template), dtype)
         if key not in self._cache:
-            self._cache[key] = make()
+            with lasting(template):
+                self._cache[key] = make()
         kept: Kept = self._cache[key]
         return kept
 

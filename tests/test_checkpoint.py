@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +175,8 @@ def _in_itself(state: Any) -> Any:
         (_in_itself, "holds no state_dict"),
         (lambda state: {**{f"m.{k}": v for k, v in state.items()}, "image_proj.bias": torch.ones(16)}, "of one name"),
         (lambda state: {f"{set}.{k}": v for set in ("model", "ema") for k, v in state.items()}, "more than one fusion"),
+        (lambda state: {**state, **{f"attention.{third}_proj_weight": torch.ones(16, 16) for third in "qkv"}}, "twice"),
+        (lambda state: {"net": state}, "'net'"),
     ],
 )
 def test_a_state_dict_that_says_two_things_is_refused(tmp_path: Path, spoil: Any, told: str) -> None:
@@ -211,11 +215,17 @@ def test_heads_are_no_option_of_a_checkpoint_without_any(tmp_path: Path) -> None
         load(tmp_path / "w.safetensors", 8)
 
 
+def _columns(tensor: torch.Tensor) -> torch.Tensor:
+    with warnings.catch_warnings(action="ignore"):  # the first of them is told to be in beta
+        return tensor.to_sparse_csc()
+
+
 @pytest.mark.parametrize(
     "odd",
     [
         torch.zeros(1).expand(10**6, 10**6),
         torch.eye(4).to_sparse(),
+        _columns(torch.eye(4)),
         torch.zeros(4, 4, device="meta"),
         torch.zeros(4, 4, dtype=torch.int64),
     ],
@@ -241,3 +251,45 @@ def test_weights_that_do_not_fit_a_dtype_are_refused() -> None:
     weights.tensors["text_proj.weight"][0, 0] = 1e6
     with pytest.raises(OutputError, match=r"text_proj\.weight"):
         checkpoint.stored_as(weights, "float16")
+
+
+def test_separate_thirds_of_several_dtypes_are_stacked_without_loss(tmp_path: Path) -> None:
+    state = article(16, 4).state_dict()
+    thirds = dict(zip("qkv", state.pop("attention.in_proj_weight").chunk(3), strict=True))
+    dtypes = {"q": torch.float16, "k": torch.bfloat16, "v": torch.float32}
+    state |= {f"attention.{third}_proj_weight": thirds[third].to(dtypes[third]) for third in "qkv"}
+    torch.save(state, tmp_path / "model.pt")
+    stacked = load(tmp_path / "model.pt", 4).tensors["attention.in_proj_weight"]
+    expected = torch.cat([thirds[third].to(dtypes[third]).float() for third in "qkv"])
+    np.testing.assert_array_equal(stacked, expected.numpy())
+
+
+def test_torchs_older_files_of_other_protocols_are_read_or_told_of(tmp_path: Path) -> None:
+    state = article(16, 4).state_dict()
+    for protocol in (2, 3, 5):
+        torch.save(state, tmp_path / f"{protocol}.pt", _use_new_zipfile_serialization=False, pickle_protocol=protocol)
+    assert fingerprint(load(tmp_path / "2.pt", 4)) == fingerprint(load(tmp_path / "3.pt", 4))
+    with pytest.raises(FileError, match="protocol"):
+        load(tmp_path / "5.pt", 4)
+
+
+def test_a_damaged_end_of_an_archive_is_no_mistake_of_ours(tmp_path: Path) -> None:
+    torch.save(article(16, 4).state_dict(), tmp_path / "model.pt")
+    data = bytearray((tmp_path / "model.pt").read_bytes())
+    for at in range(data.rindex(b"PK\x05\x06") - 80, len(data)):
+        damaged = data.copy()
+        damaged[at] ^= 0x15
+        (tmp_path / "model.pt").write_bytes(damaged)
+        with contextlib.suppress(FileError, CheckpointError):
+            load(tmp_path / "model.pt", 4)
+
+
+def test_inspect_shows_what_is_no_checkpoint_and_goes_on_after_what_is_no_file(run: Run, tmp_path: Path) -> None:
+    save_file({"vision.image_proj.weight": np.ones((2, 3), np.float32)}, tmp_path / "other.safetensors")
+    np.save(tmp_path / "a.npy", np.array([["1e4000", "inf"]]).astype(np.longdouble))
+    done = run("inspect", "none.npy", "other.safetensors", "a.npy", "--json", code=3)
+    other, array = map(json.loads, done.stdout.splitlines())
+    assert (other["kind"], other["tensors"][0]["shape"]) == ("no checkpoint", [2, 3])
+    assert "text_proj" in other["problem"]
+    assert array["tensors"][0]["nonfinite"] == 1
+    assert b"no such file" in done.stderr

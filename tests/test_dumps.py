@@ -195,7 +195,7 @@ def test_what_is_no_grid_is_told_with_those_that_fit(m: int, size: Any, skip: in
         words = option.split()
         given = dict(zip(words[::2], words[1::2], strict=True))
         wanted = parse_grid(given["--grid"]) if "--grid" in given else size
-        assert grid_of(m, wanted, int(given["--skip-rows"]) if "--skip-rows" in given else None)
+        assert grid_of(m, wanted, int(given["--skip-rows"]) if "--skip-rows" in given else skip)
 
 
 def test_the_squarest_grids_come_first() -> None:
@@ -211,3 +211,11 @@ def test_a_file_of_tokens_says_each_id_once(tmp_path: Path) -> None:
     (tmp_path / "t").write_text('{"id": 1, "tokens": ["a"]}\n\n{"id": "1", "tokens": ["b"]}')
     with pytest.raises(FileError, match="line 3"):
         read_tokens(str(tmp_path / "t"))
+
+
+@pytest.mark.parametrize("tokens", [["{", "b", "}"], ["[", '"', "]"], ["<s>"]])
+def test_a_token_may_be_a_brace(tmp_path: Path, tokens: list[str]) -> None:
+    from fusecli.dumps import read_tokens
+
+    (tmp_path / "t").write_text("\n".join(tokens) + "\n")
+    assert read_tokens(str(tmp_path / "t")).one == tokens

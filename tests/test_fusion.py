@@ -301,3 +301,14 @@ def test_a_text_has_a_gradient_where_only_it_wants_one(m: int) -> None:
     fuse(checkpoint.init(16, 4), image, text).sum().backward()
     assert text.grad is not None
     assert bool(text.grad.any()) == (m > 1)
+
+
+def test_weights_first_used_in_inference_mode_are_of_use_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusecli.fusion.numpy_can_have", lambda *arrays: False)  # as on a GPU
+    weights = checkpoint.init(16, 4)
+    image, text = torch.ones(3, 16), torch.ones(5, 16)
+    with torch.inference_mode():
+        fuse(weights, image, text)
+    text.requires_grad_()
+    fuse(weights, image, text).sum().backward()
+    assert text.grad is not None

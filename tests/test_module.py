@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -125,3 +127,52 @@ def test_one_image_row_moves_no_weight_of_the_text(dtype: torch.dtype) -> None:
         gradient = module.get_parameter(name).grad
         assert gradient is not None
         assert not gradient.any()
+
+
+def _without_bias(module: Any) -> None:
+    module.text_proj.bias = None
+
+
+def _with_another_layer(module: Any) -> None:
+    module.image_proj = torch.nn.Sequential(module.image_proj, torch.nn.Identity())
+
+
+def _with_normed_weights(module: Any) -> None:
+    torch.nn.utils.parametrizations.weight_norm(module.text_proj)
+
+
+def _as_a_replica(module: Any) -> None:
+    """As `torch.nn.DataParallel` makes them: tensors that are parameters no more."""
+    for layer in (*module.children(), module.attention.out_proj):
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            del layer._parameters[name]
+            setattr(layer, name, parameter.detach().clone())
+
+
+@pytest.mark.parametrize("change", [_without_bias, _with_another_layer, _with_normed_weights, _as_a_replica])
+def test_what_can_be_done_to_the_article_s_module_can_be_done_to_this(change: Any) -> None:
+    torch.manual_seed(0)
+    ours = ImageTextFusion(16, 4)
+    theirs = Article(16, 4)
+    theirs.load_state_dict(ours.state_dict())
+    change(ours)
+    change(theirs)
+    image, text = _pair(3, 5, 16, 16)
+    torch.testing.assert_close(ours(image, text), theirs(image, text)[0])
+
+
+def test_a_subclass_may_have_layers_of_its_own_and_hooks_are_heard() -> None:
+    class Headed(ImageTextFusion):
+        def __init__(self) -> None:
+            super().__init__(16, 4)
+            self.head = torch.nn.Linear(16, 3)
+
+        def forward(self, image_feat: torch.Tensor, text_feat: torch.Tensor) -> torch.Tensor:
+            fused: torch.Tensor = self.head(super().forward(image_feat, text_feat))
+            return fused
+
+    heard = []
+    module = Headed()
+    module.text_proj.register_forward_hook(lambda *_: heard.append(1))
+    assert module(*_pair(3, 5, 16, 16)).shape == (5, 3)
+    assert heard == [1]

@@ -523,3 +523,18 @@ def test_pictures_are_found_by_id_or_not_at_all(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").touch()
     with pytest.raises(FileError, match="two pictures for one id"):
         pictures_of(str(tmp_path))
+
+
+def test_a_pipe_among_dumps_keeps_nobody_waiting(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "dumps").mkdir()
+    plant(tmp_path / "dumps" / "b.npy", [0], 4)
+    os.mkfifo(tmp_path / "dumps" / "a.npy")
+    assert b"is a pipe" in run("show", "dumps", "-o", "report", code=4).stderr
+
+
+@pytest.mark.parametrize("suffix", ["html", "png"])
+def test_a_picture_may_come_through_a_pipe(run: Run, tmp_path: Path, suffix: str) -> None:
+    plant(tmp_path / "a.npy", [0], 4)
+    paint(tmp_path / "p.png", (50, 80))
+    run("show", "a.npy", "--image", "/dev/stdin", "-o", f"m.{suffix}", input=(tmp_path / "p.png").read_bytes())
+    assert (tmp_path / f"m.{suffix}").stat().st_size > 1000

@@ -186,12 +186,12 @@ def check_attention_options(attention: str | None, given: dict[str, Any]) -> Non
         if value == "":  # often a variable of the shell that is not set
             raise UsageError("no file name", where=f"--{name}", hint="leave it out")
     for name, value in given.items():
-        if value and attention is None:
+        if value not in (None, False) and attention is None:
             raise UsageError("needs attention to be written", where=f"--{name}", hint="add --attention OUT")
-        if value and name in ("tokens", "grid", "skip-rows") and not has_names(str(attention)):
+        if value is not None and name in ("tokens", "grid", "skip-rows") and not has_names(str(attention)):
             hint = f"write .safetensors, or give --{name} to fusecli show"
             raise UsageError("only .safetensors has room for it", where=f"--{name}", found=attention, hint=hint)
-        if value == "bfloat16" and str(attention).lower().endswith(".npy"):
+        if value == "bfloat16" and not has_names(str(attention)):
             hint = "write .safetensors, or take float16"
             raise UsageError(".npy cannot name bfloat16", where=f"--{name}", found=attention, hint=hint)
 

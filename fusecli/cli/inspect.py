@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fusecli.cli.console import emit, note, printable
+from fusecli.cli.console import complain, emit, note, printable
 from fusecli.cli.options import Debug
 
 
@@ -22,14 +22,28 @@ def inspect(
     Names, shapes, dtypes, norms of rows and number of NaN/Inf; of a checkpoint also method, heads, parameters
     and a fingerprint.
     """
+    from fusecli.errors import CheckpointError, FusecliError
     from fusecli.report import describe
 
+    code = 0
     for path in files:
-        facts = describe(path, num_heads, lambda line: note(line, quiet=False))
+        try:
+            facts = describe(path, num_heads, lambda line: note(line, quiet=False))
+        except FusecliError as error:
+            if len(files) == 1:
+                raise
+            complain(str(error), error.hint)
+            code = max(code, error.exit_code)
+            continue
         if json:
             emit(facts)
         else:
             _show(facts)
+        if "problem" in facts:
+            complain(facts["problem"], None)
+            code = CheckpointError.exit_code
+    if code:
+        raise typer.Exit(code)
 
 
 def _show(facts: dict[str, Any]) -> None:
@@ -42,7 +56,8 @@ def _show(facts: dict[str, Any]) -> None:
 
     console = Console(emoji=False, highlight=False, width=None if sys.stdout.isatty() else 120)
     console.begin_capture()
-    head = ", ".join(f"{key} {value}" for key, value in facts.items() if key not in ("file", "kind", "tensors"))
+    apart = ("file", "kind", "tensors", "problem")
+    head = ", ".join(f"{key} {value}" for key, value in facts.items() if key not in apart)
     console.print(f"[bold]{escape(facts['file'])}[/bold]: {facts['kind']}" + (f" ({escape(head)})" if head else ""))
     table = Table("tensor", "shape", "dtype", "norm of rows", "NaN/Inf", box=None, pad_edge=False)
     for row in facts["tensors"]:

@@ -114,8 +114,11 @@ def convert(
 
 def _want_safetensors(output: str) -> None:
     from fusecli.errors import UsageError
+    from fusecli.formats import has_names
 
-    if not output.endswith(".safetensors"):
+    if not output:
+        raise UsageError("no file name", where="--output", hint="-o fusion.safetensors")
+    if not has_names(output):
         raise UsageError("checkpoints are .safetensors files", where=output, hint=f"-o {output}.safetensors")
 
 

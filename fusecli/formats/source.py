@@ -228,9 +228,13 @@ class Stored(NamedTuple):
         """Raise `ValuesError` if this is no array of floats."""
         if self.dtype not in FLOATS:
             hint = "convert it first, e.g. x.astype('float32')"
+            if self.dtype.startswith("complex"):
+                hint = "store real numbers, e.g. numpy.abs(x)"
             if self.dtype == "void16":
                 hint = ".npy cannot name bfloat16 and lost it: store it as .safetensors"
-            raise ValuesError("not floats", where=self.where, found=self.dtype, wanted=", ".join(FLOATS), hint=hint)
+            raise ValuesError(
+                "not floats", where=self.where, found=self.dtype, wanted=", ".join(FLOAT_NAMES), hint=hint
+            )
 
     def read(self, rows: slice | None = None) -> NumpyArray:
         """The array, or ``rows`` of it (the first axis), in native byte order and C order.

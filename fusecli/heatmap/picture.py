@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from typing import TYPE_CHECKING, Any
 
 from fusecli.errors import FileError, MissingPackageError
@@ -16,6 +17,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 LONGEST = 1280
 #: Files of up to so many bytes go into a page as they are.
 SMALL = 2**18
+#: Formats that are read. Pillow knows more, some of which other programs would be started for.
+READ = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000")
 #: Formats that every browser shows.
 MIME = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
 
@@ -37,7 +40,7 @@ def load_picture(path: str) -> Image.Image:
     except ImportError:
         raise need("Pillow") from None
     try:
-        with open(path, "rb") as file, Image.open(file) as opened:
+        with open(path, "rb") as file, Image.open(file, formats=_formats()) as opened:
             opened.draft("RGB", (2 * LONGEST, 2 * LONGEST))  # JPEG can be read at a half, a quarter, an eighth
             if opened.mode == "F":
                 raise ValueError("floats, whose white nobody knows")
@@ -50,6 +53,14 @@ def load_picture(path: str) -> Image.Image:
     except Exception as error:  # decoders raise whatever they stumble over
         found = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise FileError("no picture that can be read", where=path, found=found, wanted="PNG, JPEG, WebP, …") from None
+
+
+def _formats() -> list[str]:
+    """Those of `READ` that this Pillow has."""
+    from PIL import Image
+
+    Image.init()
+    return [name for name in READ if name in Image.OPEN]
 
 
 def _upright(picture: Image.Image) -> Image.Image:
@@ -100,10 +111,11 @@ def for_page(path: str, picture: Image.Image) -> tuple[str, bytes]:
     """MIME type and bytes of a picture that is to be part of a page: the file itself if it is small and known."""
     from PIL import Image
 
-    with open(path, "rb") as file:
-        raw = file.read(SMALL + 1)
-    if len(raw) <= SMALL and max(picture.size) <= LONGEST:
-        with Image.open(io.BytesIO(raw)) as opened:
+    # A pipe has nothing more to give.
+    if os.path.isfile(path) and os.path.getsize(path) <= SMALL and max(picture.size) <= LONGEST:
+        with open(path, "rb") as file:
+            raw = file.read()
+        with Image.open(io.BytesIO(raw), formats=_formats()) as opened:
             mime, turned = MIME.get(opened.format or ""), opened.getexif().get(0x0112, 1) != 1
         if mime and not turned:
             return mime, raw
