@@ -7,7 +7,7 @@
     ├── DeviceError              1  the device asked for is not there
     ├── TrainingError            1  the training cannot go on
     ├── MissingPackageError      1  a package is needed for this and absent
-    ├── UsageError               2  the command line contradicts itself
+    ├── UsageError               2  what was asked makes no sense
     └── InputError               3  something that was read is bad
         ├── FileError            3  a file cannot be opened, or is not what its name says
         ├── ShapeError           3  an array has the wrong number of axes, rows or columns
@@ -82,7 +82,7 @@ class DeviceError(FusecliError):
 
 
 class TrainingError(FusecliError):
-    """The training cannot go on: its loss is no number any more."""
+    """The training cannot go on: its loss became NaN or Inf."""
 
 
 class MissingPackageError(FusecliError):
@@ -90,7 +90,7 @@ class MissingPackageError(FusecliError):
 
 
 class UsageError(FusecliError):
-    """Options that are each valid and together make no sense."""
+    """What was asked makes no sense: an option, a name, or several together."""
 
     exit_code = 2
 

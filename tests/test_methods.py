@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from safetensors.numpy import load_file
 
 import fusecli
 from fusecli import Config, Weights, checkpoint, fuse
+from fusecli.arrays import FLOAT_NAMES
+from fusecli.cli.options import METHOD_OPTIONS, DtypeName, Gate, Method
 from fusecli.errors import CheckpointError, UsageError
 from fusecli.functional import gelu, layer_norm, rows_apart
 from fusecli.fusion import Seen
 from fusecli.methods import View, single_rows
+from fusecli.weights import GATES, METHODS, OPTIONS
 from tests.batches import D
 from tests.conftest import Run
 from tests.oracle import KINDS, assert_as_good, features
@@ -349,7 +353,11 @@ def test_asking_for_attention_where_there_is_none(method: str, run: Run, pair: A
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--method", "concat", "--residual"), b"residual is an option of attention"),
+        (("--method", "concat", "--residual"), b"--residual: only for --method attention: found --method concat"),
+        (
+            ("--method", "concat", "--num-heads", 8),
+            b"--num-heads: only for --method attention, gated, transformer: found --method concat",
+        ),
         (("--method", "transformer", "--identity"), b"no identity"),
         (("--method", "gated", "--text-dim", 512), b"needs Dt = D"),
         (
@@ -363,3 +371,11 @@ def test_asking_for_attention_where_there_is_none(method: str, run: Run, pair: A
 )
 def test_init_says_what_does_not_go_together(options: Any, told: bytes, run: Run) -> None:
     assert told in run("init", "-o", "w.safetensors", *options, code=2).stderr
+
+
+def test_the_command_line_knows_what_the_library_knows() -> None:
+    assert {method.value for method in Method} == set(METHODS)
+    assert {gate.value for gate in Gate} == set(GATES)
+    assert {name.value for name in DtypeName} == set(FLOAT_NAMES) - {"longdouble"}  # no format has that
+    assert {field.name for field in fields(Config)} == {"method", *METHOD_OPTIONS}
+    assert set(METHOD_OPTIONS) == {name for names in OPTIONS.values() for name in names}

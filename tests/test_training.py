@@ -70,6 +70,13 @@ def test_a_fusion_learns_what_neither_side_knows(method: str, run: Run, lesson: 
     assert all(row["low"] <= row["score"] <= row["high"] for row in facts["table"])
 
 
+def test_few_held_out_pairs_are_told_of(run: Run, lesson: list[str]) -> None:
+    options = ("--labels", "labels.csv", "--epochs", 1, "--json", *QUICK, "--held-out", 0.03)
+    done = run("train", "img", "txt", "-o", "f.safetensors", *options)
+    count = json.loads(done.stdout)["held_out"]
+    assert f"only {count} held-out pairs: the table says little\n" in done.stderr.decode()
+
+
 def test_what_is_trained_gives_the_same_numbers_everywhere(run: Run, lesson: list[str], tmp_path: Path) -> None:
     _train(run, "--labels", "labels.csv", "--method", "attention", "--epochs", 2)
     weights = fusecli.load(tmp_path / "f.safetensors")
@@ -245,7 +252,7 @@ def test_three_pairs_are_too_few(run: Run, lesson: list[str], tmp_path: Path) ->
         (("--labels", "labels.csv", "--objective", "match"), "--objective"),
         (("--manifest", "-"), "stdin"),
         (("--validation", 0.5, "--held-out", 0.5), "nothing is left"),
-        (("--method", "concat", "--gate", "tanh"), "gate is an option of gated"),
+        (("--method", "concat", "--gate", "tanh"), "--gate: only for --method gated: found --method concat"),
         (("--resume",), "no unfinished run"),
         (("--labels", "f.log.jsonl"), "also an input"),
         (("--labels", ""), "no file name"),

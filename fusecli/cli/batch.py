@@ -37,7 +37,7 @@ def batch(
     images: Annotated[
         str | None,
         typer.Argument(
-            metavar="IMAGES", help="Folder, packed .safetensors or stacked .npy of image features; or of both sides."
+            metavar="IMAGES", help="Image features, or both sides: a folder, a packed .safetensors or a stacked .npy."
         ),
     ] = None,
     texts: Annotated[str | None, typer.Argument(metavar="TEXTS", help="Text features, likewise.")] = None,
@@ -47,13 +47,14 @@ def batch(
     ] = "",
     weights: Weights = None,
     attention: Annotated[
-        str | None, typer.Option("--attention", "-a", metavar="OUT", help="Also write the attention, likewise.")
+        str | None,
+        typer.Option("--attention", "-a", metavar="OUT", help="Also write the attention, in a form as for --output."),
     ] = None,
     attention_mean: AttentionMean = False,
     attention_dtype: AttentionDtype = None,
     tokens: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="JSON lines with id and tokens, kept in .safetensors of attention."),
+        typer.Option(metavar="FILE", help="JSON lines with id and tokens; stored in the .safetensors of --attention."),
     ] = None,
     grid: GridSize = None,
     skip_rows: SkipRows = None,
@@ -63,30 +64,35 @@ def batch(
         typer.Option(metavar="FILE|-", help="CSV, TSV or JSON lines with id,image,text; - takes lines as they come."),
     ] = None,
     image_pattern: Annotated[
-        str | None, typer.Option(metavar="PATTERN", help="What an id is in an image's name: '{id}.image.npy'.")
+        str | None,
+        typer.Option(metavar="PATTERN", help="Where the id stands in an image's file name: '{id}.image.npy'."),
     ] = None,
     text_pattern: Annotated[
-        str | None, typer.Option(metavar="PATTERN", help="What it is in a text's name: '{id}.text.npy'.")
+        str | None, typer.Option(metavar="PATTERN", help="Where the id stands in a text's file name: '{id}.text.npy'.")
     ] = None,
     image_key: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Tensor in each .safetensors of an image.")
+        str | None, typer.Option(metavar="NAME", help="Name of the tensor to take from each .safetensors of images.")
     ] = None,
-    text_key: Annotated[str | None, typer.Option(metavar="NAME", help="Tensor in each .safetensors of a text.")] = None,
-    suffix: Annotated[str, typer.Option(metavar=".npy|.safetensors", help="Of the files in a folder OUT.")] = ".npy",
+    text_key: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the tensor to take from each .safetensors of texts.")
+    ] = None,
+    suffix: Annotated[
+        str, typer.Option(metavar=".npy|.safetensors", help="Format of the result files in a folder OUT.")
+    ] = ".npy",
     dtype: Dtype = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", "-j", min=1, max=1024, help="Processes.  [default: all cores]")
+        int | None, typer.Option("--workers", "-j", min=1, max=1024, help="Number of processes.  [default: all cores]")
     ] = None,
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="Do the I-th of N parts, from 1: for job arrays.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=0, metavar="N", help="Do at most N pairs.")] = None,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Do only what failed, or lacked a side, before.")
+        bool, typer.Option("--retry-failed", help="Do only the pairs that failed, or lacked a side, before.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start afresh, whatever is done.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start afresh: do all pairs again.")] = False,
     allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="Ids that only one side has are no failure.")
+        bool, typer.Option("--allow-missing", help="Do not count ids with only one side as failures.")
     ] = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first pair that fails.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
@@ -223,7 +229,9 @@ def check_sources(sources: Sources) -> None:
     apart = (sources.image_pattern, sources.text_pattern), (sources.image_key, sources.text_key)
     if sources.one_place and not any(image != text and None not in (image, text) for image, text in apart):
         hint = "give TEXTS of their own, or --image-pattern '{id}.image.npy' --text-pattern '{id}.text.npy'"
-        raise UsageError("one place for both sides, and nothing tells them apart", where=sources.images, hint=hint)
+        raise UsageError(
+            "images and texts are the same place, with nothing to distinguish them", where=sources.images, hint=hint
+        )
     for side, pattern in patterns.items():
         try:
             matcher("{id}" if pattern is None else pattern)

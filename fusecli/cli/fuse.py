@@ -54,7 +54,9 @@ def fuse(
         ),
     ],
     text: Annotated[str, typer.Argument(metavar="TEXT", help="Text features [N, Dt], likewise.")],
-    output: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="Fused features [N, D]; - is stdout.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FILE", help="Where the fused features [N, D] go; - is stdout.")
+    ],
     weights: Weights = None,
     attention: Annotated[
         str | None, typer.Option("--attention", "-a", metavar="FILE", help="Also write the attention [H, N, M].")
@@ -63,7 +65,9 @@ def fuse(
     attention_dtype: AttentionDtype = None,
     tokens: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="JSON or a token a line, kept in a .safetensors of attention."),
+        typer.Option(
+            metavar="FILE", help="Tokens of TEXT, as JSON or one a line; stored in the .safetensors of --attention."
+        ),
     ] = None,
     grid: GridSize = None,
     skip_rows: SkipRows = None,

@@ -36,44 +36,59 @@ class DtypeName(StrEnum):
 
 Weights = Annotated[
     str | None,
-    typer.Option("--weights", "-w", metavar="FILE", envvar="FUSECLI_WEIGHTS", help="Checkpoint of the fusion."),
+    typer.Option(
+        "--weights", "-w", metavar="FILE", envvar="FUSECLI_WEIGHTS", help="Checkpoint with the weights of the fusion."
+    ),
 ]
-AttentionMean = Annotated[bool, typer.Option("--attention-mean", help="Write its mean over heads, [N, M].")]
+AttentionMean = Annotated[
+    bool, typer.Option("--attention-mean", help="Write the attention averaged over heads, [N, M].")
+]
 AttentionDtype = Annotated[
-    DtypeName | None, typer.Option(help="Dtype of the attention.  [default: float32, or float64 if a side is wider]")
+    DtypeName | None,
+    typer.Option(help="Dtype of the written attention.  [default: float32; float64 if a side is float64]"),
 ]
 GridSize = Annotated[
-    str | None, typer.Option("--grid", metavar="HxW", help="How the image rows lie in the picture, if it is no square.")
+    str | None,
+    typer.Option(
+        "--grid", metavar="HxW", help="Lines and columns of image rows in the picture, unless it is a square."
+    ),
 ]
-Residual = Annotated[bool, typer.Option("--residual", help="Add the text to the result (Dt = D).")]
+Residual = Annotated[
+    bool, typer.Option("--residual", help="Add the text features to the result; their width must be D.")
+]
 Dtype = Annotated[DtypeName | None, typer.Option(help="Dtype of the output.  [default: the text's]")]
 NumHeads = Annotated[
-    int | None, typer.Option(min=1, help="Number of heads, for weights that do not say it.  [default: 8]")
+    int | None, typer.Option(min=1, help="Number of attention heads, for a checkpoint that does not say.  [default: 8]")
 ]
 Seed = Annotated[
-    int, typer.Option(min=0, max=2**32 - 1, help="Seed of the untrained weights that are used without --weights.")
+    int, typer.Option(min=0, max=2**32 - 1, help="Seed of the random weights that are used without --weights.")
 ]
 Device = Annotated[str, typer.Option(metavar="cpu|cuda|cuda:N", help="Where to compute.")]
 AllowNonfinite = Annotated[
-    bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf in the features through, into the output.")
+    bool, typer.Option("--allow-nonfinite", help="Accept NaN and Inf in the features; they pass into the output.")
 ]
 SkipRows = Annotated[
     int | None,
-    typer.Option("--skip-rows", metavar="N", min=0, help="Image rows before the grid: class row, registers."),
+    typer.Option(
+        "--skip-rows", metavar="N", min=0, help="Number of image rows before the grid (class token, registers)."
+    ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable object on stdout.")]
-MethodName = Annotated[Method, typer.Option("--method", "-m", help="How to fuse.")]
-GateName = Annotated[Gate | None, typer.Option("--gate", help="Of gated.  [default: sigmoid]")]
-NumLayers = Annotated[int | None, typer.Option(min=1, max=1024, help="Layers of transformer.  [default: 1]")]
+MethodName = Annotated[Method, typer.Option("--method", "-m", help="How to fuse: see Methods in the README.")]
+GateName = Annotated[Gate | None, typer.Option("--gate", help="Gate of method gated.  [default: sigmoid]")]
+NumLayers = Annotated[
+    int | None, typer.Option(min=1, max=1024, help="Number of layers of method transformer.  [default: 1]")
+]
 DimFeedforward = Annotated[
-    int | None, typer.Option(min=1, max=2**20, help="Width inside the layers of transformer.  [default: 4 D]")
+    int | None,
+    typer.Option(min=1, max=2**20, help="Width inside the feed-forward layers of method transformer.  [default: 4 D]"),
 ]
 SelfAttention = Annotated[
-    bool, typer.Option("--self-attention", help="Tokens of transformer attend to each other as well.")
+    bool, typer.Option("--self-attention", help="Let the text rows of method transformer attend to each other as well.")
 ]
 Dropout = Annotated[
-    float | None, typer.Option(min=0, max=0.99, help="Dropout of transformer in training.  [default: 0.1]")
+    float | None, typer.Option(min=0, max=0.99, help="Dropout of method transformer in training.  [default: 0.1]")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -119,13 +134,17 @@ def method_options(method: Method, parameters: dict[str, Any]) -> dict[str, Any]
         UsageError: an option that the method does not have.
     """
     from fusecli.errors import CheckpointError, UsageError
-    from fusecli.weights import Config
+    from fusecli.weights import OPTIONS, Config
 
     given: dict[str, Any] = {
         name: str(value) if isinstance(value, Gate) else value for name, value in given_options(parameters).items()
     }
+    for name in given:
+        if name not in OPTIONS[method]:
+            what = f"only for --method {', '.join(known for known, names in OPTIONS.items() if name in names)}"
+            raise UsageError(what, where=f"--{name.replace('_', '-')}", found=f"--method {method}", hint="leave it out")
     try:
         Config(str(method), **given)
     except CheckpointError as error:
-        raise UsageError(error.what, found=error.found, wanted=error.wanted, hint="see --method") from None
+        raise UsageError(error.what, found=error.found, wanted=error.wanted) from None
     return {"method": str(method), **given}

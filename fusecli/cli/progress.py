@@ -167,7 +167,7 @@ def explain(summary: Any, request: Any, allow_missing: bool, quiet: bool) -> int
         parts = (f"{name} {getattr(summary, name):.1f} s" for name in ("read", "fuse", "write"))
         note(f"time of all workers: {', '.join(parts)}", quiet)
     if summary.failed:
-        note(f"every pair is told of in {state_folder(request.output)}/", quiet)
+        note(f"details of every pair are in {state_folder(request.output)}/", quiet)
     return _code(summary, request, allow_missing, quiet)
 
 
@@ -184,7 +184,7 @@ def _code(summary: Any, request: Any, allow_missing: bool, quiet: bool) -> int:
         return 130
     if summary.stopped and summary.stopped.stop:
         raise OutputError(
-            f"stopped: {summary.stopped.facts['message']}", hint="mend it, then start the same command again to go on"
+            f"stopped: {summary.stopped.facts['message']}", hint="fix the cause, then run the same command again"
         )
     if summary.stopped:
         note(f"stopped at the first failure: {summary.stopped.facts['message']}", quiet)

@@ -32,6 +32,8 @@ from fusecli.errors import CheckpointError, InputError, OutputError, ShapeError,
 
 #: Ids that are shown of many.
 FIRST = 5
+#: Held-out pairs, below which intervals of the table are so wide that it says little.
+FEW = 20
 #: Label smoothing, unless told otherwise.
 SMOOTHING = 0.1
 
@@ -72,30 +74,40 @@ class ClassWeights(StrEnum):
 def train(
     images: Annotated[
         str | None,
-        typer.Argument(metavar="IMAGES", help="Image features: all that `fusecli batch` takes."),
+        typer.Argument(metavar="IMAGES", help="Image features, in any place that `fusecli batch` takes."),
     ] = None,
     texts: Annotated[str | None, typer.Argument(metavar="TEXTS", help="Text features, likewise.")] = None,
     output: Annotated[
         str, typer.Option("--output", "-o", metavar="FILE", help="Checkpoint to write (.safetensors).")
     ] = "",
     labels: Annotated[
-        str | None, typer.Option("--labels", metavar="FILE", help="CSV with id,label: learn to tell the label.")
+        str | None, typer.Option("--labels", metavar="FILE", help="CSV with id,label: learn to predict the labels.")
     ] = None,
     label_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Its column with the labels.  [default: label]")
+        str | None, typer.Option(metavar="NAME", help="Column of --labels with the labels.  [default: label]")
     ] = None,
-    task: Annotated[Task | None, typer.Option(help="What the labels are.  [default: classify]")] = None,
+    task: Annotated[
+        Task | None, typer.Option(help="Whether labels are classes or numbers.  [default: classify]")
+    ] = None,
     objective: Annotated[
-        Objective | None, typer.Option(help="Without labels: tell the image of a text from others.  [default: match]")
+        Objective | None,
+        typer.Option(help="What to learn without labels; match: which image belongs to a text.  [default: match]"),
     ] = None,
     weights: Annotated[
-        str | None, typer.Option("--weights", "-w", metavar="FILE", help="Checkpoint to begin with, method and all.")
+        str | None,
+        typer.Option(
+            "--weights", "-w", metavar="FILE", help="Checkpoint to train further; it brings its method and options."
+        ),
     ] = None,
-    method: Annotated[Method | None, typer.Option("--method", "-m", help="How to fuse.  [default: gated]")] = None,
+    method: Annotated[
+        Method | None, typer.Option("--method", "-m", help="How to fuse: see Methods in the README.  [default: gated]")
+    ] = None,
     feature_dim: Annotated[
-        int | None, typer.Option(min=1, max=2**20, help="D, the width of the fusion.  [default: the text's]")
+        int | None, typer.Option(min=1, max=2**20, help="D, the width of the fused features.  [default: the text's]")
     ] = None,
-    num_heads: Annotated[int | None, typer.Option(min=1, help="H, the number of heads.  [default: 8]")] = None,
+    num_heads: Annotated[
+        int | None, typer.Option(min=1, help="H, the number of attention heads.  [default: 8]")
+    ] = None,
     residual: Residual = False,
     gate: GateName = None,
     num_layers: NumLayers = None,
@@ -106,13 +118,13 @@ def train(
         bool | None,
         typer.Option(
             "--layer-norm/--no-layer-norm",
-            help="Bring text and image to one scale first.  [default: all but attention]",
+            help="Bring text and image to one scale first (layer norm).  [default: with all methods but attention]",
         ),
     ] = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Passes over the pairs, at most.  [default: 12 with labels, else 6]")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=2, help="Pairs of a step.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=2, help="Pairs in one step.")] = 64,
     lr: Annotated[
         float | None,
         typer.Option(
@@ -121,40 +133,54 @@ def train(
             "[default: 0.0003; with labels, for attention: 0.001]",
         ),
     ] = None,
-    weight_decay: Annotated[float, typer.Option(min=0, help="Of matrices, and of the head.")] = 0.05,
+    weight_decay: Annotated[float, typer.Option(min=0, help="Weight decay of weight matrices and of the head.")] = 0.05,
     text_dropout: Annotated[
         float | None,
-        typer.Option(min=0, max=0.99, help="Share of pairs whose text is hidden in a step, with labels.  [default: 0]"),
+        typer.Option(
+            min=0, max=0.99, help="With labels: share of the pairs whose text is hidden in a step.  [default: 0]"
+        ),
     ] = None,
     label_smoothing: Annotated[
-        float | None, typer.Option(min=0, max=0.99, help="Of the labels, where they are classes.  [default: 0.1]")
+        float | None, typer.Option(min=0, max=0.99, help="Smoothing of labels that are classes.  [default: 0.1]")
     ] = None,
     class_weights: Annotated[
-        ClassWeights | None, typer.Option(help="balanced: rare labels count as much as frequent ones.")
+        ClassWeights | None, typer.Option(help="With balanced, rare labels count as much as frequent ones.")
     ] = None,
     patience: Annotated[
         int | None,
-        typer.Option(min=1, help="Epochs without progress after which to stop.  [default: 12 with labels, else 3]"),
+        typer.Option(min=1, help="Stop after so many epochs without progress.  [default: 12 with labels, else 3]"),
     ] = None,
     validation: Annotated[
-        float, typer.Option(min=0.01, max=0.9, help="Share of the pairs that choose the best epoch.")
+        float, typer.Option(min=0.01, max=0.9, help="Share of the pairs by which the best epoch is chosen.")
     ] = 0.1,
     held_out: Annotated[
-        float, typer.Option(min=0.01, max=0.9, help="Share of the pairs that are kept for the table at the end.")
+        float, typer.Option(min=0.01, max=0.9, help="Share of the pairs that only the table at the end uses.")
     ] = 0.2,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of first weights, order and dropout.")] = 0,
-    manifest: Annotated[str | None, typer.Option(metavar="FILE", help="Table with id,image,text.")] = None,
-    image_pattern: Annotated[str | None, typer.Option(metavar="PATTERN", help="As in `fusecli batch`.")] = None,
-    text_pattern: Annotated[str | None, typer.Option(metavar="PATTERN", help="As in `fusecli batch`.")] = None,
-    image_key: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Tensor in each .safetensors of an image.")
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of starting weights, order and dropout.")] = 0,
+    manifest: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="CSV, TSV or JSON lines with id,image,text, in place of IMAGES and TEXTS."),
     ] = None,
-    text_key: Annotated[str | None, typer.Option(metavar="NAME", help="Tensor in each .safetensors of a text.")] = None,
+    image_pattern: Annotated[
+        str | None,
+        typer.Option(metavar="PATTERN", help="Where the id stands in an image's file name: '{id}.image.npy'."),
+    ] = None,
+    text_pattern: Annotated[
+        str | None, typer.Option(metavar="PATTERN", help="Where the id stands in a text's file name: '{id}.text.npy'.")
+    ] = None,
+    image_key: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the tensor to take from each .safetensors of images.")
+    ] = None,
+    text_key: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the tensor to take from each .safetensors of texts.")
+    ] = None,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Pass over ids without image, text or label.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start afresh, whatever is there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start afresh, in place of a run that was stopped.")
+    ] = False,
     device: Device = "cpu",
     json: Json = False,
     quiet: Quiet = False,
@@ -212,6 +238,9 @@ def train(
         how = "--resume in place of --overwrite" if overwrite else "--resume"
         note(f"interrupted; {f'start the same command with {how} to go on' if go_on else 'nothing is kept'}", quiet)
         raise typer.Exit(130) from None
+    kept = len(result.rows[0].scores)
+    if kept < FEW:
+        note(f"only {kept} held-out pairs: the table says little", quiet)
     if json:
         emit({"output": output, **result.facts()})
     else:

@@ -31,7 +31,7 @@ MAX_WIDTH = 2**20
 def init(
     output: Output,
     method: MethodName = Method.attention,
-    feature_dim: Annotated[int, typer.Option(min=1, max=MAX_WIDTH, help="D, the width of the fusion.")] = 768,
+    feature_dim: Annotated[int, typer.Option(min=1, max=MAX_WIDTH, help="D, the width of the fused features.")] = 768,
     text_dim: Annotated[
         int | None, typer.Option(min=1, max=MAX_WIDTH, help="Dt, the width of the text features.  [default: D]")
     ] = None,
@@ -39,11 +39,11 @@ def init(
         int | None, typer.Option(min=1, max=MAX_WIDTH, help="Di, the width of the image features.  [default: D]")
     ] = None,
     num_heads: Annotated[
-        int | None, typer.Option(min=1, help="H, the number of heads.  [default: 8; 1 with --identity]")
+        int | None, typer.Option(min=1, help="H, the number of attention heads.  [default: 8; 1 with --identity]")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the random numbers.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the random weights.")] = 0,
     identity: Annotated[
-        bool, typer.Option("--identity", help="Identity projections: nothing to train, for spaces shared already.")
+        bool, typer.Option("--identity", help="Identity projections: no training, for sides that share a space.")
     ] = False,
     residual: Residual = False,
     gate: GateName = None,
@@ -51,7 +51,9 @@ def init(
     dim_feedforward: DimFeedforward = None,
     self_attention: SelfAttention = False,
     dropout: Dropout = None,
-    layer_norm: Annotated[bool, typer.Option("--layer-norm", help="Bring text and image to one scale first.")] = False,
+    layer_norm: Annotated[
+        bool, typer.Option("--layer-norm", help="Bring text and image to one scale first (layer norm).")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -59,6 +61,8 @@ def init(
     """Make new weights, random or identity.
 
     Random ones are drawn as PyTorch draws them, the same on every machine.
+
+    fusecli init -o fusion.safetensors --method gated --layer-norm
     """
     parameters = locals()
     from fusecli import checkpoint
@@ -90,17 +94,23 @@ def init(
 
 
 def convert(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A state_dict: .pt, .pth, .bin or .safetensors.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A PyTorch state_dict (.pt, .pth, .bin) or a .safetensors checkpoint."),
+    ],
     output: Output,
     num_heads: Annotated[
-        int | None, typer.Option(min=1, help="H, the number of heads; a state_dict does not say it.  [default: 8]")
+        int | None,
+        typer.Option(min=1, help="H, the number of attention heads; a state_dict does not say.  [default: 8]"),
     ] = None,
     dtype: Annotated[DtypeName | None, typer.Option(help="Dtype of the tensors.  [default: as they are]")] = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Convert a checkpoint: from PyTorch to .safetensors, from one dtype to another.
+    """Convert a checkpoint to .safetensors or another dtype.
+
+    It may be a state_dict of PyTorch, or a checkpoint of fusecli already.
 
     fusecli convert model.pt -o fusion.safetensors --num-heads 8
     """
