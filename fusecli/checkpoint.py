@@ -1,4 +1,4 @@
-"""Weights and files: load, save, init, convert.
+"""Weights and files: load, save, change the dtype; and weights to begin with: init, orthogonal, identity.
 
 A checkpoint is a ``.safetensors`` file with the tensors of `fusecli.weights.tensor_shapes` and one metadata
 key, ``fusecli``, with canonical JSON. The bare ``state_dict`` of the article's module loads as well.
@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 
 from fusecli.arrays import Array, first_nonfinite, to_numpy
-from fusecli.arrays import cast as convert
+from fusecli.arrays import cast as to_dtype
 from fusecli.errors import CheckpointError, FileError, InputError, OutputError, UsageError, ValuesError
 from fusecli.formats import NumpyArray, Source, open_source, safetensors, sniff, write_whole
 from fusecli.state_dict import article_names, is_pt, read_pt
@@ -133,6 +133,8 @@ def to_bytes(weights: Weights) -> bytes:
 def save(weights: Weights, path: str | os.PathLike[str]) -> None:
     """Write a checkpoint, atomically.
 
+    Tensors keep their dtype, float16, bfloat16, float32 or float64; bfloat16 of torch is stored as float32.
+
     Raises:
         OutputError: it cannot be written.
     """
@@ -146,7 +148,7 @@ def stored_as(weights: Weights, dtype: str) -> Weights:
         OutputError: a number is too large for it.
     """
     with np.errstate(over="ignore"):  # what does not fit is looked for
-        tensors = {name: convert(tensor, dtype) for name, tensor in weights.tensors.items()}
+        tensors = {name: to_dtype(tensor, dtype) for name, tensor in weights.tensors.items()}
     for name, tensor in tensors.items():
         if first_nonfinite(to_numpy(tensor)) is not None:
             raise OutputError(f"weights do not fit {dtype}", where=name, hint="--dtype float32")
@@ -191,12 +193,14 @@ def init(
         options: of the method, see `fusecli.Config`.
 
     Raises:
-        CheckpointError: the heads do not divide the width, or an option does not go with the method.
+        CheckpointError: the heads do not divide the width, a width or the seed is out of range, or an option does not
+            go with the method.
     """
     config = _configured(method, num_heads, options)
     text_dim, image_dim = text_dim or feature_dim, image_dim or feature_dim
-    if min(feature_dim, text_dim, image_dim) < 1:
-        raise CheckpointError("a width is below 1", found=f"D={feature_dim}, Dt={text_dim}, Di={image_dim}")
+    _require_widths(feature_dim, text_dim, image_dim)
+    if not 0 <= seed < 2**32:
+        raise CheckpointError("bad seed", found=str(seed), wanted="0 to 2**32 - 1")
     if config.has_attention:  # before anything is drawn
         require_heads(num_heads, feature_dim)
     bits = np.random.MT19937()
@@ -238,6 +242,11 @@ def _turned(name: str, drawn: NumpyArray) -> NumpyArray:
     u, _, vt = np.linalg.svd(drawn, full_matrices=False)  # the nearest with orthonormal rows or columns
     nearest: NumpyArray = u @ vt
     return nearest
+
+
+def _require_widths(feature_dim: int, text_dim: int, image_dim: int) -> None:
+    if min(feature_dim, text_dim, image_dim) < 1:
+        raise CheckpointError("a width is below 1", found=f"D={feature_dim}, Dt={text_dim}, Di={image_dim}")
 
 
 def _configured(method: str, num_heads: int, options: Mapping[str, Any]) -> Config:
@@ -299,10 +308,18 @@ def identity(feature_dim: int = 768, num_heads: int = 1, *, method: str = "atten
     For features that share a space already, as CLIP's do; nothing to train. ``gated`` adds half of it to the text,
     ``weighted-sum`` is the middle of text and mean image, ``concat`` their sum.
 
+    Args:
+        feature_dim: ``D``, and the width of both sides.
+        num_heads: ``H``, a divisor of ``D``; for methods that have heads.
+        method: one of `fusecli.weights.METHODS` but transformer.
+        options: of the method, see `fusecli.Config`.
+
     Raises:
-        CheckpointError: the heads do not divide the width, or the method is no projection (transformer).
+        CheckpointError: the heads do not divide the width, the width is below 1, an option does not go with the
+            method, or the method is no projection (transformer).
     """
     config = _configured(method, num_heads, options)
+    _require_widths(feature_dim, feature_dim, feature_dim)
     if method == "transformer":
         raise CheckpointError("a transformer has no identity", hint="choose another method, or train it")
     shapes = tensor_shapes(config, feature_dim, feature_dim, feature_dim)

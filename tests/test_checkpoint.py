@@ -3,6 +3,9 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
+
+
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,22 @@ def test_init_draws_what_torch_draws(widths: tuple[int, int, int], seed: int) ->
     weights = init(dim, 4, text_dim=text_dim, image_dim=image_dim, seed=seed)
     for name, tensor in module.state_dict().items():
         np.testing.assert_array_equal(weights.tensors[name], tensor.numpy())
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda: init(seed=-1), "bad seed: found -1"),
+        (lambda: init(seed=2**32), "bad seed"),
+        (lambda: init(0, 1), "a width is below 1: found D=0"),
+        (lambda: init(8, 1, text_dim=-1), "a width is below 1"),
+        (lambda: identity(0, 1), "a width is below 1: found D=0"),
+        (lambda: identity(-4, 2), "a width is below 1"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(make: Callable[[], Any], found: str) -> None:
+    with pytest.raises(CheckpointError, match=found):
+        make()
 
 
 def test_identity_is_plain_attention(rng: np.random.Generator) -> None:
