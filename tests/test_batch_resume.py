@@ -72,10 +72,15 @@ def test_other_weights_or_options_are_refused(run: Run, many: Any, tmp_path: Pat
     batch(run, "img", "txt", "-o", "out")
     before = results(tmp_path / "out")
     done = batch(run, "img", "txt", "-o", "out", "--dtype", "float16", code=2)
-    assert b"dtype none, wanted dtype float16" in done.stderr
+    assert b"weights or options: dtype not set -> float16\n" in done.stderr
     assert b"--overwrite" in done.stderr
     run("init", "-o", "w.safetensors", "--feature-dim", D, "--num-heads", 4, "--seed", 5, "-q")
-    assert b"weights" in batch(run, "img", "txt", "-o", "out", code=2).stderr
+    assert b"weights or options: weights " in batch(run, "img", "txt", "-o", "out", code=2).stderr
+    run("init", "-o", "w.safetensors", "--feature-dim", D, "--num-heads", 4, "--method", "gated", "-q")
+    told = batch(run, "img", "txt", "-o", "out", code=2).stderr
+    assert b"weights or options: method attention -> gated, weights " in told
+    assert b"residual" not in told
+    assert b"gate " not in told
     assert results(tmp_path / "out") == before
     batch(run, "img", "txt", "-o", "out", "--overwrite")
     assert results(tmp_path / "out") == expected(run, tmp_path)

@@ -86,7 +86,13 @@ class History:
     def move(
         self, moved: Iterator[tuple[str, Piece | None]], attention: bool, stays: Callable[[Piece], bool] | None
     ) -> None:
-        """Pieces now lie elsewhere, but for those of which ``stays`` says that they are still where they were."""
+        """Record new places of pieces; keep those for which ``stays(piece)`` is true.
+
+        Args:
+            moved: ids, each with its piece where it lies now.
+            attention: whether they are pieces of attention, not of features.
+            stays: whether a piece is still where it was.
+        """
         for id, piece in moved:
             before = self.pieces(id)
             now = before and before[attention]
@@ -217,11 +223,12 @@ def require_same_run(old: dict[str, Any] | None, new: dict[str, Any], output: st
     names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     if not names:
         return
+    if "method" in names:  # its own options would say nothing more
+        names = [name for name in names if name in old and name in new]
+    changes = (f"{name} {_shown(old.get(name))} -> {_shown(new.get(name))}" for name in names)
     raise UsageError(
-        "was begun with other weights or options",
+        f"was begun with other weights or options: {', '.join(changes)}",
         where=output,
-        found=", ".join(f"{name} {_shown(old.get(name))}" for name in names),
-        wanted=", ".join(f"{name} {_shown(new.get(name))}" for name in names),
         hint="write to another output, or start afresh with --overwrite",
     )
 
@@ -267,7 +274,7 @@ def _owner(folder: str) -> str | None:
 
 
 def _shown(value: Any) -> str:
-    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return "not set" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
 class Lock:
@@ -302,7 +309,10 @@ class Lock:
             pass  # a file system without locks
 
     def release(self) -> None:
-        """Let others in; also called in workers, which do not hold it for themselves."""
+        """Close the files that are locked: the lock is free when no process has them open.
+
+        Workers, which inherit them, call it as well.
+        """
         for fd in self._held:
             os.close(fd)
         self._held.clear()
