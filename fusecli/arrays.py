@@ -114,7 +114,10 @@ def plain(x: Array) -> Array:
 
 
 def numpy_can_have(*arrays: Array) -> bool:
-    """Whether NumPy can compute with ``arrays`` unnoticed: torch records, traces or compiles nothing of them."""
+    """Whether NumPy may compute for these tensors: no autograd, tracing or dispatch mode is active.
+
+    Nor may one be of a kind of its own, or without memory of its own (sparse, or wrapped by `torch.func`).
+    """
     tensors = [x for x in arrays if is_torch(x)]
     if needs_grad(*tensors):
         return False

@@ -266,8 +266,8 @@ def _mix(weights: Array, total: Array | None, side: ImageSide) -> Array:
         mixed = dot(weights, side.values)  # [H, N, d]
     if total is not None:
         mixed /= total
-    joined = mixed.swapaxes(0, 1).reshape(mixed.shape[1], -1)  # [H, N, d] -> [N, D]
-    return _finish(joined, side.maps.out.mT, side)
+    beside = mixed.swapaxes(0, 1).reshape(mixed.shape[1], -1)  # [H, N, d] -> [N, D]
+    return _finish(beside, side.maps.out.mT, side)
 
 
 def _finish(mixed: Array, out: Array, side: ImageSide) -> Array:

@@ -314,7 +314,7 @@ def one_row_is_enough(weights: Weights) -> bool:
 
 
 def adds_one_row(weights: Weights) -> bool:
-    """Whether that is all there is: nothing is multiplied for a text row any more."""
+    """Whether an image of one row leaves no products for text rows: all get the same, and at most the text is added."""
     return weights.config.method == "attention"
 
 

@@ -85,7 +85,7 @@ class Seconds:
 
 
 class Pair(NamedTuple):
-    """The two sides of a pair, from `find_features`, and what is known of it already."""
+    """The two sides of a pair, from `find_features` or `features_at`, and what is known of it already."""
 
     image: Stored
     text: Stored
@@ -152,6 +152,17 @@ def fuse_alike(
     """Fuse pairs of one shape on a GPU: ``images [M, Di]`` and ``texts [N, Dt]``, one result a pair, for NumPy.
 
     At most `pairs_together`; the numbers of a pair do not depend on the others.
+
+    Args:
+        weights: the fusion.
+        images: of the pairs, all of one shape.
+        texts: likewise.
+        dtype: ``"float32"`` or ``"float64"``, what to compute in.
+        to_device: to the GPU.
+        need_weights: give the attention, and gates where there are some, as well.
+
+    Raises:
+        torch.OutOfMemoryError: the GPU has no room for them.
     """
     rows = to_device(np.stack([cast(image, dtype) for image in images]))  # [B, M, Di]
     if rows.shape[1] == 1 and adds_one_row(weights):  # so there is nothing left to do for a GPU

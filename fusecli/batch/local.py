@@ -34,7 +34,7 @@ class Items(Protocol):
         """The next item, or None if there is none now."""
 
     def ended(self) -> bool:
-        """Whether there will be none any more."""
+        """Whether no further item will come."""
 
     def fileno(self) -> int | None:
         """What becomes readable when there may be more."""

@@ -103,13 +103,13 @@ class Request:
 class Summary:
     """What came of a run."""
 
-    fused: int = 0
-    skipped: int = 0
-    one_row: int = 0
-    nbytes: int = 0
-    read: float = 0.0
-    fuse: float = 0.0
-    write: float = 0.0
+    fused: int = 0  # pairs
+    skipped: int = 0  # pairs that had been done before
+    one_row: int = 0  # of the fused, those with one image row
+    nbytes: int = 0  # bytes of features that were read, and of fused features that were written
+    read: float = 0.0  # seconds, of all workers together
+    fuse: float = 0.0  # likewise
+    write: float = 0.0  # likewise
     failed: dict[str, tuple[int, list[str]]] = field(default_factory=dict)  # by cause: how many, the first ids
     missing: dict[str, tuple[int, list[str]]] = field(default_factory=dict)  # by the side that is not there
     interrupted: bool = False
@@ -261,7 +261,7 @@ def look(request: Request, pairs: Pairs) -> tuple[int, int, int]:
 
 
 def state_folder(output: str) -> str:
-    """Where the ledger of an output lies: in a folder, or beside a file, of whatever links lead to it."""
+    """The folder with the ledger of an output: in an output folder; beside an output file, that behind a link."""
     if not is_one_file(output):
         return f"{output}/{STATE}"
     return f"{os.path.realpath(output) if os.path.islink(output) else output}{STATE}"

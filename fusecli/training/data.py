@@ -47,6 +47,13 @@ class Rows:
     """One side of all pairs: their rows one after the other, in a file without a name that is mapped to memory.
 
     Float16 where everything is, else float32. The system keeps in memory what there is room for.
+
+    Attributes:
+        dtype: of the rows as they are kept.
+        starts: where the rows of each pair start, and behind them the number of all rows.
+        width: of a row.
+        checksum: CRC-32 over shape and bytes of every pair in order: other features, or rows that moved from one pair
+            to the next, have another one.
     """
 
     def __init__(self, arrays: Callable[[], Iterable[NumpyArray]], folder: str) -> None:

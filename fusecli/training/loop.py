@@ -31,13 +31,23 @@ HEAD_LR = 10.0
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train."""
+    """How to train.
+
+    Args:
+        epochs: passes over the pairs to train on, at most.
+        batch_size: pairs of a step.
+        lr: the highest learning rate of the fusion; the head's is `HEAD_LR` times that.
+        weight_decay: of AdamW, for matrices and the head; times the learning rate it is what a step takes off.
+        patience: epochs without a lower validation loss after which to stop.
+        seed: of the first head, of order and dropout.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+    """
 
     epochs: int
     batch_size: int
     lr: float
     weight_decay: float
-    patience: int  # epochs without a lower validation loss after which to stop
+    patience: int
     seed: int
     device: str
 
@@ -101,8 +111,8 @@ def fit(
 
     Raises:
         StateError: the state is of another run.
-        TrainingError: the loss is no number any more; the best weights so far have been kept.
-        ValuesError: it was none from the beginning.
+        TrainingError: the loss became NaN or Inf; the best weights so far have been kept.
+        ValuesError: it was so from the beginning.
     """
     run, settings = _Run(fusion, lesson), lesson.settings
     progress = run.progress
@@ -204,7 +214,7 @@ class _Run:
         return float(loss.detach())
 
     def _diverged(self, step: int, loss: float) -> TrainingError:
-        """What to say of a loss that is no number."""
+        """What to say of a loss that is NaN or Inf."""
         best = self.progress.best_epoch
         nothing = "no epoch bettered the weights before it, so none are written"
         kept = f"the best weights are kept, of epoch {best}" if best else nothing

@@ -52,7 +52,7 @@ class Objective(Protocol):
     def judge(self, represent: Representation, data: Data) -> tuple[Measured, Head]:
         """The head that suits the pairs to train on, made afresh, and how the pairs for validation come out under it.
 
-        What is judged is not the head that learned along, which is worn out on the pairs that it saw.
+        What is judged is not the head that learned along, which is overfitted to the pairs that it saw.
         """
 
     def measure(self, head: Head, represent: Representation, data: Data, part: list[int]) -> Measured:
