@@ -256,9 +256,6 @@ def _spoil(folder: Path, id: str, how: str) -> None:
     if how == "gone":
         path.unlink()
         path.symlink_to("nowhere")
-    elif how == "folder":
-        path.unlink()
-        path.mkdir()
     else:
         wide, nan = np.zeros((2, D + 1), np.float32), np.full((2, D), np.nan, np.float32)
         path.write_bytes(

@@ -84,7 +84,7 @@ def test_batches_are_drawn_with_little_padding(tmp_path: Path) -> None:
 def test_parts_are_by_id_alone() -> None:
     ids = [f"folder/{k}" for k in range(5000)]
     parts = [part_of(id, 0.1, 0.2) for id in ids]
-    assert parts == [part_of(id, 0.1, 0.2) for id in ids]
+    assert parts[5:9] == ["validation", "train", "held-out", "train"]
     assert abs(parts.count("held-out") / 5000 - 0.2) < 0.02
     assert abs(parts.count("validation") / 5000 - 0.1) < 0.02
 
