@@ -8,13 +8,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from fusecli import ImageTextFusion
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-SESSIONS = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+#: (console or python, what is in it)
+BLOCKS = re.findall(r"```(console|python)\n(.*?)```", README, re.DOTALL)
 
 
 def _steps(session: str) -> list[tuple[str, str]]:
@@ -48,19 +52,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_session_prints_what_the_readme_shows(folder: Path) -> None:
-    assert len(SESSIONS) >= 5
-    for session in SESSIONS:
-        for command, shown in _steps(session):
+def test_every_block_does_what_the_readme_shows(folder: Path) -> None:
+    assert len(BLOCKS) >= 8
+    for language, block in BLOCKS:
+        if language == "python":
+            subprocess.run([sys.executable, "-W", "error", "-c", block], cwd=folder, check=True, timeout=60)
+            continue
+        for command, shown in _steps(block):
             printed = "\n".join(line.rstrip() for line in _bash(command, folder).splitlines())
             assert re.fullmatch(_pattern(shown), printed), f"$ {command}\n{printed}"
 
 
-def test_the_python_runs(folder: Path) -> None:
-    _bash("fusecli init -q -o fusion.safetensors", folder)
-    for code in PYTHON:
-        subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=folder, check=True, timeout=60)
-    assert PYTHON
+def test_the_articles_module_is_ours() -> None:
+    code = next(block for _, block in BLOCKS if "class ArticleModule" in block)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    article, ours = names["ArticleModule"](16, 4), ImageTextFusion(16, 4)
+    ours.load_state_dict(article.state_dict())
+    image, text = torch.randn(1, 16), torch.randn(5, 16)
+    torch.testing.assert_close(ours(image, text), article(image, text))
 
 
 def test_the_two_commands_are_targets_of_make() -> None:
