@@ -1,4 +1,13 @@
-"""Many pairs: what to do (`plan`), doing it (`worker`), where (`local`, `inline`), and what was done (`ledger`).
+"""Many pairs: from ids to results, and a record of what was done.
+
+From the outside in:
+
+- `run`: a batch from beginning to end; `ledger`: what was done with every pair; `gather`: parts become one file;
+- `feed`, `manifest`: where pairs come from; `plan`: which pairs there are, and which go together;
+  `apart`: no result over an input;
+- `local`, `inline`: where it is done, in processes or beside a GPU; `worker`, `together`: one item, on the CPU or
+  on a GPU;
+- `store`: where results go; `job`: the words that all of them share.
 
 Work crosses processes as places and comes back as outcomes, never as arrays. A runner is one function,
 ``run(items, stop) -> outcomes``.

@@ -1,1 +1,10 @@
-"""Weights learned from pairs: data in memory, objectives, the loop, and an honest table at the end."""
+"""Weights learned from pairs: data in memory, objectives, the loop, and an honest table at the end.
+
+From the outside in:
+
+- `run`: a training from beginning to end, and its files; `loop`: the optimizer, epoch by epoch;
+- `start`: weights to begin with; `table`: what the trained fusion is worth, beside what could be used instead;
+- `labels`: labels from a table, and what there is to learn; `objective`: classes and numbers; `match`: which picture
+  belongs to a text;
+- `represent`: what stands for a pair, one vector; `data`: features of all pairs, and batches of them.
+"""
