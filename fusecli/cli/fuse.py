@@ -238,7 +238,7 @@ def load_weights(
         require_attention(loaded.config)
     if residual and loaded.config.method != "attention":
         found = f"method {loaded.config.method}"
-        raise UsageError("is an option of method attention", where="--residual", found=found, hint="leave it out")
+        raise UsageError("only for method attention", where="--residual", found=found, hint="leave it out")
     if residual and loaded.text_dim != loaded.dim:
         found = f"Dt={loaded.text_dim}, D={loaded.dim}"
         raise UsageError("adds the text to the result, so it needs Dt = D", where="--residual", found=found)
