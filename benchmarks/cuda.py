@@ -18,8 +18,8 @@ from benchmarks.batch import _make
 from benchmarks.kernel import MARKS, D, H, Module
 from benchmarks.timing import side_by_side
 from fusecli import Config, Weights, fuse
-from fusecli.arrays import cores
 from fusecli.fusion import fuse_together, pairs_together
+from fusecli.machine import cores
 
 FUSECLI = [sys.executable, "-m", "fusecli"]
 

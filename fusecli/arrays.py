@@ -8,10 +8,9 @@ The mathematics is written once, over what both kinds of array share: ``@``, ``.
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -153,20 +152,6 @@ def _is_plain(x: Array) -> bool:
     except RuntimeError:  # it stands for others, in torch.func, or is sparse
         return False
     return (memory != 0 or x.numel() == 0) and torch.autograd.forward_ad.unpack_dual(x).tangent is None
-
-
-#: What a container may use of its processors, where one is limited (cgroups, version 2): microseconds of a period, or
-#: "max", and the period.
-CPU_MAX = "/sys/fs/cgroup/cpu.max"
-
-
-def cores() -> int:
-    """How many processors this process may use: of many, a job of a cluster or a container often has some."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with suppress(OSError, ValueError), open(CPU_MAX, encoding="ascii") as file:
-        quota, period = map(int, file.read().split())
-        allowed = min(allowed, max(1, -(-quota // period)))
-    return allowed
 
 
 def import_torch() -> Any:

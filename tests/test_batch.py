@@ -17,13 +17,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fusecli import load
-from fusecli.arrays import cores
 from fusecli.batch import worker
 from fusecli.batch.job import Job, Options, Task
 from fusecli.batch.store import FolderStore
 from fusecli.batch.worker import LARGE
 from fusecli.collections import Place
-from fusecli.locks import alone_in
+from fusecli.machine import alone_in, cores
 from fusecli.pairs import find_features
 from fusecli.path import Output, Pair, fuse_pair, to_file
 from tests.batches import IDS, D, as_npy, batch, expected, results, statuses
@@ -98,7 +97,7 @@ def test_a_container_may_have_a_share_of_the_cores(
     limit: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cpu.max").write_text(limit)
-    monkeypatch.setattr("fusecli.arrays.CPU_MAX", str(tmp_path / "cpu.max"))
+    monkeypatch.setattr("fusecli.machine.CPU_MAX", str(tmp_path / "cpu.max"))
     assert cores() == min(most, len(os.sched_getaffinity(0)))
 
 

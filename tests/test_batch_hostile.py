@@ -18,8 +18,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fusecli.batch.gather import gather, gathered
-from fusecli.batch.job import Outcome, Task
-from fusecli.batch.local import Pool, Stop
+from fusecli.batch.job import Outcome, Stop, Task
+from fusecli.batch.local import Pool
 from fusecli.batch.plan import Shard
 from fusecli.batch.store import PartStore
 from fusecli.collections import Place

@@ -171,8 +171,8 @@ def test_a_worker_that_dies_costs_nothing(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_pair_that_kills_its_worker_fails_alone(tmp_path: Path) -> None:
-    from fusecli.batch.job import Outcome, Task
-    from fusecli.batch.local import Pool, Stop
+    from fusecli.batch.job import Outcome, Stop, Task
+    from fusecli.batch.local import Pool
     from fusecli.collections import Place
 
     def work(item: list[Task]) -> list[Outcome]:
@@ -209,8 +209,7 @@ def test_the_runner_for_a_gpu_gives_the_same_on_a_cpu(run: Run, many: Any, tmp_p
     from fusecli import load
     from fusecli.batch import inline, worker
     from fusecli.batch.feed import ListFeed, from_collections
-    from fusecli.batch.job import Job, Options
-    from fusecli.batch.local import Stop
+    from fusecli.batch.job import Job, Options, Stop
     from fusecli.batch.plan import match
     from fusecli.batch.store import FolderStore, PartStore
     from fusecli.collections import open_collection

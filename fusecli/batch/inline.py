@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import wait
 
-from fusecli.batch.job import Outcome, Work
-from fusecli.batch.local import Items, Stop
+from fusecli.batch.job import Items, Outcome, Stop, Work
 
 THREADS = 2
 

@@ -1,10 +1,13 @@
-"""The words of a batch: tasks, items, outcomes, and the job that all of them share."""
+"""The words of a batch: tasks, items, outcomes, the job that all of them share, and the wish to stop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from fusecli.batch.store import Store
 from fusecli.collections import Place
@@ -87,3 +90,52 @@ class Job:
 
 #: Does one item; never raises for a bad pair.
 Work: TypeAlias = Callable[[Item], "list[Outcome]"]
+
+
+class Items(Protocol):
+    """Items as they come."""
+
+    def take(self) -> Item | None:
+        """The next item, or None if there is none now."""
+
+    def ended(self) -> bool:
+        """Whether no further item will come."""
+
+    def fileno(self) -> int | None:
+        """What becomes readable when there may be more."""
+
+
+class Stop:
+    """A wish to stop, from Ctrl-C or from the run itself, that a sleeping runner notices."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._ear, self._mouth = os.pipe()
+
+    def ask(self) -> None:
+        """Begin nothing new."""
+        self.asked = True
+        os.write(self._mouth, b"x")
+
+    def fileno(self) -> int:
+        """What becomes readable with the wish."""
+        return self._ear
+
+    def close(self) -> None:
+        """Nobody listens any more."""
+        os.close(self._ear)
+        os.close(self._mouth)
+
+    @contextlib.contextmanager
+    def on_interrupt(self) -> Iterator[None]:
+        """Take the first Ctrl-C as the wish; the second ends the process as ever."""
+
+        def hear(number: int, frame: object) -> None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self.ask()
+
+        before = signal.signal(signal.SIGINT, hear)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol
+from typing import Any
 
-from fusecli.batch.job import Item, Outcome, Work, failed
+from fusecli.batch.job import Item, Items, Outcome, Stop, Work, failed
 from fusecli.errors import FusecliError
 
 #: Items that a worker has before it at a time: the next one is there when one is done.
@@ -25,55 +25,6 @@ AHEAD = 2
 SMALL = 2**16
 #: Seconds that items under way are given to finish after an interruption.
 PATIENCE = 10.0
-
-
-class Items(Protocol):
-    """Items as they come."""
-
-    def take(self) -> Item | None:
-        """The next item, or None if there is none now."""
-
-    def ended(self) -> bool:
-        """Whether no further item will come."""
-
-    def fileno(self) -> int | None:
-        """What becomes readable when there may be more."""
-
-
-class Stop:
-    """A wish to stop, from Ctrl-C or from the run itself, that a sleeping runner notices."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._ear, self._mouth = os.pipe()
-
-    def ask(self) -> None:
-        """Begin nothing new."""
-        self.asked = True
-        os.write(self._mouth, b"x")
-
-    def fileno(self) -> int:
-        """What becomes readable with the wish."""
-        return self._ear
-
-    def close(self) -> None:
-        """Nobody listens any more."""
-        os.close(self._ear)
-        os.close(self._mouth)
-
-    @contextlib.contextmanager
-    def on_interrupt(self) -> Iterator[None]:
-        """Take the first Ctrl-C as the wish; the second ends the process as ever."""
-
-        def hear(number: int, frame: object) -> None:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            self.ask()
-
-        before = signal.signal(signal.SIGINT, hear)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
 
 
 @dataclass(eq=False)

@@ -4,153 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from typing import Any, Protocol
+from dataclasses import replace
+from functools import partial
 
 from fusecli.arrays import to_device
 from fusecli.batch.apart import require_apart
 from fusecli.batch.feed import ListFeed, Pairs, StreamFeed
 from fusecli.batch.gather import gather_what_is_there, is_stack, is_whole, read_history, remove_left
-from fusecli.batch.job import Job, Options, Outcome
+from fusecli.batch.job import Job, Outcome, Stop
 from fusecli.batch.ledger import History, Ledger, Lock, claim, require_same_run, require_unclaimed
-from fusecli.batch.local import Pool, Stop
+from fusecli.batch.local import Pool
 from fusecli.batch.manifest import Manifest
 from fusecli.batch.plan import Shard, item_size
+from fusecli.batch.request import Request, is_one_file, named_like
 from fusecli.batch.store import STATE, FolderStore, PartStore, Piece, Store
+from fusecli.batch.summary import Reporter, Summary, Teller, reason_to_stop
 from fusecli.batch.worker import work
-from fusecli.checkpoint import dump_facts, fingerprint
-from fusecli.collections import SUFFIXES
-from fusecli.dumps import Label, Tokens
 from fusecli.errors import OutputError, UsageError
 from fusecli.formats import safetensors
 from fusecli.path import takes_gate
-from fusecli.weights import Weights
-
-#: Ids that are shown of many.
-FIRST = 5
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a user asks for.
-
-    ``facts`` are what else decides the results, for the ledger: where the features come from.
-    """
-
-    weights: Weights
-    output: str
-    attention: str | None = None
-    suffix: str = ".npy"
-    options: Options = field(default_factory=Options)
-    facts: dict[str, Any] = field(default_factory=dict)
-    workers: int = 1
-    device: str = "cpu"
-    shard: Shard | None = None
-    limit: int | None = None
-    retry_failed: bool = False
-    overwrite: bool = False
-    fail_fast: bool = False
-    tokens: Tokens | None = None  # for the dumps of attention
-    grid: tuple[int, int] | None = None  # likewise
-    skip_rows: int | None = None  # likewise
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of the weights."""
-        return fingerprint(self.weights)
-
-    def label(self) -> Label:
-        """What dumps of attention say of themselves."""
-        facts = dump_facts(self.weights.config, self.fingerprint, self.options.attention_mean)
-        return Label(facts, self.tokens, self.grid, self.skip_rows)
-
-    def targets(self) -> list[tuple[str, str | None]]:
-        """Where results go: a folder and the suffix of the files in it, or a file and None."""
-        paths = [path for path in (self.output, self.attention) if path]
-        return [(path, None if is_one_file(path) else self.suffix) for path in paths]
-
-    def states(self) -> tuple[str, str | None]:
-        """The folders with the state of the output, and of the attention."""
-        return state_folder(self.output), state_folder(self.attention) if self.attention else None
-
-    @property
-    def packs_gates(self) -> bool:
-        """Whether gates go into one file with the attention of all pairs."""
-        path = self.attention
-        return path is not None and is_one_file(path) and takes_gate(self.weights, path)
-
-    def run_facts(self) -> dict[str, Any]:
-        """All that decides the bytes of the results, as the ledger has it."""
-        config = self.weights.config
-        return {
-            "weights": self.fingerprint,
-            "method": config.method,
-            **config.options(),
-            "device": self.device.partition(":")[0],
-            "suffix": self.suffix,
-            "attention": self.attention and os.path.relpath(*map(os.path.realpath, (self.attention, self.output))),
-            **self.options.facts(),
-            "grid": self.grid and "{}x{}".format(*self.grid),
-            "skip_rows": self.skip_rows,
-            # They take room between the numbers of pairs; nothing is said where there are none.
-            **({"packed_gates": True} if self.packs_gates else {}),
-            **self.facts,
-        }
-
-
-@dataclass
-class Summary:
-    """What came of a run."""
-
-    fused: int = 0  # pairs
-    skipped: int = 0  # pairs that had been done before
-    one_row: int = 0  # of the fused, those with one image row
-    nbytes: int = 0  # bytes of features that were read, and of fused features that were written
-    read: float = 0.0  # seconds, of all workers together
-    fuse: float = 0.0  # likewise
-    write: float = 0.0  # likewise
-    failed: dict[str, tuple[int, list[str]]] = field(default_factory=dict)  # by cause: how many, the first ids
-    missing: dict[str, tuple[int, list[str]]] = field(default_factory=dict)  # by the side that is not there
-    interrupted: bool = False
-    stopped: Outcome | None = None  # what stopped it before its end
-
-    @property
-    def failures(self) -> int:
-        """Pairs that failed."""
-        return sum(count for count, _ in self.failed.values())
-
-    @property
-    def missed(self) -> int:
-        """Pairs without one side."""
-        return sum(count for count, _ in self.missing.values())
-
-    def add(self, outcome: Outcome) -> None:
-        """Count one pair."""
-        if outcome.status == "skipped":
-            self.skipped += 1
-        elif outcome.status == "fused":
-            self.fused += 1
-            self.one_row += outcome.facts["image"][0] == 1
-            self.nbytes += outcome.nbytes
-            self.read += outcome.read
-            self.fuse += outcome.fuse
-            self.write += outcome.write
-        else:
-            failed = outcome.status == "failed"
-            table, cause = (self.failed, "error") if failed else (self.missing, "missing")
-            count, ids = table.get(outcome.facts[cause], (0, []))
-            table[outcome.facts[cause]] = (count + 1, [*ids, outcome.id] if len(ids) < FIRST else ids)
-
-
-class Reporter(Protocol):
-    """Is told what happens, as it happens."""
-
-    def planned(self, pairs: int | None) -> None:
-        """So many pairs are to be looked at (None: nobody knows)."""
-
-    def told(self, outcomes: list[Outcome], summary: Summary) -> None:
-        """Something came of these; ``summary`` counts them already."""
 
 
 def run(request: Request, plan: Callable[[], Pairs | Manifest], reporter: Reporter) -> Summary:
@@ -203,7 +75,7 @@ def _run(request: Request, pairs: Pairs | Manifest, reporter: Reporter, job: Job
         for store in folders:
             store.begin()
         ledger.begin(request.run_facts(), history.began)
-        teller = _Teller(ledger, history.missing, reporter)
+        teller = Teller(ledger, history.missing, reporter)
         feed = _feed(request, pairs, history, job)
         reporter.planned(feed.total)
         teller.tell(pairs.known if isinstance(pairs, Pairs) else [])
@@ -260,23 +132,6 @@ def look(request: Request, pairs: Pairs) -> tuple[int, int, int]:
     return done, bad, todo if request.limit is None else min(todo, request.limit)
 
 
-def state_folder(output: str) -> str:
-    """The folder with the ledger of an output: in an output folder; beside an output file, that behind a link."""
-    if not is_one_file(output):
-        return f"{output}/{STATE}"
-    return f"{os.path.realpath(output) if os.path.islink(output) else output}{STATE}"
-
-
-def is_one_file(output: str) -> bool:
-    """Whether results are to share one file, by its suffix."""
-    return output.endswith(SUFFIXES) and not os.path.isdir(output)
-
-
-def written_suffix(path: str, suffix: str) -> str:
-    """What tells the format of results at ``path``: its own suffix, or that of the files in the folder."""
-    return path if is_one_file(path) else suffix
-
-
 def _name(shard: Shard | None) -> str | None:
     return str(shard) if shard else None
 
@@ -289,7 +144,7 @@ def _forget(folder: str) -> None:
 
 def _job(request: Request, folder: str) -> Job:
     def store(path: str, kind: str) -> Store:
-        named = written_suffix(path, request.suffix).endswith(safetensors.SUFFIXES)
+        named = named_like(path, request.suffix).endswith(safetensors.SUFFIXES)
         label = request.label() if named and kind == "attention" else None
         if is_one_file(path):
             return PartStore(path, folder, kind, kind == "attention" and request.packs_gates, label)
@@ -321,27 +176,7 @@ def _is_there(job: Job, id: str, fused: Piece, attention: Piece | None) -> bool:
     return job.attention is None or (attention is not None and job.attention.holds(id, "attention", attention))
 
 
-@dataclass
-class _Teller:
-    """Passes on what happened: to the ledger, to the summary, to the reporter."""
-
-    ledger: Ledger
-    missing: set[str]  # as the ledgers have them already
-    reporter: Reporter
-    summary: Summary = field(default_factory=Summary)
-    first_failure: Outcome | None = None
-
-    def tell(self, outcomes: list[Outcome]) -> None:
-        """Something came of these pairs."""
-        new = [x for x in outcomes if x.status != "skipped" and not (x.status == "missing" and x.id in self.missing)]
-        self.ledger.add(new)
-        for outcome in outcomes:
-            self.summary.add(outcome)
-        self.first_failure = self.first_failure or _reason_to_stop(outcomes, fail_fast=True)
-        self.reporter.told(outcomes, self.summary)
-
-
-def _drive(request: Request, job: Job, feed: ListFeed | StreamFeed, teller: _Teller, pool: Pool, stop: Stop) -> None:
+def _drive(request: Request, job: Job, feed: ListFeed | StreamFeed, teller: Teller, pool: Pool, stop: Stop) -> None:
     summary, runner = teller.summary, pool.run
     if request.fail_fast and summary.failures:
         summary.stopped = teller.first_failure
@@ -354,17 +189,13 @@ def _drive(request: Request, job: Job, feed: ListFeed | StreamFeed, teller: _Tel
         for outcomes in runner(feed, stop):
             outcomes = [*feed.outcomes(), *outcomes]
             teller.tell(outcomes)
-            if not stop.asked and (reason := _reason_to_stop(outcomes, request.fail_fast)):
+            if not stop.asked and (reason := reason_to_stop(outcomes, request.fail_fast)):
                 summary.stopped = reason
                 stop.ask()
         for outcomes in pool.drain():
             teller.tell(outcomes)
         teller.tell(feed.outcomes())
     summary.interrupted = stop.asked and summary.stopped is None
-
-
-def _reason_to_stop(outcomes: list[Outcome], fail_fast: bool) -> Outcome | None:
-    return next((x for x in outcomes if x.stop or (fail_fast and x.status == "failed")), None)
 
 
 def _gather(job: Job, folder: str, feed: ListFeed | StreamFeed, summary: Summary) -> None:

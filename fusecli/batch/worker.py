@@ -16,7 +16,7 @@ from fusecli.batch.store import PartStore, Piece
 from fusecli.collections import Place
 from fusecli.errors import FusecliError, OutputError
 from fusecli.formats import NumpyArray, Stored
-from fusecli.locks import alone_in
+from fusecli.machine import alone_in
 from fusecli.methods import Met, one_row_is_enough, single_rows
 from fusecli.pairs import compute_dtype_of, read_finite, require_width
 from fusecli.path import Output, Pair, Seconds, fuse_pair

@@ -17,7 +17,7 @@ REDRAW = 0.1
 
 
 class Progress:
-    """Told of outcomes, shows how far the run is; a `fusecli.batch.run.Reporter`."""
+    """Told of outcomes, shows how far the run is; a `fusecli.batch.summary.Reporter`."""
 
     def __init__(self, quiet: bool, as_json: bool, output: str, suffix: str) -> None:
         self._quiet, self._json = quiet, as_json
@@ -154,7 +154,7 @@ def counted(ids: list[str], quiet: bool) -> Iterator[str]:
 
 def explain(summary: Any, request: Any, allow_missing: bool, quiet: bool) -> int:
     """Print the table of what came of a run; returns the exit code."""
-    from fusecli.batch.run import state_folder
+    from fusecli.batch.request import state_folder
 
     rows = [("fused", summary.fused, ""), ("skipped", summary.skipped, "done before")]
     rows += [("failed", count, f"{cause}: {shown(ids, count)}") for cause, (count, ids) in summary.failed.items()]

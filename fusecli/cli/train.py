@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
 
-from fusecli.cli.batch import Sources, check_sources, find_pairs
 from fusecli.cli.console import emit, note
 from fusecli.cli.options import (
     Debug,
@@ -28,28 +26,13 @@ from fusecli.cli.options import (
     method_options,
 )
 from fusecli.cli.progress import Epochs, shown
-from fusecli.errors import CheckpointError, InputError, OutputError, ShapeError, UsageError
+from fusecli.cli.sources import ImageKey, ImagePattern, Sources, TextKey, TextPattern, check_sources, find_pairs
+from fusecli.errors import InputError, OutputError, UsageError
 
 #: Ids that are shown of many.
 FIRST = 5
 #: Held-out pairs, below which intervals of the table are so wide that it says little.
 FEW = 20
-#: Label smoothing, unless told otherwise.
-SMOOTHING = 0.1
-
-
-class Pace(NamedTuple):
-    """How fast learning goes, and how long."""
-
-    epochs: int
-    lr: float
-    patience: int
-
-
-#: What did best on the pairs of the README. Training goes on from where the image is laid apart from the text already,
-#: in small steps; a fusion without the text in its result has everything to learn, at least with labels.
-WITH_LABELS, WITHOUT_LABELS = Pace(12, 3e-4, 12), Pace(6, 3e-4, 3)
-FROM_NOTHING = WITH_LABELS._replace(lr=1e-3)
 
 
 class Task(StrEnum):
@@ -161,19 +144,10 @@ def train(
         str | None,
         typer.Option(metavar="FILE", help="CSV, TSV or JSON lines with id,image,text, in place of IMAGES and TEXTS."),
     ] = None,
-    image_pattern: Annotated[
-        str | None,
-        typer.Option(metavar="PATTERN", help="Where the id stands in an image's file name: '{id}.image.npy'."),
-    ] = None,
-    text_pattern: Annotated[
-        str | None, typer.Option(metavar="PATTERN", help="Where the id stands in a text's file name: '{id}.text.npy'.")
-    ] = None,
-    image_key: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name of the tensor to take from each .safetensors of images.")
-    ] = None,
-    text_key: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name of the tensor to take from each .safetensors of texts.")
-    ] = None,
+    image_pattern: ImagePattern = None,
+    text_pattern: TextPattern = None,
+    image_key: ImageKey = None,
+    text_key: TextKey = None,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Pass over ids without image, text or label.")
     ] = False,
@@ -194,6 +168,7 @@ def train(
     from fusecli import checkpoint
     from fusecli.pairs import refuse_same_file
     from fusecli.training import labels as labelled
+    from fusecli.training import recipe
     from fusecli.training.loop import Settings
     from fusecli.training.run import files_of, train_on
 
@@ -207,32 +182,35 @@ def train(
     ids = _usable(pairs, known, allow_missing, quiet)
     features = {place.path for id in ids for place in pairs.places(id)}  # behind links, say
     refuse_same_file([output, *files_of(output)], sorted(features))
-    balanced = class_weights is not None
-    smoothing = SMOOTHING if label_smoothing is None else label_smoothing
-    lesson = partial(
-        labelled.objective, known, labels, str(task or Task.classify), text_dropout or 0.0, smoothing, balanced
-    )
-    usual = _usual(known is not None, given)
-    drawn = partial(_drawn, known is not None, feature_dim, seed, given)
-    beginning = partial(_fitting, loaded, weights) if loaded else drawn
-    rate = usual.lr if lr is None else lr
-    settings = Settings(
-        epochs or usual.epochs, batch_size, rate, weight_decay, patience or usual.patience, seed, device
+    usual = recipe.pace(known is not None, given)
+    chosen = recipe.Recipe(
+        objective=partial(
+            labelled.objective,
+            known,
+            labels,
+            str(task or Task.classify),
+            text_dropout or 0.0,
+            recipe.SMOOTHING if label_smoothing is None else label_smoothing,
+            class_weights is not None,
+        ),
+        beginning=partial(recipe.from_checkpoint, loaded, weights)
+        if loaded
+        else partial(recipe.drawn, known is not None, feature_dim, seed, given),
+        settings=Settings(
+            epochs or usual.epochs,
+            batch_size,
+            usual.lr if lr is None else lr,
+            weight_decay,
+            patience or usual.patience,
+            seed,
+            device,
+        ),
+        validation=validation,
+        held_out=held_out,
     )
     try:
         with Epochs(quiet) as reporter:
-            result = train_on(
-                output,
-                ids,
-                pairs.places,
-                lesson,
-                beginning,
-                settings,
-                (validation, held_out),
-                reporter,
-                resume,
-                overwrite,
-            )
+            result = train_on(output, ids, pairs.places, chosen, reporter, resume, overwrite)
     except KeyboardInterrupt:
         go_on = os.path.exists(files_of(output)[-1])
         how = "--resume in place of --overwrite" if overwrite else "--resume"
@@ -325,44 +303,6 @@ def _usable(pairs: Any, labels: dict[str, str] | None, allow_missing: bool, quie
     if not ids:
         raise InputError("no pair is left to train on", found=", ".join(told) or "no pairs")
     return ids
-
-
-def _usual(labelled: bool, given: dict[str, Any]) -> Pace:
-    """The pace for the method and options that were ``given``, none where a checkpoint is trained further."""
-    if not labelled:
-        return WITHOUT_LABELS
-    return FROM_NOTHING if given.get("method") == "attention" and "residual" not in given else WITH_LABELS
-
-
-def _fitting(loaded: Any, path: str | None, data: Any) -> Any:
-    """The weights of a checkpoint to begin with."""
-    from fusecli.training.start import Beginning
-
-    text_dim, image_dim = data.texts.width, data.images.width
-    if (text_dim, image_dim) != (loaded.text_dim, loaded.image_dim):
-        found, wanted = f"Dt={text_dim}, Di={image_dim}", f"Dt={loaded.text_dim}, Di={loaded.image_dim}"
-        raise ShapeError("features do not fit the weights", where=path, found=found, wanted=wanted)
-    return Beginning(loaded, [loaded])
-
-
-def _drawn(labelled: bool, feature_dim: int | None, seed: int, options: dict[str, Any], data: Any) -> Any:
-    """New weights to begin with."""
-    from fusecli import checkpoint
-    from fusecli.training.start import SHARES, Beginning, laid_apart
-
-    def draw(how: Callable[..., Any]) -> Any:
-        widths = {"text_dim": data.texts.width, "image_dim": data.images.width}
-        return how(feature_dim or data.texts.width, seed=seed, **widths, **{"num_heads": 8, **options})
-
-    try:
-        untrained = draw(checkpoint.init)
-        if untrained.config.can_forget_text:
-            return Beginning(untrained, [untrained if labelled else draw(checkpoint.orthogonal)])
-        # Without labels it is only the image that is to be told: of all shares the largest suits best.
-        shares = SHARES if labelled else SHARES[-1:]
-        return Beginning(untrained, laid_apart(draw(checkpoint.orthogonal), data, shares))
-    except CheckpointError as error:
-        raise UsageError(error.what, found=error.found, wanted=error.wanted) from None
 
 
 def _show(result: Any, output: str, quiet: bool) -> None:

@@ -24,7 +24,7 @@ from fusecli.heatmap.maps import colours, entropy, on_grid, shades
 from fusecli.heatmap.page import as_json, filled, page, with_links
 from fusecli.heatmap.picture import SUFFIXES, as_jpeg, fitted, for_page, grey, load_picture, panel_size
 from fusecli.heatmap.view import look_at, require_map
-from fusecli.locks import alone_in
+from fusecli.machine import alone_in
 
 #: What tells a report of ours from other folders, in its index.
 MARK = b'content="fusecli report"'

@@ -17,13 +17,15 @@ import torch
 from torch import nn
 
 from fusecli import checkpoint
-from fusecli.arrays import cores, to_device
+from fusecli.arrays import to_device
 from fusecli.collections import Place
 from fusecli.errors import FileError, InputError, OutputError, TrainingError, UsageError
 from fusecli.formats import write_whole
-from fusecli.training.data import Data, read, require_enough
-from fusecli.training.loop import Lesson, Listener, Progress, Settings, StateError, fit
+from fusecli.machine import cores
+from fusecli.training.data import read, require_enough
+from fusecli.training.loop import Lesson, Listener, Progress, StateError, fit
 from fusecli.training.objective import Head, Measured, Objective
+from fusecli.training.recipe import Recipe
 from fusecli.training.represent import Fusion
 from fusecli.training.start import Beginning
 from fusecli.training.table import Row, compare, verdict
@@ -81,10 +83,7 @@ def train_on(
     output: str,
     ids: Sequence[str],
     places: Callable[[str], tuple[Place, Place]],
-    make_objective: Callable[[Data], Objective],
-    beginning: Callable[[Data], Beginning],
-    settings: Settings,
-    shares: tuple[float, float],
+    recipe: Recipe,
     reporter: Reporter,
     resume: bool = False,
     overwrite: bool = False,
@@ -95,10 +94,7 @@ def train_on(
         output: the checkpoint to write; head, log and state are named after it.
         ids: of the pairs.
         places: where image and text of each lie.
-        make_objective: what is to be learned of the pairs.
-        beginning: gives the weights to begin with.
-        settings: how to train.
-        shares: of the pairs for validation and held out.
+        recipe: what to learn, from what on, and how.
         reporter: is told how far it is.
         resume: go on with an unfinished run.
         overwrite: forget it.
@@ -108,13 +104,14 @@ def train_on(
     """
     # The command multiplies on one thread for the sake of equal bytes everywhere; here it would take twice as long.
     torch.set_num_threads(cores())
-    if settings.device != "cpu":
-        to_device(settings.device)
+    if recipe.settings.device != "cpu":
+        to_device(recipe.settings.device)
     begin(output, resume, overwrite)
-    data = read(ids, places, os.path.dirname(output) or ".", *shares, lambda done: reporter.read(done, len(ids)))
+    folder, shares = os.path.dirname(output) or ".", (recipe.validation, recipe.held_out)
+    data = read(ids, places, folder, *shares, lambda done: reporter.read(done, len(ids)))
     require_enough(data)
-    lesson = Lesson(make_objective(data), data, settings)
-    return train(output, beginning(data), lesson, reporter, resume)
+    lesson = Lesson(recipe.objective(data), data, recipe.settings)
+    return train(output, recipe.beginning(data), lesson, reporter, resume)
 
 
 def begin(output: str, resume: bool, overwrite: bool) -> None:

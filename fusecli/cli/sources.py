@@ -1,0 +1,127 @@
+"""Where the pairs of `batch` and `train` come from: options, what they exclude, and the pairs themselves."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import typer
+
+ImagePattern = Annotated[
+    str | None, typer.Option(metavar="PATTERN", help="Where the id stands in an image's file name: '{id}.image.npy'.")
+]
+TextPattern = Annotated[
+    str | None, typer.Option(metavar="PATTERN", help="Where the id stands in a text's file name: '{id}.text.npy'.")
+]
+ImageKey = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Name of the tensor to take from each .safetensors of images.")
+]
+TextKey = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Name of the tensor to take from each .safetensors of texts.")
+]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the pairs come from, as it was typed."""
+
+    images: str | None
+    texts: str | None
+    manifest: str | None
+    image_key: str | None
+    text_key: str | None
+    image_pattern: str | None
+    text_pattern: str | None
+    tokens: str | None = None
+
+    @property
+    def one_place(self) -> bool:
+        """Whether both sides lie in the same place."""
+        if self.images is None:
+            return False
+        return self.texts is None or os.path.realpath(self.texts) == os.path.realpath(self.images)
+
+    def paths(self) -> list[str]:
+        """The places that are read."""
+        return [path for path in (self.images, self.texts, self.manifest, self.tokens) if path and path != "-"]
+
+    def seen_from(self, output: str) -> dict[str, str | None]:
+        """For the ledger, paths as seen from the output: moved together, they are still the same."""
+        facts = asdict(self) | {"texts": self.texts or self.images}
+        start = os.path.realpath(output)
+        for name in ("images", "texts", "manifest", "tokens"):
+            if facts[name] not in (None, "-"):
+                real = os.path.realpath(facts[name])
+                lasts = os.path.isfile(real) or os.path.isdir(real)  # a pipe is another one each time
+                facts[name] = os.path.relpath(real, start) if lasts else "-"
+        return facts
+
+
+def check_sources(sources: Sources) -> None:
+    """Raise `UsageError` if the options do not say where pairs come from."""
+    from fusecli.collections import matcher
+    from fusecli.errors import UsageError
+
+    for name, value in asdict(sources).items():
+        if value == "":  # often a variable of the shell that is not set
+            where = name.upper() if name in ("images", "texts") else f"--{name.replace('_', '-')}"
+            raise UsageError("is empty", where=where, hint="leave it out, or look whether a variable is set")
+    if sources.manifest is None and sources.images is None:
+        raise UsageError("no features", hint="fusecli batch IMAGES TEXTS -o FOLDER, or --manifest FILE")
+    if sources.manifest is not None and sources.images is not None:
+        raise UsageError("a manifest names both sides itself", where="--manifest", hint="leave out IMAGES and TEXTS")
+    patterns = {"image": sources.image_pattern, "text": sources.text_pattern}
+    if sources.manifest is not None and any(patterns.values()):
+        hint = "leave out --image-pattern and --text-pattern"
+        raise UsageError("a manifest names every id itself", where="--manifest", hint=hint)
+    apart = (sources.image_pattern, sources.text_pattern), (sources.image_key, sources.text_key)
+    if sources.one_place and not any(image != text and None not in (image, text) for image, text in apart):
+        hint = "give TEXTS of their own, or --image-pattern '{id}.image.npy' --text-pattern '{id}.text.npy'"
+        raise UsageError(
+            "images and texts are the same place, with nothing to distinguish them", where=sources.images, hint=hint
+        )
+    for side, pattern in patterns.items():
+        try:
+            matcher("{id}" if pattern is None else pattern)
+        except ValueError:
+            raise UsageError("no pattern", where=f"--{side}-pattern", found=pattern, wanted="{id} in it once") from None
+
+
+def find_pairs(sources: Sources, outputs: list[str | None], shard: Any, weights: str | None = None) -> Any:
+    """The pairs, or the manifest that reads them from standard input."""
+    from fusecli.batch.apart import Inputs
+    from fusecli.batch.feed import from_collections, from_manifest
+    from fusecli.batch.manifest import Manifest
+    from fusecli.batch.plan import match
+    from fusecli.collections import open_collection
+    from fusecli.errors import FileError, InputError
+
+    keys = sources.image_key, sources.text_key
+    inputs = Inputs(filter(None, outputs))
+    for place in (*sources.paths(), weights):
+        if place and os.path.isfile(place):
+            inputs.see(place)
+    if sources.manifest == "-":
+        if sys.stdin is None:
+            raise FileError("standard input is closed", where="-")
+        return Manifest("<stdin>", "", *keys)
+    if sources.manifest is not None:
+        path = sources.manifest
+        return from_manifest(Manifest(path, os.path.dirname(path), *keys), path, shard, inputs)
+    image_place = sources.images or ""
+    text_place = sources.texts or image_place
+    own = {os.path.realpath(path) for path in outputs if path}
+    images = open_collection(image_place, sources.image_key, sources.image_pattern, own)
+    texts = open_collection(text_place, sources.text_key, sources.text_pattern, own)
+    found = match(images, texts, shard)
+    if not found.both and not shard:
+        shown = [", ".join(ids[:3]) or "nothing" for ids in (found.no_text, found.no_image)]
+        raise InputError(
+            "no id has both an image and a text",
+            found=f"{shown[0]} in {image_place}; {shown[1]} in {text_place}",
+            wanted="the same names on both sides",
+            hint="ids are paths without suffix, names of tensors or numbers of rows; see --image-pattern",
+        )
+    return from_collections(images, texts, found, inputs)

@@ -1,0 +1,39 @@
+"""What the machine gives: processors, and to be the only one at work in a folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+#: What a container may use of its processors, where one is limited (cgroups, version 2): microseconds of a period, or
+#: "max", and the period.
+CPU_MAX = "/sys/fs/cgroup/cpu.max"
+
+
+def cores() -> int:
+    """How many processors this process may use: of many, a job of a cluster or a container often has some."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError), open(CPU_MAX, encoding="ascii") as file:
+        quota, period = map(int, file.read().split())
+        allowed = min(allowed, max(1, -(-quota // period)))
+    return allowed
+
+
+@contextmanager
+def alone_in(folder: str) -> Iterator[bool]:
+    """Be the one at work in ``folder``, if nobody else is; False also where a file system has no locks.
+
+    Raises:
+        OSError: there is no such folder.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        yield False
+    else:
+        yield True
+    finally:
+        os.close(fd)
