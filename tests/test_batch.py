@@ -24,7 +24,7 @@ from fusecli.batch.worker import LARGE
 from fusecli.collections import Place
 from fusecli.machine import alone_in, cores
 from fusecli.pairs import find_features
-from fusecli.path import Output, Pair, fuse_pair, to_file
+from fusecli.pipeline import Output, Pair, fuse_pair, to_file
 from tests.batches import IDS, D, as_npy, batch, expected, results, statuses
 from tests.conftest import FUSECLI, Run
 

@@ -24,7 +24,7 @@ from fusecli.collections import Place
 from fusecli.fusion import fuse_together, pairs_together
 from fusecli.methods import single_rows
 from fusecli.pairs import find_features
-from fusecli.path import Output, Pair, fuse_pair, to_file
+from fusecli.pipeline import Output, Pair, fuse_pair, to_file
 from tests.batches import IDS, D, batch, expected, results
 from tests.conftest import Run
 from tests.oracle import article, assert_as_good, both_precisions, features, weights_of
@@ -180,7 +180,7 @@ def test_memory_that_does_not_suffice_fails_its_pairs_alone(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     weights = weights_of(article(D, 4))
-    monkeypatch.setattr("fusecli.path.fuse_together", explode)
+    monkeypatch.setattr("fusecli.pipeline.fuse_together", explode)
     outcomes = {outcome.id: outcome for outcome in together.work(_job(weights, tmp_path, "cpu"), mixed)}
     alone = [f"n/{k}" for k in range(24) if k % 3 and k not in (7, 11)]
     assert {outcomes[id].status for id in alone} == {"fused"}

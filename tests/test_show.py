@@ -15,8 +15,8 @@ from safetensors.numpy import save_file
 
 from fusecli.errors import FileError
 from fusecli.heatmap.dump import Wanted, caption, open_dumps
-from fusecli.heatmap.maps import colours, entropy, pooled, shades, strongest
 from fusecli.heatmap.report import _pictures as pictures_of
+from fusecli.heatmap.shades import colours, entropy, pooled, shades, strongest
 from fusecli.heatmap.view import look_at
 from tests.conftest import Run
 from tests.planted import DOT, FITS, PICTURES, paint, place_of, plant, require_dot_in_hot_cell, terminal_cells
@@ -287,7 +287,7 @@ def written(text: str, lost: set[str] | None = None) -> Any:
     """Dark pixels of a line of text in a picture of 200 x 40."""
     from PIL import Image
 
-    from fusecli.heatmap.labels import Fonts
+    from fusecli.heatmap.lettering import Fonts
 
     fonts, picture = Fonts([text]), Image.new("RGB", (200, 40), "white")
     fonts.lost |= lost or set()
@@ -296,7 +296,7 @@ def written(text: str, lost: set[str] | None = None) -> Any:
 
 
 def test_letters_without_a_font_are_written_as_their_numbers() -> None:
-    from fusecli.heatmap.labels import Fonts
+    from fusecli.heatmap.lettering import Fonts
 
     assert np.array_equal(written("aü", {"ü"}), written("aU+00FC"))
     fonts = Fonts(["a"])
@@ -307,11 +307,11 @@ def test_letters_without_a_font_are_written_as_their_numbers() -> None:
 
 @pytest.mark.parametrize("letter", ["金", "🥇"])
 def test_labels_find_fonts_for_letters_that_the_first_has_not(letter: str) -> None:
-    from fusecli.heatmap import labels
+    from fusecli.heatmap import lettering
 
-    if not any(letter in labels._letters(path) for path in labels._fonts_here()):
+    if not any(letter in lettering._letters(path) for path in lettering._fonts_here()):
         pytest.skip(f"NOT TESTED: no font with {letter} on this machine")
-    assert labels.Fonts([letter]).lost == set()
+    assert lettering.Fonts([letter]).lost == set()
     pixels = written(letter).astype(int)
     assert (pixels.sum(-1) < 600).sum() > 20
     assert (np.ptp(pixels, axis=-1).max() > 60) == (letter == "🥇")  # emoji have colours

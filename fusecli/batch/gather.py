@@ -24,7 +24,7 @@ from fusecli.batch.store import STATE, WHOLE, PartStore, Piece, Store, believed,
 from fusecli.dumps import GATE
 from fusecli.errors import OutputError
 from fusecli.formats import FileSink, NumpyArray, Replacing, Sink, as_bytes, npy, open_sink, open_source, safetensors
-from fusecli.path import gate_of
+from fusecli.pipeline import gate_of
 
 #: Bytes copied at once.
 BLOCK = 2**22

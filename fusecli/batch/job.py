@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 from fusecli.batch.store import Store
 from fusecli.collections import Place
 from fusecli.errors import FusecliError, OutputError, is_out_of_memory
-from fusecli.path import Mover
+from fusecli.pipeline import Mover
 from fusecli.weights import Weights
 
 

@@ -13,7 +13,7 @@ from fusecli.batch.store import STATE
 from fusecli.checkpoint import dump_facts, fingerprint
 from fusecli.collections import SUFFIXES
 from fusecli.dumps import Label, Tokens
-from fusecli.path import takes_gate
+from fusecli.pipeline import takes_gate
 from fusecli.weights import Weights
 
 

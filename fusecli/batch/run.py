@@ -22,7 +22,7 @@ from fusecli.batch.summary import Reporter, Summary, Teller, reason_to_stop
 from fusecli.batch.worker import work
 from fusecli.errors import OutputError, UsageError
 from fusecli.formats import safetensors
-from fusecli.path import takes_gate
+from fusecli.pipeline import takes_gate
 
 
 def run(request: Request, plan: Callable[[], Pairs | Manifest], reporter: Reporter) -> Summary:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 from fusecli.dumps import GATE, Label
 from fusecli.errors import FusecliError, OutputError
 from fusecli.formats import FLOATS, FileSink, Replacing, Sink, format_of, itemsize, safetensors
-from fusecli.path import gate_of
+from fusecli.pipeline import gate_of
 
 #: The folder in the output (or beside it, where that is a file) with the ledger and what is not finished.
 STATE = ".fusecli"

@@ -14,7 +14,7 @@ from fusecli.formats import NumpyArray, Stored
 from fusecli.fusion import pairs_together
 from fusecli.methods import Met
 from fusecli.pairs import compute_dtype_of, read_finite
-from fusecli.path import Seconds, fuse_alike
+from fusecli.pipeline import Seconds, fuse_alike
 
 
 @dataclass

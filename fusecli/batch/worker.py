@@ -19,7 +19,7 @@ from fusecli.formats import NumpyArray, Stored
 from fusecli.machine import alone_in
 from fusecli.methods import Met, one_row_is_enough, single_rows
 from fusecli.pairs import compute_dtype_of, read_finite, require_width
-from fusecli.path import Output, Pair, Seconds, fuse_pair
+from fusecli.pipeline import Output, Pair, Seconds, fuse_pair
 from fusecli.places import features_at
 
 #: What the whole run runs into, not this pair: no space, over quota, read-only, broken disk, file too large.

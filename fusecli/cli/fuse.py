@@ -88,7 +88,7 @@ def fuse(
     """
     import numpy as np
 
-    from fusecli import pairs, path
+    from fusecli import pairs, pipeline
     from fusecli.errors import OutputError, UsageError
     from fusecli.formats import has_names, is_stream
     from fusecli.machine import cores
@@ -109,14 +109,14 @@ def fuse(
     loaded = load_weights(weights, num_heads, seed, residual, attention, lambda line: note(line, quiet))
     if stored_image.shape[0] == 1:
         _tell_of_one_row(loaded.config, quiet)
-    gate = attention is not None and path.takes_gate(loaded, attention)
+    gate = attention is not None and pipeline.takes_gate(loaded, attention)
     told = None
     if attention and has_names(attention):
         shape = (stored_text.shape[0], stored_image.shape[0])
         told = _metadata(loaded, attention_mean, tokens, lies, pairs.pair_id(image, text), shape)
-    form = path.Output(
-        path.to_file(output, format),
-        path.to_file(attention, gate=gate, metadata=told) if attention else None,
+    form = pipeline.Output(
+        pipeline.to_file(output, format),
+        pipeline.to_file(attention, gate=gate, metadata=told) if attention else None,
         attention_mean=attention_mean,
         attention_dtype=attention_dtype,
         dtype=dtype,
@@ -127,7 +127,7 @@ def fuse(
     )
     try:
         with np.errstate(all="ignore"):  # what overflows is found by looking
-            done = path.fuse_pair(loaded, path.Pair(stored_image, stored_text), form, _mover(device))
+            done = pipeline.fuse_pair(loaded, pipeline.Pair(stored_image, stored_text), form, _mover(device))
     except BrokenPipeError:
         if attention is None:
             raise

@@ -22,8 +22,8 @@ def inspect(
     Names, shapes, dtypes, norms of rows and number of NaN/Inf; of a checkpoint also method, heads, parameters
     and a fingerprint.
     """
+    from fusecli.describe import describe
     from fusecli.errors import CheckpointError, FusecliError
-    from fusecli.report import describe
 
     code = 0
     for path in files:

@@ -21,7 +21,7 @@ class Heads(StrEnum):
 
 
 class Scale(StrEnum):
-    """What a colour is a share of, as `fusecli.heatmap.maps` has them."""
+    """What a colour is a share of, as `fusecli.heatmap.shades` has them."""
 
     token = "token"
     all = "all"
@@ -202,7 +202,7 @@ def _legend(console: Any, view: Any, scale: str) -> None:
     import math
 
     from fusecli.cli.tiles import fitted, shown_on
-    from fusecli.heatmap.maps import FULL
+    from fusecli.heatmap.shades import FULL
 
     where = "line,column:" if view.dump.grid else "row:"
     below = f"below: entropy of at most {math.log2(view.dump.m):.2f} bits, then {where}weight"

@@ -39,7 +39,7 @@ class Painter:
             self._strips(view, shares)
 
     def _tiles(self, view: Any, shares: Any) -> None:
-        from fusecli.heatmap.maps import pooled
+        from fusecli.heatmap.shades import pooled
 
         cells, steps = pooled(shares, (COLUMNS, COLUMNS) if self._coloured else (LINES * 2, COLUMNS // 2))
         if steps != (1, 1):
@@ -75,7 +75,7 @@ class Painter:
     def _strips(self, view: Any, shares: Any) -> None:
         from rich.cells import cell_len
 
-        from fusecli.heatmap.maps import pooled
+        from fusecli.heatmap.shades import pooled
 
         most = max(cell_len(printable(look.label)) for look in view.looks)
         label = min(most, self._console.width // 4)
@@ -206,7 +206,7 @@ def _colour(step: int, cube: bool) -> Any:
     import numpy as np
     from rich.color import Color
 
-    from fusecli.heatmap.maps import colours
+    from fusecli.heatmap.shades import colours
 
     channels = colours(np.array(step / STEPS)).tolist()
     if not cube:

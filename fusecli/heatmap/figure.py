@@ -15,9 +15,9 @@ import numpy as np
 
 from fusecli.errors import UsageError
 from fusecli.formats import NumpyArray, write_whole
-from fusecli.heatmap.labels import Fonts, cut, printed
-from fusecli.heatmap.maps import FULL, colours
+from fusecli.heatmap.lettering import Fonts, cut, printed
 from fusecli.heatmap.picture import fitted, grey, load_picture, need, panel_size
+from fusecli.heatmap.shades import FULL, colours
 from fusecli.heatmap.view import View, require_map
 
 #: Pixels of all panels together that are aimed at, and that are refused.

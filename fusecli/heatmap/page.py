@@ -15,9 +15,9 @@ import numpy as np
 from fusecli.errors import UsageError
 from fusecli.formats import NumpyArray, write_whole
 from fusecli.heatmap.dump import Dump, caption
-from fusecli.heatmap.labels import printed
-from fusecli.heatmap.maps import VIRIDIS, entropy
+from fusecli.heatmap.lettering import printed
 from fusecli.heatmap.picture import for_page, load_picture
+from fusecli.heatmap.shades import VIRIDIS, entropy
 from fusecli.heatmap.view import View, require_map
 
 #: Numbers of all heads, and of their mean, that a page carries at most.

@@ -19,10 +19,10 @@ from fusecli.errors import FileError, InputError, OutputError, UsageError
 from fusecli.formats import NumpyArray
 from fusecli.heatmap.dump import Dumps, Wanted, caption
 from fusecli.heatmap.figure import OPACITY
-from fusecli.heatmap.labels import printed
-from fusecli.heatmap.maps import colours, entropy, on_grid, shades
+from fusecli.heatmap.lettering import printed
 from fusecli.heatmap.page import as_json, filled, page, with_links
 from fusecli.heatmap.picture import SUFFIXES, as_jpeg, fitted, for_page, grey, load_picture, panel_size
+from fusecli.heatmap.shades import colours, entropy, on_grid, shades
 from fusecli.heatmap.view import look_at, require_map
 from fusecli.machine import alone_in
 

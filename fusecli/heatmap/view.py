@@ -11,7 +11,7 @@ from fusecli.errors import ValuesError
 from fusecli.formats import NumpyArray
 from fusecli.grid import Grid, no_grid
 from fusecli.heatmap.dump import Dump
-from fusecli.heatmap.maps import entropy, on_grid, shades, strongest
+from fusecli.heatmap.shades import entropy, on_grid, shades, strongest
 
 #: Image rows that are named for each token.
 TOP = 3

@@ -2,8 +2,9 @@
 
 From the outside in:
 
-- `run`: a training from beginning to end, and its files; `loop`: the optimizer, epoch by epoch;
-- `start`: weights to begin with; `table`: what the trained fusion is worth, beside what could be used instead;
+- `recipe`: how it goes unless told otherwise; `run`: a training from beginning to end, and its files; `loop`: the
+  optimizer, epoch by epoch;
+- `start`: where new weights begin; `table`: what the trained fusion is worth, beside what could be used instead;
 - `labels`: labels from a table, and what there is to learn; `objective`: classes and numbers; `match`: which picture
   belongs to a text;
 - `represent`: what stands for a pair, one vector; `data`: features of all pairs, and batches of them.
