@@ -15,14 +15,14 @@ from typing import Any, cast
 
 import numpy as np
 
-from fusecli.arrays import Array, first_nonfinite, to_numpy
+from fusecli.arrays import Array, dtype_name, first_nonfinite, to_numpy
 from fusecli.arrays import cast as to_dtype
 from fusecli.errors import CheckpointError, FileError, InputError, OutputError, UsageError, ValuesError
 from fusecli.formats import NumpyArray, Source, open_source, safetensors, sniff, write_whole
 from fusecli.state_dict import article_names, is_pt, read_pt
 from fusecli.weights import OPTIONS, Config, Weights, require_heads, tensor_shapes
 
-METADATA_KEY = "fusecli"
+#: Version of what the metadata of a checkpoint say.
 FORMAT = 1
 
 
@@ -61,7 +61,7 @@ def load_from(
             tensors[name] = stored.read()
         except ValuesError as error:
             raise CheckpointError(error.what, where=error.where, found=error.found, wanted=error.wanted) from None
-    saved = safetensors.metadata(source).get(METADATA_KEY)
+    saved = safetensors.metadata(source).get(safetensors.OURS)
     if saved is None:
         return _bare(tensors, path, num_heads, tell)
     config = _config(saved, path)
@@ -121,13 +121,21 @@ def _bare(tensors: Mapping[str, Array], path: str, num_heads: int | None, tell: 
 
 
 def to_bytes(weights: Weights) -> bytes:
-    """The checkpoint as a file's bytes; the same weights give the same bytes."""
+    """The checkpoint as a file's bytes; the same weights give the same bytes.
+
+    Raises:
+        OutputError: a tensor has a dtype that the format cannot name.
+    """
     from safetensors.numpy import save  # the library: small, and the judge of what is well-formed
 
+    for name, tensor in weights.tensors.items():
+        if (dtype := dtype_name(tensor)) not in safetensors.CODES:
+            wanted = ", ".join(safetensors.CODES)
+            raise OutputError(".safetensors cannot name the dtype", where=name, found=dtype, wanted=wanted)
     # The library stores the memory as it lies, whatever the strides: hand it C order only.
     tensors = {name: np.ascontiguousarray(to_numpy(tensor)) for name, tensor in weights.tensors.items()}
     options = {"format": FORMAT, "method": weights.config.method, **weights.config.options()}
-    return save(tensors, {METADATA_KEY: json.dumps(options, sort_keys=True, separators=(",", ":"))})
+    return save(tensors, {safetensors.OURS: json.dumps(options, sort_keys=True, separators=(",", ":"))})
 
 
 def save(weights: Weights, path: str | os.PathLike[str]) -> None:
@@ -136,7 +144,7 @@ def save(weights: Weights, path: str | os.PathLike[str]) -> None:
     Tensors keep their dtype, float16, bfloat16, float32 or float64; bfloat16 of torch is stored as float32.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: it cannot be written, or the format cannot name the dtype of a tensor.
     """
     write_whole(os.fspath(path), to_bytes(weights))
 

@@ -22,8 +22,8 @@ from fusecli.errors import FileError, ShapeError
 from fusecli.formats import Source, open_source, read_bytes, safetensors, sniff
 from fusecli.grid import Grid, grid_of
 
-#: The one key of our metadata, and the version of what it holds.
-KEY, FORMAT = "fusecli", 1
+#: Version of what the metadata of a dump say.
+FORMAT = 1
 #: What the gates of a pair are called in a file of many: the id, and this.
 GATE = ".gate"
 #: What is told of the weights, and as what.
@@ -167,7 +167,7 @@ class Label:
     def _metadata(self, more: dict[str, Any], words: list[list[str] | None]) -> dict[str, str]:
         told = {"tokens": words} if any(words) else {}
         value = {"format": FORMAT, "kind": "attention", **self.facts, **more, **told}
-        return {KEY: json.dumps(value, separators=(",", ":"))}
+        return {safetensors.OURS: json.dumps(value, separators=(",", ":"))}
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class About:
         if sniff(source) != "safetensors":
             return cls()
         try:
-            value = json.loads(safetensors.metadata(source).get(KEY, ""))
+            value = json.loads(safetensors.metadata(source).get(safetensors.OURS, ""))
         except (ValueError, RecursionError):
             return cls()
         if not isinstance(value, dict) or value.get("kind") != "attention":

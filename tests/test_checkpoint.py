@@ -13,10 +13,11 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
-from fusecli import ImageTextFusion, checkpoint, fuse, identity, init, load, save
+from fusecli import Config, ImageTextFusion, Weights, checkpoint, fuse, identity, init, load, save
 from fusecli.arrays import cast
-from fusecli.checkpoint import METADATA_KEY, fingerprint, to_bytes
+from fusecli.checkpoint import fingerprint, to_bytes
 from fusecli.errors import CheckpointError, FileError, OutputError, UsageError
+from fusecli.formats.safetensors import OURS
 from tests.conftest import Run
 from tests.oracle import article, features
 
@@ -99,7 +100,7 @@ def stored(tmp_path: Path) -> tuple[Path, dict[str, Any], dict[str, str]]:
     path = tmp_path / "w.safetensors"
     save(init(32, 4), path)
     text = json.dumps({"format": 1, "method": "attention", "num_heads": 4, "residual": False})
-    return path, load_file(path), {METADATA_KEY: text}
+    return path, load_file(path), {OURS: text}
 
 
 @pytest.mark.parametrize("name", ["text_proj.weight", "text_proj.bias", "attention.out_proj.bias"])
@@ -136,7 +137,7 @@ def test_a_damaged_checkpoint_names_the_tensor(stored: Any, name: str, ours: boo
 )
 def test_metadata_that_make_no_sense_are_refused(stored: Any, text: str) -> None:
     path, tensors, _ = stored
-    save_file(tensors, path, {METADATA_KEY: text})
+    save_file(tensors, path, {OURS: text})
     with pytest.raises(CheckpointError, match=path.name):
         load(path)
 
@@ -261,6 +262,12 @@ def test_convert_changes_the_dtype(run: Run, tmp_path: Path, dtype: str) -> None
     assert half.config == whole.config
     for name, tensor in whole.tensors.items():
         np.testing.assert_array_equal(half.tensors[name], cast(tensor, dtype))
+
+
+def test_weights_of_a_dtype_without_a_name_are_refused(tmp_path: Path) -> None:
+    wide = {name: tensor.astype(np.longdouble) for name, tensor in init(8, 2).tensors.items()}
+    with pytest.raises(OutputError, match="longdouble"):
+        save(Weights(Config(num_heads=2), wide), tmp_path / "w.safetensors")
 
 
 def test_weights_that_do_not_fit_a_dtype_are_refused() -> None:

@@ -498,3 +498,8 @@ def test_a_suffix_may_be_written_large(run: Run, pair: Any, tmp_path: Path) -> N
 def test_no_folder_is_proposed_where_a_file_is(run: Run, pair: Any, tmp_path: Path) -> None:
     assert b"mkdir" in run("fuse", "regions.npy", "txt.npy", "-o", "new/o.npy", code=1).stderr
     assert b"mkdir" not in run("fuse", "regions.npy", "txt.npy", "-o", "img.npy/o.npy", code=1).stderr
+
+
+def test_a_seed_is_of_no_use_to_what_is_not_drawn(run: Run, tmp_path: Path) -> None:
+    assert b"nothing is drawn" in run("init", "-o", "w.safetensors", "--identity", "--seed", 1, code=2).stderr
+    assert not list(tmp_path.iterdir())

@@ -15,6 +15,7 @@ import torch
 
 import fusecli
 from fusecli import checkpoint
+from fusecli.training.recipe import FROM_NOTHING, SMOOTHING, WITH_LABELS, WITHOUT_LABELS, pace
 from fusecli.training.start import laid_apart
 from tests.conftest import FUSECLI, Run
 
@@ -131,14 +132,24 @@ def test_labels_are_learned_from_an_image_that_is_laid_apart_from_the_text(
     assert np.var(by_image) == pytest.approx(np.var(by_text), rel=0.5)
 
 
-def test_how_fast_it_learns_depends_on_what_is_learned(run: Run, lesson: list[str], tmp_path: Path) -> None:
-    rates = []
-    for options in (("--labels", "labels.csv"), (), ("--labels", "labels.csv", "-m", "attention")):
-        run("train", "img", "txt", "-o", "f.safetensors", "--num-heads", 2, "--epochs", 1, "--overwrite", *options)
-        rates.append(json.loads((tmp_path / "f.log.jsonl").read_text().splitlines()[0])["run"]["lr"])
-    run("train", "img", "txt", "-o", "g.safetensors", "--labels", "labels.csv", "-w", "f.safetensors", "--epochs", 1)
-    rates.append(json.loads((tmp_path / "g.log.jsonl").read_text().splitlines()[0])["run"]["lr"])
-    assert rates == [3e-4, 3e-4, 1e-3, 3e-4]
+def test_how_fast_it_learns_depends_on_what_is_learned_as_the_help_says(
+    run: Run, lesson: list[str], tmp_path: Path
+) -> None:
+    options = ("--labels", "labels.csv", "-m", "attention", "--num-heads", 2, "--epochs", 1)
+    run("train", "img", "txt", "-o", "f.safetensors", *options)
+    assert json.loads((tmp_path / "f.log.jsonl").read_text().splitlines()[0])["run"]["lr"] == FROM_NOTHING.lr
+    assert pace(True, {"method": "attention"}) == FROM_NOTHING
+    assert pace(True, {"method": "attention", "residual": True}) == pace(True, {"method": "gated"}) == WITH_LABELS
+    assert pace(True, {}) == WITH_LABELS  # a checkpoint is trained further
+    assert pace(False, {"method": "attention"}) == WITHOUT_LABELS
+    told = " ".join(run("train", "--help").stdout.decode().split())
+    for default in (
+        f"[default: {WITH_LABELS.epochs} with labels, else {WITHOUT_LABELS.epochs}]",
+        f"[default: {WITH_LABELS.patience} with labels, else {WITHOUT_LABELS.patience}]",
+        f"[default: {WITH_LABELS.lr}; with labels, for attention: {FROM_NOTHING.lr}]",
+        f"[default: {SMOOTHING}]",
+    ):
+        assert default in told
 
 
 def test_without_labels_it_learns_which_image_belongs_to_a_text(run: Run, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -63,8 +64,14 @@ class Outcome(NamedTuple):
         return {"id": self.id, "status": self.status, **self.facts}
 
 
-def failed(id: str, error: Exception, stop: bool = False) -> Outcome:
-    """The outcome of a pair that ended in ``error``."""
+#: What the whole run runs into, not this pair: no space, over quota, read-only, broken disk, too many open files.
+EVERYONES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE}
+
+
+def failed(id: str, error: Exception) -> Outcome:
+    """The outcome of a pair that ended in ``error``, and whether the others will fare no better."""
+    cause = error.__cause__ if isinstance(error, FusecliError) else error
+    stop = isinstance(cause, OSError) and cause.errno in EVERYONES
     if is_out_of_memory(error):
         here = isinstance(error, MemoryError)
         error = FusecliError("out of memory", hint="use fewer workers" if here else "use --device cpu, or another GPU")

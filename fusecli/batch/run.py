@@ -150,7 +150,7 @@ def _job(request: Request, folder: str) -> Job:
             return PartStore(path, folder, kind, kind == "attention" and request.packs_gates, label)
         temporary = f"{path}/{STATE}/{f'tmp-{request.shard}' if request.shard else 'tmp'}"
         gate = kind == "attention" and takes_gate(request.weights, request.suffix)
-        return FolderStore(path, request.suffix, temporary, gate, label)
+        return FolderStore(path, request.suffix, temporary, kind, gate, label)
 
     mover = None if request.device == "cpu" else to_device(request.device)
     attention = store(request.attention, "attention") if request.attention else None
@@ -171,9 +171,9 @@ def _feed(request: Request, pairs: Pairs | Manifest, history: History, job: Job)
 
 
 def _is_there(job: Job, id: str, fused: Piece, attention: Piece | None) -> bool:
-    if not job.fused.holds(id, "fused", fused):
+    if not job.fused.holds(id, fused):
         return False
-    return job.attention is None or (attention is not None and job.attention.holds(id, "attention", attention))
+    return job.attention is None or (attention is not None and job.attention.holds(id, attention))
 
 
 def _drive(request: Request, job: Job, feed: ListFeed | StreamFeed, teller: Teller, pool: Pool, stop: Stop) -> None:

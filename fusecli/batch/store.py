@@ -76,7 +76,7 @@ class Store(Protocol):
         What has been written is added to ``told`` when all went well.
         """
 
-    def holds(self, id: str, name: str, piece: Piece) -> bool:
+    def holds(self, id: str, piece: Piece) -> bool:
         """Whether a result is still there, whole."""
 
     def is_input(self, id: str, *paths: str) -> bool:
@@ -110,6 +110,7 @@ class FolderStore:
     path: str
     suffix: str
     temporary: str  # folder on the same file system
+    kind: str = "fused"  # or "attention"
     gate: bool = False  # each result has gates behind it
     label: Label | None = None  # what each result says of itself, in a format that has room for it
     _there: dict[str, dict[str, str]] = field(default_factory=dict)  # what was in a folder at first, and its kind
@@ -171,11 +172,11 @@ class FolderStore:
         if kind == "folder":
             raise OutputError("is a directory", where=target, wanted="a file name")
 
-    def holds(self, id: str, name: str, piece: Piece) -> bool:
+    def holds(self, id: str, piece: Piece) -> bool:
         """See `Store`: size and header are looked at."""
         path = f"{self.path}/{id}{self.suffix}"
         try:
-            header = self._header(id, name, piece.shape, piece.dtype)
+            header = self._header(id, self.kind, piece.shape, piece.dtype)
         except FusecliError:  # never written by us
             return False
         size, start = look_into(path, len(header))
@@ -282,7 +283,7 @@ class PartStore:
         """See `Store`."""
         return self._was_there and _is_one_of(self.path, paths)
 
-    def holds(self, id: str, name: str, piece: Piece) -> bool:
+    def holds(self, id: str, piece: Piece) -> bool:
         """See `Store`."""
         return self.has(piece)
 

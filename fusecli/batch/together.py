@@ -8,8 +8,8 @@ from time import perf_counter
 
 import numpy as np
 
-from fusecli.batch.job import Item, Job, Outcome, Task
-from fusecli.batch.worker import failure, fuse_task, open_side
+from fusecli.batch.job import Item, Job, Outcome, Task, failed
+from fusecli.batch.worker import fuse_task, open_side
 from fusecli.formats import NumpyArray, Stored
 from fusecli.fusion import pairs_together
 from fusecli.methods import Met
@@ -75,7 +75,7 @@ def _meet(job: Job, pairs: list[_Pair], dtype: str) -> dict[int, Outcome]:
         try:
             image, text = (read_finite(side, not job.options.allow_nonfinite) for side in (pair.image, pair.text))
         except Exception as error:
-            bad[pair.at] = failure(pair.task.id, error)
+            bad[pair.at] = failed(pair.task.id, error)
         else:
             images.append(image)
             texts.append(text)
@@ -87,7 +87,7 @@ def _meet(job: Job, pairs: list[_Pair], dtype: str) -> dict[int, Outcome]:
     try:
         mets = fuse_alike(job.weights, images, texts, dtype, job.to_device, job.attention is not None)
     except Exception as error:
-        return bad | {pair.at: failure(pair.task.id, error) for pair in good}
+        return bad | {pair.at: failed(pair.task.id, error) for pair in good}
     for pair, met in zip(good, mets, strict=True):
         pair.met = met
         pair.seconds.fuse += (perf_counter() - began) / len(good)

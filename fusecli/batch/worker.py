@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from contextlib import nullcontext
 from functools import partial
 from time import perf_counter
@@ -14,16 +13,13 @@ from fusecli.arrays import cast
 from fusecli.batch.job import Item, Job, Outcome, Task, failed
 from fusecli.batch.store import PartStore, Piece
 from fusecli.collections import Place
-from fusecli.errors import FusecliError, OutputError
+from fusecli.errors import OutputError
 from fusecli.formats import NumpyArray, Stored
 from fusecli.machine import alone_in
 from fusecli.methods import Met, one_row_is_enough, single_rows
 from fusecli.pairs import compute_dtype_of, read_finite, require_width
 from fusecli.pipeline import Output, Pair, Seconds, fuse_pair
 from fusecli.places import features_at
-
-#: What the whole run runs into, not this pair: no space, over quota, read-only, broken disk, file too large.
-EVERYONES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE}
 
 #: Bytes of a text from which its blocks of rows are shared by threads: tenths of a second for one.
 LARGE = 2**26
@@ -54,7 +50,7 @@ def open_side(job: Job, id: str, place: Place, side: str) -> Stored | Outcome:
         stored = features_at(place, side)
         require_width(stored, job.weights.image_dim if side == "image" else job.weights.text_dim, side)
     except Exception as error:
-        return failure(id, error)
+        return failed(id, error)
     return stored
 
 
@@ -69,7 +65,7 @@ def _rows_of_single_images(job: Job, item: Item, images: list[Stored | Outcome])
             try:
                 block = read_finite(image, not job.options.allow_nonfinite)
             except Exception as error:
-                images[at] = failure(item[at].id, error)
+                images[at] = failed(item[at].id, error)
             else:
                 dtype = compute_dtype_of(image)
                 groups.setdefault(dtype, []).append((at, cast(block, dtype)))
@@ -96,7 +92,7 @@ def fuse_task(
     """Fuse a pair and write it; ``row`` and ``met`` as `fuse_pair` has them, ``before`` what has been spent on it."""
     for store in (job.fused, job.attention):
         if store and store.is_input(task.id, task.image.path, task.text.path):
-            outcome = failure(task.id, OutputError("the result would replace what it is made from", where=task.id))
+            outcome = failed(task.id, OutputError("the result would replace what it is made from", where=task.id))
             return outcome._replace(stop=isinstance(store, PartStore))  # the one file would be written all the same
     pieces: list[Piece] = []
     dumps: list[Piece] = []
@@ -108,7 +104,7 @@ def fuse_task(
             output = output._replace(threads=job.threads) if alone else output
             seconds = fuse_pair(job.weights, Pair(image, text, row, met), output, job.to_device).seconds
     except Exception as error:
-        return failure(task.id, error)
+        return failed(task.id, error)
     read, fuse = before.read + seconds.read, before.fuse + seconds.fuse
     facts = {
         "image": image.shape,
@@ -118,7 +114,7 @@ def fuse_task(
     }
     if dumps:
         facts["attention"] = dumps[0].facts()
-    nbytes = image.nbytes + text.nbytes + pieces[0].nbytes()
+    nbytes = image.nbytes + text.nbytes + pieces[0].nbytes() + sum(dump.nbytes(output.gate) for dump in dumps)
     return Outcome(task.id, "fused", facts, False, read, fuse, seconds.write, nbytes)
 
 
@@ -133,10 +129,3 @@ def _output(job: Job, id: str, pieces: list[Piece], dumps: list[Piece]) -> Outpu
         finite=not job.options.allow_nonfinite,
         gate=job.attention is not None and job.attention.gate,
     )
-
-
-def failure(id: str, error: Exception) -> Outcome:
-    """The outcome of a pair that ended in ``error``, and whether the others will fare no better."""
-    cause = error.__cause__ if isinstance(error, FusecliError) else error
-    stop = isinstance(cause, OSError) and cause.errno in EVERYONES
-    return failed(id, error, stop)

@@ -21,6 +21,8 @@ def inspect(
 
     Names, shapes, dtypes, norms of rows and number of NaN/Inf; of a checkpoint also method, heads, parameters
     and a fingerprint.
+
+    fusecli inspect features.safetensors fusion.safetensors
     """
     from fusecli.describe import describe
     from fusecli.errors import CheckpointError, FusecliError

@@ -41,7 +41,9 @@ def init(
     num_heads: Annotated[
         int | None, typer.Option(min=1, help="H, the number of attention heads.  [default: 8; 1 with --identity]")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the random weights.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of the random weights.  [default: 0]")
+    ] = None,
     identity: Annotated[
         bool, typer.Option("--identity", help="Identity projections: no training, for sides that share a space.")
     ] = False,
@@ -70,18 +72,13 @@ def init(
     from fusecli.weights import require_heads
 
     _want_safetensors(output)
-    if identity and {text_dim or feature_dim, image_dim or feature_dim} != {feature_dim}:
-        raise UsageError(
-            "--identity needs equal widths",
-            found=f"D={feature_dim}, Dt={text_dim or feature_dim}, Di={image_dim or feature_dim}",
-        )
     heads = num_heads or (1 if identity else 8)
     options = method_options(method, parameters)
     options.pop("num_heads", None)
-    if identity and method is Method.transformer:
-        raise UsageError("a transformer has no identity", where="--identity", hint="choose another --method")
-    adds_text = residual or method is Method.gated
-    if adds_text and (text_dim or feature_dim) != feature_dim:
+    widths = feature_dim, text_dim or feature_dim, image_dim or feature_dim
+    if identity:
+        _check_identity(method, seed, widths)
+    if (residual or method is Method.gated) and widths[1] != feature_dim:
         what = "--residual" if residual else "--method gated"
         raise UsageError(f"{what} needs Dt = D", found=f"Dt={text_dim}, D={feature_dim}")
     if method not in (Method.weighted_sum, Method.concat):
@@ -89,8 +86,19 @@ def init(
     if identity:
         weights = checkpoint.identity(feature_dim, heads, **options)
     else:
-        weights = checkpoint.init(feature_dim, heads, text_dim=text_dim, image_dim=image_dim, seed=seed, **options)
+        weights = checkpoint.init(feature_dim, heads, text_dim=text_dim, image_dim=image_dim, seed=seed or 0, **options)
     _write(weights, output, json, quiet)
+
+
+def _check_identity(method: Method, seed: int | None, widths: tuple[int, int, int]) -> None:
+    from fusecli.errors import UsageError
+
+    if len(set(widths)) > 1:
+        raise UsageError("--identity needs equal widths", found="D={}, Dt={}, Di={}".format(*widths))
+    if method is Method.transformer:
+        raise UsageError("a transformer has no identity", where="--identity", hint="choose another --method")
+    if seed is not None:
+        raise UsageError("nothing is drawn for --identity", where="--seed", hint="leave it out")
 
 
 def convert(

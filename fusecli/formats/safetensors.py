@@ -24,6 +24,8 @@ SUFFIXES = (".safetensors",)
 #: The library's own limit for the header.
 MAX_HEADER = 100_000_000
 METADATA = "__metadata__"
+#: The one key of our own among them.
+OURS = "fusecli"
 
 NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 CODES = {name: code for code, name in NAMES.items()}

@@ -37,7 +37,7 @@ class Match:
     number whatever the size of the data, or scores could not be compared.
     """
 
-    name, score_name = "match", "recall@1"
+    name, score_name, guess_name = "match", "recall@1", "chance"
     #: None: over three splits of the emoji, what was better on the pairs for validation was so on those held out.
     margin = 0.0
     #: Width that text and fusion are compared in at most; pairs of a group; pairs that are measured.

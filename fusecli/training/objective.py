@@ -41,6 +41,7 @@ class Objective(Protocol):
 
     name: str
     score_name: str
+    guess_name: str  # of what `guess` does
     margin: float  # share of the loss by which training has to better what it began with
 
     def head(self, width: int) -> dict[str, nn.Parameter]:
@@ -189,7 +190,7 @@ def _applied(head: Head, x: torch.Tensor) -> torch.Tensor:
 class Classes(Supervised):
     """Tell the label: cross-entropy; the score of a pair is 1 if the likeliest label is right."""
 
-    name, score_name = "classify", "accuracy"
+    name, score_name, guess_name = "classify", "accuracy", "majority"
 
     def __init__(
         self,
@@ -232,7 +233,7 @@ class Numbers(Supervised):
     score is R² against that guess.
     """
 
-    name, score_name, outputs = "regression", "R²", 1
+    name, score_name, guess_name, outputs = "regression", "R²", "mean", 1
 
     def __init__(self, targets: torch.Tensor, train: list[int], text_dropout: float) -> None:
         # In float64: points in time, say, are all alike in float32 before their mean is taken off.

@@ -19,6 +19,10 @@ RESAMPLED = 2000
 Z = 1.959964
 
 
+#: The two lines that the verdict is about.
+SIDE_BY_SIDE, TRAINED = "both side by side", "this fusion, trained"
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the table."""
@@ -76,27 +80,26 @@ def compare(
         tell: is told which line is being computed.
     """
     train, test = data.parts["train"], data.parts["held-out"]
-    guess = {"classify": "majority", "regression": "mean", "match": "chance"}[objective.name]
     others: list[tuple[str, Callable[[], Representation]]] = [
         ("text only", lambda: Means(data, text=True, image=False)),
         ("image only", lambda: Means(data, text=False, image=True)),
-        ("both side by side", lambda: Means(data, text=True, image=True)),
+        (SIDE_BY_SIDE, lambda: Means(data, text=True, image=True)),
         ("this fusion, untrained", lambda: Fusion(untrained, device, learned=False)),
     ]
-    rows = [row(guess, objective.guess(test, train))]
+    rows = [row(objective.guess_name, objective.guess(test, train))]
     for name, make in others:
         tell(name)
         represent = make()
         _, fitted = objective.judge(represent, data)
         rows.append(row(name, objective.measure(fitted, represent, data, test).scores))
     fusion = Fusion(trained, device, learned=False)
-    return [*rows, row("this fusion, trained", objective.measure(head, fusion, data, test).scores)]
+    return [*rows, row(TRAINED, objective.measure(head, fusion, data, test).scores)]
 
 
 def verdict(rows: list[Row]) -> str:
     """In words, whether the fusion beats both sides without it."""
-    beside, trained = rows[-3], rows[-1]
-    gain = trained.scores - beside.scores
+    scores = {row.name: row.scores for row in rows}
+    gain = scores[TRAINED] - scores[SIDE_BY_SIDE]
     if gain.mean() <= 0:
         return "the fusion does not beat side by side here"
     low, high = resampled(gain)
