@@ -13,6 +13,8 @@ from tests.conftest import Run
 
 D = 32
 IDS = ["animals/fish/seahorse", "animals/ant", "b", "c d", "ünï", "z.0", "z.1", "z.10", "z.2"]
+#: Of `few` pairs.
+FEW = ["a", "b", "c", "d", "e", "f"]
 
 
 def expected(run: Run, folder: Path, ids: Any = IDS, *options: Any) -> dict[str, bytes]:

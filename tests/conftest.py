@@ -70,3 +70,18 @@ def many(tmp_path: Path, rng: np.random.Generator, run: Run) -> dict[str, tuple[
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path, array)
     return pairs
+
+
+@pytest.fixture
+def few(tmp_path: Path, rng: np.random.Generator, run: Run) -> Path:
+    """Six pairs of one shape in ``img/`` and ``txt/``, weights, and a manifest ``m.csv`` of them."""
+    from tests.batches import FEW, D
+
+    run("init", "-o", "w.safetensors", "--feature-dim", D, "--num-heads", 4, "-q")
+    for side, rows in (("img", 2), ("txt", 3)):
+        (tmp_path / side).mkdir()
+        for id in FEW:
+            np.save(tmp_path / side / f"{id}.npy", rng.standard_normal((rows, D), np.float32))
+    lines = ["id,image,text", *(f"{id},img/{id}.npy,txt/{id}.npy" for id in FEW)]
+    (tmp_path / "m.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path

@@ -1,0 +1,215 @@
+"""Many results in one file: packed and stacked, added to, lost, and found again."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from fusecli.batch.gather import gather, gathered
+from fusecli.batch.store import PartStore
+from tests.batches import FEW, D, as_npy, batch, expected, statuses
+from tests.conftest import Run
+
+
+def test_what_shards_add_is_gathered_by_the_next_plain_run(run: Run, few: Path) -> None:
+    for id in FEW[3:]:
+        (few / "img" / f"{id}.npy").rename(few / f"{id}.later")
+    batch(run, "img", "txt", "-o", "out.safetensors", "--allow-missing")
+    for id in FEW[3:]:
+        (few / f"{id}.later").rename(few / "img" / f"{id}.npy")
+    for part in (1, 2):
+        batch(run, "img", "txt", "-o", "out.safetensors", "--shard", f"{part}/2")
+    batch(run, "img", "txt", "-o", "out.safetensors")
+    assert sorted(load_file(few / "out.safetensors")) == FEW
+
+
+def test_a_second_stream_adds_to_what_the_first_has_made(run: Run, few: Path) -> None:
+    lines = (few / "m.csv").read_bytes().splitlines(keepends=True)
+    batch(run, "--manifest", "-", "-o", "out.safetensors", input=b"".join(lines[:4]))
+    batch(run, "--manifest", "-", "-o", "out.safetensors", input=b"".join([lines[0], *lines[4:]]))
+    assert {id: as_npy(x) for id, x in load_file(few / "out.safetensors").items()} == expected(run, few, FEW)
+
+
+def test_rows_of_a_stack_keep_their_numbers(run: Run, tmp_path: Path, rng: np.random.Generator) -> None:
+    run("init", "-o", "w.safetensors", "--feature-dim", D, "--num-heads", 4, "-q")
+    np.save(tmp_path / "i.npy", rng.standard_normal((40, D), np.float32))
+    np.save(tmp_path / "t.npy", rng.standard_normal((40, D), np.float32))
+    batch(run, "i.npy", "t.npy", "-o", "all.npy")
+    batch(run, "i.npy", "t.npy", "-o", "some.npy", "--shard", "2/2")
+    batch(run, "i.npy", "t.npy", "-o", "some.npy", "--limit", 3)
+    whole, some = np.load(tmp_path / "all.npy"), np.load(tmp_path / "some.npy")
+    done = ~np.isnan(some).any((1, 2))
+    assert 3 < done.sum() < 40
+    np.testing.assert_array_equal(some[done], whole[: len(some)][done])
+
+
+def test_names_that_a_format_cannot_have(run: Run, few: Path) -> None:
+    for name in ("__metadata__", "x\udcff"):
+        for side in ("img", "txt"):
+            (few / side / f"{name}.npy").write_bytes((few / side / "a.npy").read_bytes())
+    told = statuses(batch(run, "img", "txt", "-o", "out.safetensors", "--json", code=4))
+    assert {id for id, status in told.items() if status == "failed"} == {"__metadata__", "x\udcff"}
+    assert sorted(load_file(few / "out.safetensors")) == FEW
+
+
+def test_a_file_of_all_results_is_left_as_it_is_where_nothing_is_new(run: Run, few: Path) -> None:
+    (few / "img" / "a.npy").write_bytes(b"junk")
+    files = []
+    for _ in range(2):
+        batch(run, "img", "txt", "-o", "out.safetensors", code=4)
+        files.append((few / "out.safetensors").stat().st_ino)
+    assert files[0] == files[1]
+
+
+LOST = ["the file", "its index", "both", "its bytes"]
+
+
+def _lose(output: Path, what: str) -> None:
+    if what == "its bytes":
+        output.write_bytes(b"junk")
+    if what in ("the file", "both"):
+        output.unlink()
+    if what in ("its index", "both"):
+        (output.parent / f"{output.name}.fusecli" / "fused.index").unlink()
+
+
+@pytest.mark.parametrize("what", LOST)
+def test_results_that_are_lost_do_not_stand_in_the_way(run: Run, few: Path, what: str) -> None:
+    lines = (few / "m.csv").read_bytes().splitlines(keepends=True)
+    batch(run, "--manifest", "-", "-o", "o.safetensors", input=b"".join(lines[:3]))
+    _lose(few / "o.safetensors", what)
+    batch(run, "--manifest", "-", "-o", "o.safetensors", input=lines[0] + lines[3])
+    assert list(load_file(few / "o.safetensors")) == ["c"]
+    batch(run, "img", "txt", "-o", "p.npy")
+    _lose(few / "p.npy", what)
+    batch(run, "img", "txt", "-o", "p.npy", "--limit", 2)
+    assert np.load(few / "p.npy").shape == (2, 3, D)
+
+
+def test_a_run_killed_between_file_and_index_loses_nothing(
+    run: Run, few: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = (few / "m.csv").read_bytes().splitlines(keepends=True)
+    batch(run, "--manifest", "-", "-o", "o.safetensors", input=b"".join(lines[:3]))
+    state = few / "o.safetensors.fusecli"
+    before = (state / "fused.index").read_bytes()
+    batch(run, "--manifest", "-", "-o", "o.safetensors", input=lines[0] + lines[3])
+    (state / "fused.index").rename(state / "fused.new.index")
+    (state / "fused.index").write_bytes(before)
+    batch(run, "--manifest", "-", "-o", "o.safetensors", input=lines[0] + lines[4])
+    assert list(load_file(few / "o.safetensors")) == ["a", "b", "c", "d"]
+
+
+def test_a_file_of_all_results_may_be_a_link_to_another_disk(run: Run, few: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        for name in ("o.safetensors", "a.npy"):
+            (few / name).symlink_to(f"{other}/{name}")
+        batch(run, "img", "txt", "-o", "o.safetensors", "-a", "a.npy")
+        assert sorted(load_file(f"{other}/o.safetensors")) == FEW
+        assert sorted(os.listdir(other)) == ["a.npy", "a.npy.fusecli", "o.safetensors", "o.safetensors.fusecli"]
+
+
+@pytest.mark.parametrize("gone", ["o.safetensors", "a.npy"])
+def test_what_is_new_is_not_replaced_by_what_was_gathered(run: Run, few: Path, gone: str) -> None:
+    place = ["img", "txt", "-o", "o.safetensors", "-a", "a.npy"]
+    batch(run, *place)
+    for id in FEW:  # the README: delete the results of inputs that have changed
+        np.save(few / "img" / f"{id}.npy", -np.load(few / "img" / f"{id}.npy"))
+    (few / gone).unlink()
+    batch(run, *place)
+    batch(run, "img", "txt", "-o", "fresh.safetensors", "-a", "fresh.npy")
+    assert (few / "o.safetensors").read_bytes() == (few / "fresh.safetensors").read_bytes()
+    assert (few / "a.npy").read_bytes() == (few / "fresh.npy").read_bytes()
+
+
+def test_without_a_ledger_gathered_results_count_for_nothing(run: Run, few: Path) -> None:
+    run("init", "-o", "other.safetensors", "--feature-dim", D, "--num-heads", 4, "--seed", 1, "-q")
+    batch(run, "img", "txt", "-o", "o.npy")
+    old = np.load(few / "o.npy")
+    (few / "o.npy.fusecli" / "ledger.jsonl").unlink()
+    run("batch", "img", "txt", "-o", "o.npy", "-w", "other.safetensors", "-q")
+    assert (np.load(few / "o.npy") != old).any()
+
+
+def test_stacks_of_one_header_in_two_orders_are_not_mixed_up(tmp_path: Path) -> None:
+    def gather_in(order: str) -> PartStore:
+        store, told = PartStore(str(tmp_path / "o.npy"), str(tmp_path), "fused"), []  # type: ignore[var-annotated]
+        for id in order:
+            with store.open(id, "fused", (1, 2), "float32", told) as (sink, at):
+                sink.put(at, np.full((1, 2), ord(id), np.float32))
+        gather(store, lambda: iter(list(zip(order, told, strict=True))))
+        return store
+
+    index, file = tmp_path / "fused.index", tmp_path / "o.npy"
+    gather_in("ab")
+    old_index, old_file = index.read_bytes(), file.read_bytes()
+    store = gather_in("ba")
+    index.rename(tmp_path / "fused.new.index")  # a run was killed after it had moved the file to its place
+    index.write_bytes(old_index)
+    assert [id for id, _ in gathered(store)] == ["b", "a"]
+    file.rename(tmp_path / "on-its-way")  # and before
+    file.write_bytes(old_file)
+    assert [id for id, _ in gathered(store)] == ["a", "b"]
+
+
+def test_a_stack_does_not_lose_the_rows_of_other_ids(run: Run, few: Path) -> None:
+    lines = (few / "m.csv").read_text().splitlines()
+    batch(run, "img", "txt", "-o", "o.npy")
+    (few / "m.csv").write_text("\n".join(lines[:3]) + "\n")
+    for more in ([], ["--dry-run"]):
+        told = batch(run, "--manifest", "m.csv", "-o", "o.npy", *more, code=2).stderr
+        assert b"other weights or options" in told  # another place to read from
+    (few / "img" / "a.npy").unlink()
+    for more in ([], ["--dry-run"]):
+        assert b"holds results of other pairs: found a" in batch(run, "img", "txt", "-o", "o.npy", *more, code=2).stderr
+    assert np.load(few / "o.npy").shape == (6, 3, D)
+    batch(run, "img", "txt", "-o", "o.npy", "--overwrite", "--allow-missing")
+    assert np.load(few / "o.npy").shape == (5, 3, D)
+
+
+def test_rows_of_a_stack_count_what_is_missing(run: Run, few: Path) -> None:
+    (few / "txt" / "c.npy").unlink()
+    batch(run, "img", "txt", "-o", "o.npy", "--allow-missing")
+    assert np.isnan(np.load(few / "o.npy")).any((1, 2)).tolist() == [id == "c" for id in FEW]
+    lines = (few / "m.csv").read_text().splitlines()
+    lines.insert(2, "broken")
+    for place in ("m.csv", "-"):
+        text = "\n".join([*lines[:5], lines[1], lines[5]]) + "\n"
+        (few / "m.csv").write_text(text)
+        batch(run, "--manifest", place, "-o", f"{place}.npy", code=4, input=text.encode())
+    rows = np.load(few / "m.csv.npy")
+    assert np.isnan(rows).any((1, 2)).tolist() == [False, True, False, True, True, False]  # c fails: its text is gone
+    assert len(np.load(few / "-.npy")) == 4
+
+
+def test_rows_of_a_stack_come_and_go_without_results(run: Run, few: Path) -> None:
+    place = ["img", "txt", "-o", "o.npy", "-a", "a.npy", "--allow-missing"]
+
+    def holes(name: str) -> list[bool]:
+        rows = np.load(few / name)
+        return [bool(np.isnan(row).any()) for row in rows]
+
+    batch(run, *place)
+    (few / "img" / "aa.npy").write_bytes((few / "img" / "a.npy").read_bytes())  # it has no text
+    batch(run, *place)
+    assert holes("o.npy") == holes("a.npy") == [False, True, False, False, False, False, False]
+    (few / "img" / "aa.npy").unlink()
+    batch(run, *place)
+    assert holes("o.npy") == holes("a.npy") == [False] * 6
+
+
+def test_names_that_no_stack_has_and_no_text_can_hold(run: Run, tmp_path: Path) -> None:
+    run("init", "-o", "w.safetensors", "--feature-dim", D, "--num-heads", 4, "-q")
+    np.save(tmp_path / "stack.npy", np.ones((2, D), np.float32))
+    save_file({"1": np.ones((2, D), np.float32), "1" * 5000: np.ones((2, D), np.float32)}, tmp_path / "t.safetensors")
+    run("batch", "stack.npy", "t.safetensors", "-o", "out", "-w", "w.safetensors", "--allow-missing")
+    assert [path.name for path in (tmp_path / "out").glob("*.npy")] == ["1.npy"]
+    header = b'{"\\ud800":{"dtype":"F32","shape":[1,1],"data_offsets":[0,4]}}'
+    (tmp_path / "s.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    for command in (("batch", "s.safetensors", "t.safetensors"), ("train", "s.safetensors", "t.safetensors")):
+        assert b"s.safetensors" in run(*command, "-o", "f.safetensors", code=3).stderr
