@@ -440,7 +440,7 @@ def test_inspect_shows_what_is_there_not_what_it_means_to_a_terminal(run: Run, t
 
 
 def test_inspect_reads_a_block_at_a_time_whatever_the_axes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusecli import report
+    from fusecli import describe
     from fusecli.formats import Stored
 
     read, sizes = Stored.read, []
@@ -450,12 +450,12 @@ def test_inspect_reads_a_block_at_a_time_whatever_the_axes(tmp_path: Path, monke
         sizes.append(block.nbytes)
         return block
 
-    monkeypatch.setattr(report, "BLOCK", 256)
+    monkeypatch.setattr(describe, "BLOCK", 256)
     monkeypatch.setattr(Stored, "read", counting)
     x = np.random.default_rng(0).standard_normal((2, 40, 8), np.float32)
     for name, array in (("a", x), ("b", x.reshape(-1, 8))):
         np.save(tmp_path / f"{name}.npy", array)
-    one, other = (report.describe(str(tmp_path / f"{name}.npy"))["tensors"][0] for name in "ab")
+    one, other = (describe.describe(str(tmp_path / f"{name}.npy"))["tensors"][0] for name in "ab")
     assert one["norms"] == other["norms"]
     assert max(sizes) == 256
 
