@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from fusecli.errors import ValuesError
+from fusecli.machine import cores
 from fusecli.training.data import Batch, Data, batches, load
 from fusecli.training.represent import EVALUATED, Fusion, Representation
 
@@ -146,16 +148,19 @@ class Supervised:
         x = (x - mean) / std
         if not torch.isfinite(x).all():
             raise ValuesError("numbers too large to learn from", hint="scale the features down")
-        found: list[tuple[Measured, Head]] = []
-        for penalty in PENALTIES:
+        seen, asked, targets = x[train], x[validation], self.targets
+
+        def under(penalty: float) -> tuple[Measured, Head]:
             fresh = self.head(x.shape[1])
-            self._minimise(fresh, x[train], self.targets[train], penalty)
+            self._minimise(fresh, seen, targets[train], penalty)
             with torch.no_grad():
-                measured = self.measured(_applied(fresh, x[validation]), self.targets[validation])
+                measured = self.measured(_applied(fresh, asked), targets[validation])
                 weight = fresh["head.weight"] / std
                 bias = fresh["head.bias"] - weight @ mean
-            found.append((measured, {"head.weight": nn.Parameter(weight), "head.bias": nn.Parameter(bias)}))
-        return min(found, key=lambda pair: pair[0].loss)
+            return measured, {"head.weight": nn.Parameter(weight), "head.bias": nn.Parameter(bias)}
+
+        with ThreadPoolExecutor(min(cores(), len(PENALTIES))) as pool:
+            return min(pool.map(under, PENALTIES), key=lambda pair: pair[0].loss)
 
     def _minimise(self, head: Head, x: torch.Tensor, targets: torch.Tensor, penalty: float) -> None:
         optimizer = torch.optim.LBFGS(list(head.values()), max_iter=ITERATIONS, line_search_fn="strong_wolfe")
