@@ -266,7 +266,7 @@ def test_three_pairs_are_too_few(run: Run, lesson: list[str], tmp_path: Path) ->
         (("--method", "concat", "--gate", "tanh"), "--gate: only for --method gated: found --method concat"),
         (("--resume",), "no unfinished run"),
         (("--labels", "f.log.jsonl"), "also an input"),
-        (("--labels", ""), "no file name"),
+        (("--labels", ""), "--labels: is empty"),
         (("--task", "regression"), "there are no labels"),
         (("--label-smoothing", 0.2), "there are no labels"),
         (("--label-column", "other"), "there are no labels"),

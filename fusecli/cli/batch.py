@@ -26,7 +26,16 @@ from fusecli.cli.options import (
     to_grid,
 )
 from fusecli.cli.shared import ONE_ROW, check_attention_options, load_weights
-from fusecli.cli.sources import ImageKey, ImagePattern, Sources, TextKey, TextPattern, check_sources, find_pairs
+from fusecli.cli.sources import (
+    ImageKey,
+    ImagePattern,
+    Sources,
+    TextKey,
+    TextPattern,
+    check_sources,
+    find_pairs,
+    refuse_inside,
+)
 
 #: Suffixes that tell of a file that is meant, where there would be a folder of that name.
 MISTAKEN = (".npy", ".safetensors", ".safetensor", ".npz", ".pt", ".pth", ".bin", ".h5", ".parquet")
@@ -173,9 +182,9 @@ def _check_outputs(output: str, attention: str | None, suffix: str, weights: str
         raise UsageError("no output", hint="add -o FOLDER")
     if suffix not in SUFFIXES:
         raise UsageError("unknown format", where="--suffix", found=suffix, wanted=" or ".join(SUFFIXES))
-    inputs = {os.path.realpath(path) for path in (*sources.paths(), weights) if path}
+    inputs = [path for path in (*sources.paths(), weights) if path]
     for path in filter(None, (output, attention)):
-        _check_output(path, inputs, [place + "/" for place in inputs if os.path.isdir(place)])
+        _check_output(path, inputs)
     if attention:
         one, other = os.path.realpath(output) + "/", os.path.realpath(attention) + "/"
         state = os.path.realpath(state_folder(output)) + "/"
@@ -183,16 +192,15 @@ def _check_outputs(output: str, attention: str | None, suffix: str, weights: str
             raise UsageError("attention would lie among the results", where=attention, hint="write to another place")
 
 
-def _check_output(path: str, inputs: set[str], folders: list[str]) -> None:
+def _check_output(path: str, inputs: list[str]) -> None:
     from fusecli.collections import SUFFIXES
     from fusecli.errors import UsageError
 
-    real, elsewhere = os.path.realpath(path), "write to another place"
     if path == "-":
         hint = "name a folder; --json says what is done"
         raise UsageError("many results cannot go to stdout", where="-o -", hint=hint)
-    if real in inputs:
-        raise UsageError("output is also an input", where=path, hint=elsewhere)
+    if os.path.realpath(path) in map(os.path.realpath, inputs):
+        raise UsageError("output is also an input", where=path, hint="write to another place")
     if os.path.isdir(path):
         return
     suffix = os.path.splitext(path)[1]
@@ -200,8 +208,8 @@ def _check_output(path: str, inputs: set[str], folders: list[str]) -> None:
         raise UsageError("cannot be written", where=path, found=suffix, wanted="a folder, .safetensors or .npy")
     if os.path.exists(path) and not (path.endswith(SUFFIXES) and os.path.isfile(path)):
         raise UsageError("is a file or a pipe", where=path, wanted="a folder, .safetensors or .npy")
-    if path.endswith(SUFFIXES) and real.startswith(tuple(folders)):
-        raise UsageError("output would lie among the inputs", where=path, hint=elsewhere)
+    if path.endswith(SUFFIXES):
+        refuse_inside(path, filter(os.path.isdir, inputs))
 
 
 def _read_tokens(path: str) -> Any:

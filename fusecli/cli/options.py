@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -148,3 +149,12 @@ def method_options(method: Method, parameters: dict[str, Any]) -> dict[str, Any]
     except CheckpointError as error:
         raise UsageError(error.what, found=error.found, wanted=error.wanted) from None
     return {"method": str(method), **given}
+
+
+def require_names(given: Mapping[str, str | None]) -> None:
+    """Raise `UsageError` for an empty name among those ``given`` by option: often a variable that is not set."""
+    from fusecli.errors import UsageError
+
+    for where, name in given.items():
+        if name == "":
+            raise UsageError("is empty", where=where, hint="leave it out, or look whether a variable is set")

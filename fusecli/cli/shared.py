@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fusecli.cli.options import require_names
+
 ONE_ROW = (
     "one image row: every text row gets the same vector, whatever it says; "
     "use image regions, --residual or another method"
@@ -17,9 +19,7 @@ def check_attention_options(attention: str | None, given: dict[str, Any]) -> Non
     from fusecli.errors import UsageError
     from fusecli.formats import has_names
 
-    for name, value in {"attention": attention, "tokens": given["tokens"]}.items():
-        if value == "":  # often a variable of the shell that is not set
-            raise UsageError("no file name", where=f"--{name}", hint="leave it out")
+    require_names({"--attention": attention, "--tokens": given["tokens"]})
     for name, value in given.items():
         if value not in (None, False) and attention is None:
             raise UsageError("needs attention to be written", where=f"--{name}", hint="add --attention OUT")
@@ -45,8 +45,7 @@ def load_weights(
     from fusecli.fusion import require_attention
     from fusecli.weights import require_heads
 
-    if path == "":
-        raise UsageError("no file name", where="--weights", hint="leave it out for untrained weights")
+    require_names({"--weights": path})
     if not path and num_heads:
         require_heads(num_heads, 768, UsageError)
     if path:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fusecli.cli.console import emit, note, printable
-from fusecli.cli.options import Debug, GridSize, Quiet, SkipRows, to_grid
+from fusecli.cli.options import Debug, GridSize, Quiet, SkipRows, require_names, to_grid
 
 
 class Heads(StrEnum):
@@ -113,9 +113,7 @@ def _check_options(given: dict[str, Any]) -> None:
     from fusecli.pairs import refuse_same_file
 
     output, attention = given["output"], given["attention"]
-    for name in ("image", "images", "output", "tokens", "id"):
-        if given[name] == "":
-            raise UsageError("no name", where=f"--{name}", hint="leave it out")
+    require_names({f"--{name}": given[name] for name in ("image", "images", "output", "tokens", "id")})
     if given["head"] is not None and given["heads"] is Heads.all:
         raise UsageError("one head and all heads", where="--head", hint="leave one of them out")
     folder = bool(output) and _is_folder(output)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import typer
+
+from fusecli.cli.options import require_names
 
 ImagePattern = Annotated[
     str | None, typer.Option(metavar="PATTERN", help="Where the id stands in an image's file name: '{id}.image.npy'.")
@@ -64,10 +67,9 @@ def check_sources(sources: Sources) -> None:
     from fusecli.collections import matcher
     from fusecli.errors import UsageError
 
-    for name, value in asdict(sources).items():
-        if value == "":  # often a variable of the shell that is not set
-            where = name.upper() if name in ("images", "texts") else f"--{name.replace('_', '-')}"
-            raise UsageError("is empty", where=where, hint="leave it out, or look whether a variable is set")
+    names = asdict(sources)
+    require_names({side.upper(): names.pop(side) for side in ("images", "texts")})
+    require_names({f"--{name.replace('_', '-')}": value for name, value in names.items()})
     if sources.manifest is None and sources.images is None:
         raise UsageError("no features", hint="fusecli batch IMAGES TEXTS -o FOLDER, or --manifest FILE")
     if sources.manifest is not None and sources.images is not None:
@@ -87,6 +89,15 @@ def check_sources(sources: Sources) -> None:
             matcher("{id}" if pattern is None else pattern)
         except ValueError:
             raise UsageError("no pattern", where=f"--{side}-pattern", found=pattern, wanted="{id} in it once") from None
+
+
+def refuse_inside(output: str, folders: Iterable[str]) -> None:
+    """Raise `UsageError` if ``output`` lies in one of the ``folders``, which are read."""
+    from fusecli.errors import UsageError
+
+    real = os.path.realpath(output)
+    if any(real.startswith(os.path.realpath(folder) + os.sep) for folder in folders):
+        raise UsageError("output would lie among the inputs", where=output, hint="write to another place")
 
 
 def find_pairs(sources: Sources, outputs: list[str | None], shard: Any, weights: str | None = None) -> Any:

@@ -24,9 +24,19 @@ from fusecli.cli.options import (
     SelfAttention,
     given_options,
     method_options,
+    require_names,
 )
 from fusecli.cli.progress import Epochs, shown
-from fusecli.cli.sources import ImageKey, ImagePattern, Sources, TextKey, TextPattern, check_sources, find_pairs
+from fusecli.cli.sources import (
+    ImageKey,
+    ImagePattern,
+    Sources,
+    TextKey,
+    TextPattern,
+    check_sources,
+    find_pairs,
+    refuse_inside,
+)
 from fusecli.errors import InputError, OutputError, UsageError
 
 #: Ids that are shown of many.
@@ -257,9 +267,7 @@ def _check(sources: Sources, output: str, labels: str | None, weights: str | Non
         raise UsageError("nothing is left to train on", where="--validation and --held-out", found=f"{kept:g}")
     outputs = [output, *files_of(output)]
     refuse_same_file(outputs, [*(path for path in sources.paths() if os.path.isfile(path)), labels, weights])
-    folders = [os.path.realpath(path) + os.sep for path in sources.paths() if os.path.isdir(path)]
-    if os.path.realpath(output).startswith(tuple(folders)):
-        raise UsageError("output would lie among the inputs", where=output, hint="write to another place")
+    refuse_inside(output, filter(os.path.isdir, sources.paths()))
     if os.path.isdir(output) or not os.path.isdir(os.path.dirname(output) or "."):
         raise OutputError("no place for a file", where=output, hint="name a file in a folder that exists")
 
@@ -267,8 +275,7 @@ def _check(sources: Sources, output: str, labels: str | None, weights: str | Non
 def _check_labels(given: dict[str, Any]) -> None:
     """Raise `UsageError` for options of labels where there are none, and of classes where there are numbers."""
     of_classes = ("class_weights", "label_smoothing")
-    if given["labels"] == "":
-        raise UsageError("no file name", where="--labels", hint="leave it out to learn without labels")
+    require_names({"--labels": given["labels"]})
     if given["labels"] and given["objective"]:
         raise UsageError("labels are to be told, not matched", where="--objective", hint="leave out either")
     for name in ("label_column", "task", "text_dropout", *of_classes):
