@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,8 +34,15 @@ from fusecli.cli.sources import (
     TextPattern,
     check_sources,
     find_pairs,
+    find_stream,
     refuse_inside,
 )
+
+if TYPE_CHECKING:
+    from fusecli.batch.feed import Pairs
+    from fusecli.batch.plan import Shard
+    from fusecli.batch.request import Request
+    from fusecli.dumps import Tokens
 
 #: Suffixes that tell of a file that is meant, where there would be a folder of that name.
 MISTAKEN = (".npy", ".safetensors", ".safetensor", ".npz", ".pt", ".pth", ".bin", ".h5", ".parquet")
@@ -109,11 +116,12 @@ def batch(
 
     fusecli batch images/ texts/ -o fused/
     """
+    parameters = locals()
     from fusecli.batch.job import Options
     from fusecli.batch.request import Request, is_one_file, named_like
     from fusecli.batch.run import run
     from fusecli.cli.progress import INTERRUPTED, Progress, explain
-    from fusecli.errors import InputError, UsageError
+    from fusecli.errors import InputError
     from fusecli.machine import cores
 
     output, attention = _without_slash(output), attention and _without_slash(attention)
@@ -124,13 +132,7 @@ def batch(
     placed = {"tokens": tokens, "grid": grid, "skip-rows": skip_rows}
     given = {"attention-mean": attention_mean, "attention-dtype": attention_dtype, **placed}
     check_attention_options(dumped, given)
-    if overwrite and retry_failed:
-        raise UsageError("--overwrite forgets what has failed", where="--retry-failed", hint="leave one of them out")
-    if dtype == "bfloat16" and named_like(output, suffix).endswith(".npy"):
-        raise UsageError(".npy cannot name bfloat16", where="--dtype", hint="-o OUT.safetensors, or another --suffix")
-    if shard and overwrite:
-        hint = f"rm -r {output}, then start the parts"
-        raise UsageError("a part cannot start all parts afresh", where="--overwrite", hint=hint)
+    _refuse_contradictions(parameters | {"output": output})
     loaded = load_weights(weights, num_heads, seed, residual, attention, lambda line: note(line, quiet))
     part = _shard(shard)
     request = Request(
@@ -151,15 +153,17 @@ def batch(
         grid=to_grid(grid),
         skip_rows=skip_rows,
     )
+    places = [output, attention]
     if dry_run:
-        _tell_plan(request, find_pairs(sources, [output, attention], part, weights), quiet)
+        _tell_plan(request, find_pairs(sources, places, part, weights), quiet)
         return
+    plan = partial(find_stream, sources) if manifest == "-" else partial(find_pairs, sources, places, part, weights)
     if attention and attention_mean and is_one_file(attention) and attention.endswith(".npy"):
         told = "will be [B, N, M], which `fusecli show` takes for heads; .safetensors says what it is"
         note(f"{attention}: {told}", quiet)
     try:
         with Progress(quiet, json, output, suffix) as progress:
-            summary = run(request, partial(find_pairs, sources, [output, attention], part, weights), progress)
+            summary = run(request, plan, progress)
     except KeyboardInterrupt:
         note(INTERRUPTED, quiet)
         raise typer.Exit(130) from None
@@ -171,6 +175,22 @@ def batch(
     code = explain(summary, request, allow_missing, quiet)
     if code:
         raise typer.Exit(code)
+
+
+def _refuse_contradictions(given: dict[str, Any]) -> None:
+    """Raise `UsageError` for options of which one makes nonsense of the other."""
+    from fusecli.batch.request import named_like
+    from fusecli.errors import UsageError
+
+    if given["overwrite"] and given["retry_failed"]:
+        raise UsageError("--overwrite forgets what has failed", where="--retry-failed", hint="leave one of them out")
+    if given["overwrite"] and given["shard"]:
+        hint = f"rm -r {given['output']}, then start the parts"
+        raise UsageError("a part cannot start all parts afresh", where="--overwrite", hint=hint)
+    if given["dry_run"] and given["manifest"] == "-":
+        raise UsageError("lines that have not come yet cannot be planned", where="--dry-run")
+    if given["dtype"] == "bfloat16" and named_like(given["output"], given["suffix"]).endswith(".npy"):
+        raise UsageError(".npy cannot name bfloat16", where="--dtype", hint="-o OUT.safetensors, or another --suffix")
 
 
 def _check_outputs(output: str, attention: str | None, suffix: str, weights: str | None, sources: Sources) -> None:
@@ -212,7 +232,7 @@ def _check_output(path: str, inputs: list[str]) -> None:
         refuse_inside(path, filter(os.path.isdir, inputs))
 
 
-def _read_tokens(path: str) -> Any:
+def _read_tokens(path: str) -> Tokens:
     from fusecli.dumps import read_tokens
 
     tokens = read_tokens(path)
@@ -224,7 +244,7 @@ def _without_slash(path: str) -> str:
     return path.rstrip("/") or path[:1]
 
 
-def _shard(text: str | None) -> Any:
+def _shard(text: str | None) -> Shard | None:
     from fusecli.batch.plan import Shard
     from fusecli.errors import UsageError
 
@@ -237,13 +257,9 @@ def _shard(text: str | None) -> Any:
     return Shard(int(number), int(count))
 
 
-def _tell_plan(request: Any, pairs: Any, quiet: bool) -> None:
-    from fusecli.batch.manifest import Manifest
+def _tell_plan(request: Request, pairs: Pairs, quiet: bool) -> None:
     from fusecli.batch.run import look
-    from fusecli.errors import UsageError
 
-    if isinstance(pairs, Manifest):
-        raise UsageError("lines that have not come yet cannot be planned", where="--dry-run")
     done, bad, todo = look(request, pairs)
     note(f"{len(pairs.ids):,} pairs: {done:,} done, {bad:,} failed or incomplete before, {todo:,} to do", quiet)
     for outcome in pairs.known[:5]:

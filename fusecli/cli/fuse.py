@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -30,6 +29,11 @@ from fusecli.cli.options import (
     to_grid,
 )
 from fusecli.cli.shared import KEPT_TEXT, ONE_ROW, check_attention_options, load_weights
+
+if TYPE_CHECKING:
+    from fusecli.pipeline import Mover
+    from fusecli.weights import Config
+    from fusecli.weights import Weights as Loaded
 
 #: Other names of standard output: opened anew, they would write over what is there.
 STDOUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
@@ -154,13 +158,13 @@ def fuse(
 
 
 def _metadata(
-    weights: Any,
+    weights: Loaded,
     mean: bool,
     tokens: str | None,
     lies: tuple[tuple[int, int] | None, int | None],  # the grid of the image rows, and the rows before it
     id: str,
     shape: tuple[int, int],
-) -> Any:
+) -> dict[str, str]:
     from fusecli.checkpoint import dump_facts, fingerprint
     from fusecli.dumps import Label, read_tokens
 
@@ -170,7 +174,7 @@ def _metadata(
     return Label(dump_facts(weights.config, fingerprint(weights), mean), words, *lies).of_one(id, shape)
 
 
-def _tell_of_one_row(config: Any, quiet: bool) -> None:
+def _tell_of_one_row(config: Config, quiet: bool) -> None:
     if config.can_forget_text:
         note(ONE_ROW, quiet)
     elif config.residual or (config.method == "gated" and config.gate == "tanh"):
@@ -195,7 +199,7 @@ def _is_our_terminal(path: str) -> bool:
         return False
 
 
-def _mover(device: str) -> Callable[[Any], Any] | None:
+def _mover(device: str) -> Mover:
     if device == "cpu":
         return None
     from fusecli.arrays import to_device

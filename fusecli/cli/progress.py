@@ -6,9 +6,14 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusecli.cli.console import note, printable
+
+if TYPE_CHECKING:
+    from fusecli.batch.job import Outcome
+    from fusecli.batch.request import Request
+    from fusecli.batch.summary import Summary
 
 #: Seconds between lines where there is no terminal, and between two looks of the bar.
 EVERY = 10.0
@@ -49,7 +54,7 @@ class Progress:
         self._task = self._bar.add_task("", total=pairs, rate="")
         self._bar.start()
 
-    def told(self, outcomes: list[Any], summary: Any) -> None:
+    def told(self, outcomes: list[Outcome], summary: Summary) -> None:
         """Something came of these; ``summary`` counts them already."""
         if self._json and outcomes:
             sys.stdout.write("".join(json.dumps(self._line(outcome)) + "\n" for outcome in outcomes))
@@ -66,8 +71,8 @@ class Progress:
             of = "" if self._pairs is None else f" of {self._pairs:,}"
             note(f"{done:,}{of} pairs, {self._rate(summary)}{self._left(done, worked)}", self._quiet)
 
-    def _line(self, outcome: Any) -> dict[str, Any]:
-        record: dict[str, Any] = outcome.record()
+    def _line(self, outcome: Outcome) -> dict[str, Any]:
+        record = outcome.record()
         output, suffix = self._where
         if outcome.status == "fused":
             record["output"] = output if "part" in record else f"{output}/{outcome.id}{suffix}"
@@ -76,7 +81,7 @@ class Progress:
             facts.pop("at", None)
         return record
 
-    def _rate(self, summary: Any) -> str:
+    def _rate(self, summary: Summary) -> str:
         seconds = max(time.monotonic() - self._start, 1e-3)
         rate = f"{summary.fused / seconds:,.0f} pairs/s, {summary.nbytes / seconds / 1e6:,.0f} MB/s"
         return f"{rate}, {summary.failures:,} failed" if summary.failures else rate
@@ -152,7 +157,7 @@ def counted(ids: list[str], quiet: bool) -> Iterator[str]:
         yield id
 
 
-def explain(summary: Any, request: Any, allow_missing: bool, quiet: bool) -> int:
+def explain(summary: Summary, request: Request, allow_missing: bool, quiet: bool) -> int:
     """Print the table of what came of a run; returns the exit code."""
     from fusecli.batch.request import state_folder
 
@@ -176,7 +181,7 @@ def shown(ids: list[str], count: int) -> str:
     return ", ".join(id if len(id) < 60 else f"{id[:60]}…" for id in ids) + (", …" if count > len(ids) else "")
 
 
-def _code(summary: Any, request: Any, allow_missing: bool, quiet: bool) -> int:
+def _code(summary: Summary, request: Request, allow_missing: bool, quiet: bool) -> int:
     from fusecli.errors import OutputError
 
     if summary.interrupted:

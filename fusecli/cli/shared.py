@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fusecli.cli.options import require_names
+
+if TYPE_CHECKING:
+    from fusecli.weights import Weights
 
 ONE_ROW = (
     "one image row: every text row gets the same vector, whatever it says; "
@@ -38,7 +41,7 @@ def load_weights(
     residual: bool,
     attention: str | None,
     tell: Callable[[str], None],
-) -> Any:
+) -> Weights:
     """The weights that a command was asked to use, untrained ones if none."""
     from fusecli import checkpoint
     from fusecli.errors import UsageError

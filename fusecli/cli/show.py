@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 import shlex
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fusecli.cli.console import emit, note, printable
 from fusecli.cli.options import Debug, GridSize, Quiet, SkipRows, require_names, to_grid
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fusecli.heatmap.dump import Dumps, Wanted
+    from fusecli.heatmap.view import View
 
 
 class Heads(StrEnum):
@@ -144,7 +150,7 @@ def _is_folder(output: str) -> bool:
     return output.endswith("/") or os.path.isdir(output) or not os.path.splitext(output)[1]
 
 
-def _draw(view: Any, output: str, image: str | None, fit: str, scale: str, quiet: bool) -> None:
+def _draw(view: View, output: str, image: str | None, fit: str, scale: str, quiet: bool) -> None:
     from fusecli.errors import UsageError
 
     suffix = os.path.splitext(output)[1].lower()
@@ -163,7 +169,7 @@ def _draw(view: Any, output: str, image: str | None, fit: str, scale: str, quiet
 
 
 def _report(
-    dumps: Any, output: str, wanted: Any, images: str | None, style: tuple[str, str], overwrite: bool, quiet: bool
+    dumps: Dumps, output: str, wanted: Wanted, images: str | None, style: tuple[str, str], overwrite: bool, quiet: bool
 ) -> None:
     from fusecli.cli.progress import counted
     from fusecli.heatmap.report import write_report
@@ -179,7 +185,7 @@ def _report(
         raise typer.Exit(4)
 
 
-def _print(view: Any, scale: str) -> None:
+def _print(view: View, scale: str) -> None:
     """On a terminal maps, elsewhere a plain table."""
     from rich.console import Console
 
@@ -196,7 +202,7 @@ def _print(view: Any, scale: str) -> None:
         print("\n".join(_table(view)), flush=True)
 
 
-def _legend(console: Any, view: Any, scale: str) -> None:
+def _legend(console: Console, view: View, scale: str) -> None:
     import math
 
     from fusecli.cli.tiles import fitted, shown_on
@@ -208,7 +214,7 @@ def _legend(console: Any, view: Any, scale: str) -> None:
         console.print(fitted(shown_on(console, line), console.width), markup=False)
 
 
-def _table(view: Any) -> list[str]:
+def _table(view: View) -> list[str]:
     from rich.cells import cell_len
 
     from fusecli.cli.tiles import fitted

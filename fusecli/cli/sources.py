@@ -6,11 +6,16 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fusecli.cli.options import require_names
+
+if TYPE_CHECKING:
+    from fusecli.batch.feed import Pairs
+    from fusecli.batch.manifest import Manifest
+    from fusecli.batch.plan import Shard
 
 ImagePattern = Annotated[
     str | None, typer.Option(metavar="PATTERN", help="Where the id stands in an image's file name: '{id}.image.npy'.")
@@ -100,27 +105,35 @@ def refuse_inside(output: str, folders: Iterable[str]) -> None:
         raise UsageError("output would lie among the inputs", where=output, hint="write to another place")
 
 
-def find_pairs(sources: Sources, outputs: list[str | None], shard: Any, weights: str | None = None) -> Any:
-    """The pairs, or the manifest that reads them from standard input."""
+def find_stream(sources: Sources) -> Manifest:
+    """The manifest that reads its pairs from standard input."""
+    from fusecli.batch.manifest import Manifest
+    from fusecli.errors import FileError
+
+    if sys.stdin is None:
+        raise FileError("standard input is closed", where="-")
+    return Manifest("<stdin>", "", sources.image_key, sources.text_key)
+
+
+def find_pairs(
+    sources: Sources, outputs: list[str | None], shard: Shard | None = None, weights: str | None = None
+) -> Pairs:
+    """The pairs, where they are all there already."""
     from fusecli.batch.apart import Inputs
     from fusecli.batch.feed import from_collections, from_manifest
     from fusecli.batch.manifest import Manifest
     from fusecli.batch.plan import match
     from fusecli.collections import open_collection
-    from fusecli.errors import FileError, InputError
+    from fusecli.errors import InputError
 
-    keys = sources.image_key, sources.text_key
     inputs = Inputs(filter(None, outputs))
     for place in (*sources.paths(), weights):
         if place and os.path.isfile(place):
             inputs.see(place)
-    if sources.manifest == "-":
-        if sys.stdin is None:
-            raise FileError("standard input is closed", where="-")
-        return Manifest("<stdin>", "", *keys)
     if sources.manifest is not None:
         path = sources.manifest
-        return from_manifest(Manifest(path, os.path.dirname(path), *keys), path, shard, inputs)
+        manifest = Manifest(path, os.path.dirname(path), sources.image_key, sources.text_key)
+        return from_manifest(manifest, path, shard, inputs)
     image_place = sources.images or ""
     text_place = sources.texts or image_place
     own = {os.path.realpath(path) for path in outputs if path}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from enum import StrEnum
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -38,6 +38,10 @@ from fusecli.cli.sources import (
     refuse_inside,
 )
 from fusecli.errors import InputError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from fusecli.batch.feed import Pairs
+    from fusecli.training.run import Result
 
 #: Ids that are shown of many.
 FIRST = 5
@@ -187,7 +191,7 @@ def train(
     _check_labels(parameters)
     given = _method_options(parameters)
     loaded = None if weights is None else checkpoint.load(weights, num_heads, tell=lambda line: note(line, quiet))
-    pairs = find_pairs(sources, [output], None)
+    pairs = find_pairs(sources, [output])
     known = labelled.read_labels(labels, label_column or "label") if labels is not None else None
     ids = _usable(pairs, known, allow_missing, quiet)
     features = {place.path for id in ids for place in pairs.places(id)}  # behind links, say
@@ -286,7 +290,7 @@ def _check_labels(given: dict[str, Any]) -> None:
             raise UsageError("numbers have no classes", where=where, hint="leave it out")
 
 
-def _usable(pairs: Any, labels: dict[str, str] | None, allow_missing: bool, quiet: bool) -> list[str]:
+def _usable(pairs: Pairs, labels: dict[str, str] | None, allow_missing: bool, quiet: bool) -> list[str]:
     """The ids that have all there is to have; the others are counted and listed."""
     for outcome in pairs.known:
         if outcome.status == "failed":
@@ -312,7 +316,7 @@ def _usable(pairs: Any, labels: dict[str, str] | None, allow_missing: bool, quie
     return ids
 
 
-def _show(result: Any, output: str, quiet: bool) -> None:
+def _show(result: Result, output: str, quiet: bool) -> None:
     facts = result.facts()
     best = facts["best_epoch"]
     what = f"weights of epoch {best}" if best else "the weights that it began with: no epoch was clearly better"

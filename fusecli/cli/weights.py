@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,9 @@ from fusecli.cli.options import (
     SelfAttention,
     method_options,
 )
+
+if TYPE_CHECKING:
+    from fusecli.weights import Weights
 
 Output = Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="Checkpoint to write (.safetensors).")]
 
@@ -140,7 +143,7 @@ def _want_safetensors(output: str) -> None:
         raise UsageError("checkpoints are .safetensors files", where=output, hint=f"-o {output}.safetensors")
 
 
-def _write(weights: Any, output: str, json: bool, quiet: bool) -> None:
+def _write(weights: Weights, output: str, json: bool, quiet: bool) -> None:
     from fusecli import checkpoint
 
     checkpoint.save(weights, output)
