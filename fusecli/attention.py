@@ -117,10 +117,10 @@ class Keys:
     def exact(self) -> Keys:
         """The same in float64."""
         maps = self.maps.exact() if self.maps.exact else self.maps.like(self.image, "float64")
-        return see_keys(self.order, self.num_heads, maps, cast(self.image, "float64"))
+        return prepare_keys(self.order, self.num_heads, maps, cast(self.image, "float64"))
 
 
-def see_keys(order: Order, num_heads: int, maps: Maps, image: Array, keys: Array = None) -> Keys:
+def prepare_keys(order: Order, num_heads: int, maps: Maps, image: Array, keys: Array = None) -> Keys:
     """Compute `Keys`; ``keys [H, M, d]`` are the projected image rows if they are at hand."""
     rows: Array = None
     shift: Array = None
@@ -134,7 +134,7 @@ def see_keys(order: Order, num_heads: int, maps: Maps, image: Array, keys: Array
 
 @dataclass(frozen=True, slots=True)
 class ImageSide:
-    """All that depends on the image alone: computed once, then met by any number of text blocks."""
+    """All that depends on the image alone: computed once, then attended to by any number of text blocks."""
 
     maps: Maps
     plan: Plan
@@ -145,7 +145,7 @@ class ImageSide:
     mask: Array = None  # [B, 1, 1, M], True where an image row is to be seen; DIRECT only
 
 
-def see(image: Array, maps: Maps, num_heads: int, plan: Plan, mask: Array = None) -> ImageSide:
+def prepare(image: Array, maps: Maps, num_heads: int, plan: Plan, mask: Array = None) -> ImageSide:
     """Compute the image's part of ``plan``. ``image [M, Di]`` has the dtype and device of ``maps``.
 
     The order ``DIRECT`` also takes a batch, ``[B, M, Di]``, and with it ``mask [B, M]``, true for rows that are no
@@ -162,22 +162,22 @@ def see(image: Array, maps: Maps, num_heads: int, plan: Plan, mask: Array = None
         values = _split_heads(dot(image, maps.value.mT), num_heads)  # [H, M, d]
     if plan.values is Order.IMAGE:
         values = products_beside(_by_head(maps.out.mT, num_heads).mT, values.mT)  # [D, H*M]
-    seen = see_keys(plan.scores, num_heads, maps, image, keys)
-    return ImageSide(maps, plan, num_heads, image, seen, values, None if mask is None else mask[:, None, None])
+    ready = prepare_keys(plan.scores, num_heads, maps, image, keys)
+    return ImageSide(maps, plan, num_heads, image, ready, values, None if mask is None else mask[:, None, None])
 
 
 #: Scores that stay in the cache, in numbers: 1 MiB of float32.
 TILE = 2**18
 
 
-def meet(text: Array, side: ImageSide, *, need_weights: bool = False) -> tuple[Array, Array | None]:
-    """Let ``text [N, Dt]`` attend to a seen image.
+def attend(text: Array, side: ImageSide, *, need_weights: bool = False) -> tuple[Array, Array | None]:
+    """Let ``text [N, Dt]`` attend to a prepared image.
 
     Returns:
         The fused rows ``[N, D]`` and, if asked for, the attention weights ``[H, N, M]``.
     """
     if side.plan.scores is side.plan.values is Order.DIRECT:
-        return (_meet_at_once if is_torch(text) else _meet_by_heads)(text, side, need_weights)
+        return (_attend_at_once if is_torch(text) else _attend_by_heads)(text, side, need_weights)
     scores = side.keys.scores(text)  # [H, N, M]
     exact = partial(_exact_scores, text, side)
     weights, total = _softmax(scores, side.keys.order, text, exact)  # [H, N, M], [H, N, 1]
@@ -194,7 +194,7 @@ def _exact_scores(text: Array, side: ImageSide) -> Array:
     return side.keys.exact.scores(cast(text, "float64"))  # [H, N, M]
 
 
-def _meet_by_heads(text: Array, side: ImageSide, need_weights: bool) -> tuple[Array, Array | None]:
+def _attend_by_heads(text: Array, side: ImageSide, need_weights: bool) -> tuple[Array, Array | None]:
     # A few heads at a time, so that their scores are still in the cache when the values are taken.
     (n, m), heads = (len(text), len(side.image)), side.num_heads
     query = side.keys.queries(text)  # [H, N, d]
@@ -219,7 +219,7 @@ def _meet_by_heads(text: Array, side: ImageSide, need_weights: bool) -> tuple[Ar
     return _finish(beside, side.maps.out.mT, side), joined(dump, 0) if need_weights else None
 
 
-def _meet_at_once(text: Array, side: ImageSide, need_weights: bool) -> tuple[Array, Array | None]:
+def _attend_at_once(text: Array, side: ImageSide, need_weights: bool) -> tuple[Array, Array | None]:
     # By torch, all heads of all pairs of a batch.
     def answer(weights: Array) -> tuple[Array, Array | None]:
         mixed = (weights @ side.values).swapaxes(-3, -2)  # [N, H, d]

@@ -24,7 +24,7 @@ from fusecli.arrays import (
     unwarned,
 )
 from fusecli.errors import ShapeError, UsageError
-from fusecli.methods import METHODS, Met, Method, View, adds_one_row
+from fusecli.methods import METHODS, FusedRows, Method, View, adds_one_row
 from fusecli.weights import Config, Weights
 
 #: Scores of one block of text rows at most, in numbers: 32 MiB of float32.
@@ -33,8 +33,8 @@ BLOCK_SCORES = 2**23
 BLOCK_ROWS = 2**13
 
 
-class Seen:
-    """One image, ready to meet text in blocks of rows: the single path of every fusion."""
+class Prepared:
+    """One image, ready to be fused into text, a block of rows at a time: the single path of every fusion."""
 
     def __init__(self, view: View) -> None:
         self._view, self._config = view, view.weights.config
@@ -63,7 +63,7 @@ class Seen:
         step = self.block_rows if self._config.self_attention else min(self.block_rows, most)
         return (slice(start, min(start + step, self.n)) for start in range(0, self.n, step))
 
-    def meet(self, text: Array, *, need_weights: bool = False, mask: Array = None) -> Met:
+    def fuse(self, text: Array, *, need_weights: bool = False, mask: Array = None) -> FusedRows:
         """Fuse one block of text rows ``[n, Dt]``, of any float dtype.
 
         It may be a batch ``[B, N, Dt]`` if the images are, with ``mask [B, N]`` true for rows that are no padding.
@@ -72,7 +72,7 @@ class Seen:
             Fused rows ``[n, D]`` and, if asked for, attention ``[H, n, M]`` and the mean gate ``[n]`` where there is
             one, in the dtype of computing.
         """
-        return self._method.meet(self._view.text_rows(text), mask, need_weights)
+        return self._method.fuse(self._view.text_rows(text), mask, need_weights)
 
 
 #: Pairs that are computed at once on a GPU, and rows of all of them together, at most: what fills it.
@@ -88,8 +88,10 @@ def pairs_together(weights: Weights, n: int, m: int) -> int:
     return max(1, min(TOGETHER, ROWS_TOGETHER // (n + m), BLOCK_SCORES // scores))
 
 
-def fuse_together(weights: Weights, images: Array, texts: Array, dtype: str, *, need_weights: bool = False) -> Met:
-    """Fuse pairs of one shape at once, as `Seen` would one by one.
+def fuse_together(
+    weights: Weights, images: Array, texts: Array, dtype: str, *, need_weights: bool = False
+) -> FusedRows:
+    """Fuse pairs of one shape at once, as `Prepared` would one by one.
 
     The numbers of a pair do not depend on the others, nor on how many there are: a batch is always filled up to
     `pairs_together`, since libraries choose their ways, and with them the last digits, by size.
@@ -108,9 +110,9 @@ def fuse_together(weights: Weights, images: Array, texts: Array, dtype: str, *, 
     size = pairs_together(weights, n, m)
     images, texts = padded(images, size), padded(texts, size)
     mask = cast(ones((size, max(m, n)), images), "bool")
-    seen = Seen(View(weights, images, texts, n, dtype, mask=mask[:, :m]))
-    met = seen.meet(texts, need_weights=need_weights, mask=mask[:, :n])
-    return Met(*(None if x is None else x[:count] for x in met))
+    prepared = Prepared(View(weights, images, texts, n, dtype, mask=mask[:, :m]))
+    result = prepared.fuse(texts, need_weights=need_weights, mask=mask[:, :n])
+    return FusedRows(*(None if x is None else x[:count] for x in result))
 
 
 def require_attention(config: Config) -> None:
@@ -157,8 +159,8 @@ def fuse(weights: Weights, image: Array, text: Array, *, need_weights: bool = Fa
     if is_torch(text) and not is_on_gpu(text) and numpy_can_have(text, image, *weights.tensors.values()):
         text = to_numpy(text)
     with unwarned(given):
-        seen = Seen(View(weights, image, text, len(text), dtype, training=training))
-        parts = [seen.meet(text[rows], need_weights=need_weights) for rows in seen.blocks()]
+        prepared = Prepared(View(weights, image, text, len(text), dtype, training=training))
+        parts = [prepared.fuse(text[rows], need_weights=need_weights) for rows in prepared.blocks()]
         fused = cast(like(joined([part.fused for part in parts], 0), given), dtype_name(given))
     return (fused, like(joined([part.attention for part in parts], 1), given)) if need_weights else fused
 

@@ -9,7 +9,7 @@ With ``T`` the text, ``I`` the image, ``ī`` the mean of the projected image row
 - ``transformer``: layers of ``T += MHA(LN T, LN I, LN I); T += W_2 gelu(W_1 LN T)``, with self-attention of ``T``
   before if wanted, and a last LN (Vaswani et al. 2017, section 3.1, with the norms first: Xiong et al. 2020).
 
-A method is built from a `View` of an image and then meets text rows, in blocks or in a batch.
+A method is built from a `View` of an image and then fuses text rows, in blocks or in a batch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fusecli.maps import Maps, merged, unfolded, with_image, with_image_pays
 from fusecli.weights import Weights, layers_of
 
 
-class Met(NamedTuple):
+class FusedRows(NamedTuple):
     """What came of some text rows."""
 
     fused: Array  # [n, D]
@@ -119,11 +119,11 @@ class Method(Protocol):
     def __init__(self, view: View) -> None:
         """Compute what depends on the image alone."""
 
-    def meet(self, text: Array, mask: Array, need_weights: bool) -> Met:
+    def fuse(self, text: Array, mask: Array, need_weights: bool) -> FusedRows:
         """Fuse text rows ``[n, Dt]`` (of a batch ``[B, N, Dt]``, with ``mask [B, N]``)."""
 
 
-class Attend:
+class CrossAttention:
     """``A = attention(T, I)``, the article's module.
 
     ``row [D]`` is the answer to every token where there is but one image row, else None: softmax over one key is 1.
@@ -149,39 +149,39 @@ class Attend:
         else:
             maps = weights.folded(view.template, view.dtype)
         plan = view.plan(image.shape[-2], weights.text_dim, weights.image_dim)
-        self._side = attention.see(image, maps, self._heads, plan, view.mask)
+        self._side = attention.prepare(image, maps, self._heads, plan, view.mask)
 
-    def meet(self, text: Array, need_weights: bool) -> tuple[Array, Array | None]:
+    def attend(self, text: Array, need_weights: bool) -> tuple[Array, Array | None]:
         """``A [n, D]``, or ``[D]`` if all rows are that, and the attention if asked for."""
         if self.row is not None:
             return self.row, ones((self._heads, len(text), 1), self.row) if need_weights else None
         query = text if self._text_proj is None else linear(text, *self._text_proj)  # [n, D]
-        return attention.meet(query, self._side, need_weights=need_weights)
+        return attention.attend(query, self._side, need_weights=need_weights)
 
 
 class Attention:
     """``A``, or ``T + A``."""
 
     def __init__(self, view: View) -> None:
-        self._attend = Attend(view)
+        self._attention = CrossAttention(view)
         self._residual = view.weights.config.residual
         self._dim = view.weights.dim
 
-    def meet(self, text: Array, mask: Array, need_weights: bool) -> Met:
+    def fuse(self, text: Array, mask: Array, need_weights: bool) -> FusedRows:
         """See `Method`."""
-        fused, attended = self._attend.meet(text, need_weights)
-        if self._attend.row is not None:
+        fused, attended = self._attention.attend(text, need_weights)
+        if self._attention.row is not None:
             fused = filled((len(text), self._dim), fused)
         if self._residual:
             fused += text
-        return Met(fused, attended)
+        return FusedRows(fused, attended)
 
 
 class Gated:
     """``T + g ⊙ A``."""
 
     def __init__(self, view: View) -> None:
-        self._attend = Attend(view)
+        self._attention = CrossAttention(view)
         self._dim = view.weights.dim
         self._tanh: Array = None
         if view.weights.config.gate == "tanh":
@@ -189,21 +189,21 @@ class Gated:
             return
         weight, self._shift = view.layer("gate_proj")
         self._by_text, self._by_image = cut(weight, self._dim, 1)
-        if self._attend.row is not None:
-            self._shift = self._by_image @ self._attend.row + self._shift  # [D]
+        if self._attention.row is not None:
+            self._shift = self._by_image @ self._attention.row + self._shift  # [D]
 
-    def meet(self, text: Array, mask: Array, need_weights: bool) -> Met:
+    def fuse(self, text: Array, mask: Array, need_weights: bool) -> FusedRows:
         """See `Method`."""
-        seen, attended = self._attend.meet(text, need_weights)
+        seen, attended = self._attention.attend(text, need_weights)
         if self._tanh is not None:
             gate = self._tanh
         else:
             gate = linear(text, self._by_text, self._shift)  # [n, D]
-            if self._attend.row is None:
+            if self._attention.row is None:
                 gate += dot(seen, self._by_image.mT)
             gate = sigmoid(gate)
         fused = text + gate * seen
-        return Met(fused, attended, self._mean(gate, text.shape[:-1]) if need_weights else None)
+        return FusedRows(fused, attended, self._mean(gate, text.shape[:-1]) if need_weights else None)
 
     def _mean(self, gate: Array, shape: tuple[int, ...]) -> Array:
         return filled(shape, gate) if self._tanh is not None else gate.mean(-1)
@@ -225,13 +225,13 @@ class Pooled:
         else:
             self._weight, self._shift = _text_columns(tensors), row
 
-    def meet(self, text: Array, mask: Array, need_weights: bool) -> Met:
+    def fuse(self, text: Array, mask: Array, need_weights: bool) -> FusedRows:
         """See `Method`."""
         fused = dot(text, self._weight.mT)  # [n, D]
         if self._scale is not None:
             fused *= self._scale
         fused += self._shift
-        return Met(fused)
+        return FusedRows(fused)
 
 
 def _text_columns(tensors: Mapping[str, Array]) -> Array:
@@ -275,9 +275,9 @@ class Transformer:
 
         maps = make() if view.training else view.weights.kept(name, view.template, view.dtype, lambda: merged(make()))
         dim = view.weights.dim
-        return attention.see(rows, maps, heads, view.plan(rows.shape[-2], dim, dim), mask)
+        return attention.prepare(rows, maps, heads, view.plan(rows.shape[-2], dim, dim), mask)
 
-    def meet(self, text: Array, mask: Array, need_weights: bool) -> Met:
+    def fuse(self, text: Array, mask: Array, need_weights: bool) -> FusedRows:
         """See `Method`. The attention is that of the last layer."""
         drop, attended = self._view.drop, None
         x = linear(text, *self._view.layer("text_proj"))  # [n, D]
@@ -286,14 +286,14 @@ class Transformer:
             if self._config.self_attention:
                 rows = layer_norm(x, *layer("norm1"))
                 own = self._see(f"layers.{number}.self_attn", rows, mask)
-                x = x + drop(attention.meet(rows, own)[0])
+                x = x + drop(attention.attend(rows, own)[0])
             last = number == len(self._sides) - 1
             rows = layer_norm(x, *layer("norm2"))
-            seen, attended = attention.meet(rows, side, need_weights=need_weights and last)
+            seen, attended = attention.attend(rows, side, need_weights=need_weights and last)
             x = x + drop(seen)
             inner = gelu(linear(layer_norm(x, *layer("norm3")), *layer("linear1")))  # [n, dim_feedforward]
             x = x + drop(linear(drop(inner), *layer("linear2")))
-        return Met(layer_norm(x, *self._view.layer("norm")), attended)
+        return FusedRows(layer_norm(x, *self._view.layer("norm")), attended)
 
     def _layer(self, number: int, name: str) -> tuple[Array, Array]:
         return self._view.layer(f"layers.{number}.{name}")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fusecli.arrays import compute_dtype
-from fusecli.attention import meet, see
+from fusecli.attention import attend, prepare
 from fusecli.fusion import as_rows
 from fusecli.maps import unfolded
 from fusecli.methods import DIRECT
@@ -60,7 +60,7 @@ class ImageTextFusion(nn.Module):
         in_proj = heads.in_proj_weight, _bias(heads.in_proj_bias, heads.in_proj_weight)
         out_proj = heads.out_proj.weight, _bias(heads.out_proj.bias, heads.out_proj.weight)
         maps = unfolded(in_proj, out_proj, heads.num_heads)
-        fused, _ = meet(query, see(memory, maps, heads.num_heads, DIRECT))
+        fused, _ = attend(query, prepare(memory, maps, heads.num_heads, DIRECT))
         return fused.to(text_feat.dtype)  # type: ignore[no-any-return]
 
 

@@ -15,8 +15,8 @@ import numpy as np
 from fusecli.arrays import Array, cast, first_nonfinite, to_numpy
 from fusecli.errors import OutputError
 from fusecli.formats import FileSource, NumpyArray, Sink, Stored, format_of, has_names, itemsize, open_sink
-from fusecli.fusion import Seen, fuse_together, pairs_together
-from fusecli.methods import Met, View, adds_one_row, one_row_is_enough, single_rows
+from fusecli.fusion import Prepared, fuse_together, pairs_together
+from fusecli.methods import FusedRows, View, adds_one_row, one_row_is_enough, single_rows
 from fusecli.pairs import compute_dtype_of, read_finite, require_width
 from fusecli.weights import Weights
 
@@ -90,7 +90,7 @@ class Pair(NamedTuple):
     image: Stored
     text: Stored
     row: Array = None  # what `fusecli.methods.single_rows` gave for the image
-    met: Met | None = None  # what `fuse_alike` gave for both
+    result: FusedRows | None = None  # what `fuse_alike` gave for both
 
 
 class Fused(NamedTuple):
@@ -125,8 +125,8 @@ def fuse_pair(weights: Weights, pair: Pair, output: Output, to_device: Mover = N
     require_width(image, weights.image_dim, "image")
     require_width(text, weights.text_dim, "text")
     n, m, dtype, finite = text.shape[0], image.shape[0], output.dtype or text.dtype, output.finite
-    alike = to_device is not None and pair.met is None and pairs_together(weights, n, m) > 1
-    work = (_Whole if alike or pair.met else _Blocks)(weights, pair, output, to_device)
+    alike = to_device is not None and pair.result is None and pairs_together(weights, n, m) > 1
+    work = (_Whole if alike or pair.result else _Blocks)(weights, pair, output, to_device)
     began = perf_counter()
     attention: AbstractContextManager[_ArrayFile | None] = NOWHERE
     if output.attention:
@@ -148,7 +148,7 @@ def fuse_alike(
     dtype: str,
     to_device: Callable[[NumpyArray], Array],
     need_weights: bool,
-) -> list[Met]:
+) -> list[FusedRows]:
     """Fuse pairs of one shape on a GPU: ``images [M, Di]`` and ``texts [N, Dt]``, one result a pair, for NumPy.
 
     At most `pairs_together`; the numbers of a pair do not depend on the others.
@@ -168,13 +168,13 @@ def fuse_alike(
     if rows.shape[1] == 1 and adds_one_row(weights):  # so there is nothing left to do for a GPU
         answers = to_numpy(single_rows(weights, rows[:, 0]))  # [B, D]
         return [
-            Seen(View(weights, None, row, len(text), dtype, row=row)).meet(text, need_weights=need_weights)
+            Prepared(View(weights, None, row, len(text), dtype, row=row)).fuse(text, need_weights=need_weights)
             for row, text in zip(answers, texts, strict=True)
         ]
     many = to_device(np.stack([cast(text, dtype) for text in texts]))  # [B, N, Dt]
-    met = fuse_together(weights, rows, many, dtype, need_weights=need_weights)
-    parts = [None if x is None else to_numpy(x) for x in met]
-    return [Met(*(None if x is None else x[at] for x in parts)) for at in range(len(images))]
+    result = fuse_together(weights, rows, many, dtype, need_weights=need_weights)
+    parts = [None if x is None else to_numpy(x) for x in result]
+    return [FusedRows(*(None if x is None else x[at] for x in parts)) for at in range(len(images))]
 
 
 @dataclass(slots=True)
@@ -185,14 +185,14 @@ class _Results:
     fused: _ArrayFile
     attention: _ArrayFile | None
 
-    def put(self, start: int, met: Met, alike: bool = False) -> None:
+    def put(self, start: int, result: FusedRows, alike: bool = False) -> None:
         """Write what came of the text rows from ``start`` on; ``alike`` if all of them are equal."""
-        self.fused.put_rows(start, to_numpy(met.fused), alike=alike)
+        self.fused.put_rows(start, to_numpy(result.fused), alike=alike)
         if self.attention:
-            attended = to_numpy(met.attention)
+            attended = to_numpy(result.attention)
             self.attention.put_rows(start, attended.mean(0) if self.output.attention_mean else attended)
             if self.output.gate:
-                self.attention.put_behind(start, to_numpy(met.gate))
+                self.attention.put_behind(start, to_numpy(result.gate))
 
 
 class _Whole:
@@ -200,20 +200,20 @@ class _Whole:
 
     def __init__(self, weights: Weights, pair: Pair, output: Output, to_device: Mover) -> None:
         self.seconds = Seconds()
-        if pair.met is not None or to_device is None:
-            self._met = pair.met
+        if pair.result is not None or to_device is None:
+            self._result = pair.result
             return
         began = perf_counter()
         sides = [read_finite(pair.image, output.finite)], [read_finite(pair.text, output.finite)]
         read, compute = perf_counter(), compute_dtype_of(pair.image, pair.text)
-        [self._met] = fuse_alike(weights, *sides, compute, to_device, output.attention is not None)
+        [self._result] = fuse_alike(weights, *sides, compute, to_device, output.attention is not None)
         self.seconds = Seconds(read - began, perf_counter() - read)
 
     def do_all(self, results: _Results) -> None:
         """Write it."""
         began = perf_counter()
-        assert self._met is not None
-        results.put(0, self._met)
+        assert self._result is not None
+        results.put(0, self._result)
         self.seconds.write += perf_counter() - began
 
 
@@ -234,9 +234,9 @@ class _Blocks:
         if row is not None and adds_one_row(weights):
             rows = row = to_numpy(row)
             self._to_device = None
-        self._seen = seen = Seen(View(weights, rows, rows, pair.text.shape[0], compute, row=row))
+        self._prepared = prepared = Prepared(View(weights, rows, rows, pair.text.shape[0], compute, row=row))
         looked = perf_counter()
-        self._blocks = list(seen.blocks(COPIED_ROWS if seen.only_adds else FUSED_ROWS))
+        self._blocks = list(prepared.blocks(COPIED_ROWS if prepared.only_adds else FUSED_ROWS))
         self._first = read_finite(pair.text, output.finite, self._blocks[0])
         if output.stream:  # look before writing
             for block in self._blocks[1:]:
@@ -283,14 +283,14 @@ class _Blocks:
 
     def _do(self, results: _Results, seconds: Seconds, block: slice, part: NumpyArray | None = None) -> None:
         """One block, read already or not."""
-        start, seen = perf_counter(), self._seen
+        start, prepared = perf_counter(), self._prepared
         if part is None:
             part = read_finite(self._text, self._output.finite, block)
         read = perf_counter()
-        met = seen.meet(self._moved(cast(part, seen.dtype)), need_weights=results.attention is not None)
-        met = met._replace(fused=to_numpy(met.fused))  # waits for the device
+        result = prepared.fuse(self._moved(cast(part, prepared.dtype)), need_weights=results.attention is not None)
+        result = result._replace(fused=to_numpy(result.fused))  # waits for the device
         fused = perf_counter()
-        results.put(block.start, met, alike=seen.rows_alike)
+        results.put(block.start, result, alike=prepared.rows_alike)
         seconds.read += read - start
         seconds.fuse += fused - read
         seconds.write += perf_counter() - fused

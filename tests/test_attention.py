@@ -18,8 +18,8 @@ PLANS = list(product(Order, Order))
 
 def _by_plan(scores: Order, values: Order, module: Any, image: Any, text: Any) -> tuple[Any, Any]:
     maps = weights_of(module).folded(text, str(text.dtype).removeprefix("torch."))
-    side = attention.see(image, maps, module.attention.num_heads, Plan(scores, values, 0))
-    return attention.meet(text, side, need_weights=True)
+    side = attention.prepare(image, maps, module.attention.num_heads, Plan(scores, values, 0))
+    return attention.attend(text, side, need_weights=True)
 
 
 @pytest.mark.parametrize(("scores", "values"), PLANS)

@@ -49,12 +49,12 @@ def test_together_as_one_by_one(
     images, texts = rng.standard_normal((5, m, 80)), rng.standard_normal((5, n, 64))
     shown = weights.config.has_attention
     move = _move(device)
-    met = fuse_together(weights, move(images), move(texts), "float64", need_weights=shown)
+    result = fuse_together(weights, move(images), move(texts), "float64", need_weights=shown)
     for at in range(5):
         fused = fuse(weights, images[at], texts[at], need_weights=shown)
-        np.testing.assert_allclose(to_numpy(met.fused[at]), fused[0] if shown else fused, atol=1e-9)
+        np.testing.assert_allclose(to_numpy(result.fused[at]), fused[0] if shown else fused, atol=1e-9)
         if shown:
-            attended: Any = met.attention
+            attended: Any = result.attention
             np.testing.assert_allclose(to_numpy(attended[at]), fused[1], atol=1e-9)
 
 
@@ -70,8 +70,8 @@ def test_company_changes_no_number(device: str, method: str, options: dict[str, 
     shown, move = weights.config.has_attention, _move(device)
 
     def results_of(which: list[int]) -> Any:
-        met = fuse_together(weights, move(images[which]), move(texts[which]), "float32", need_weights=shown)
-        return [to_numpy(x) for x in met if x is not None]
+        result = fuse_together(weights, move(images[which]), move(texts[which]), "float32", need_weights=shown)
+        return [to_numpy(x) for x in result if x is not None]
 
     alone = [results_of([at]) for at in range(9)]
     for which in ([0, 1, 2], [8, 7, 6, 5, 4, 3, 2, 1, 0], [6, 3]):
@@ -86,10 +86,10 @@ def test_large_scores_are_computed_again(device: str, rng: np.random.Generator) 
     weights = weights_of(module)
     images = 300 * rng.standard_normal((3, 7, 64)).astype(np.float32)
     texts = 300 * rng.standard_normal((3, 5, 64)).astype(np.float32)
-    met = fuse_together(weights, _move(device)(images), _move(device)(texts), "float32")
+    result = fuse_together(weights, _move(device)(images), _move(device)(texts), "float32")
     for at in range(3):
         exact = fuse(weights, images[at].astype(np.float64), texts[at].astype(np.float64))
-        np.testing.assert_allclose(to_numpy(met.fused[at]), exact, rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(to_numpy(result.fused[at]), exact, rtol=1e-4, atol=1e-3)
 
 
 @DEVICES
@@ -99,8 +99,8 @@ def test_together_is_as_good_as_the_article_where_scores_are_large(device: str) 
         image, text = (features(rng, rows, width, 20 + seed) for rows, width in ((50, 112), (7, 80)))
         (exact, _), (single, _) = both_precisions(module, image, text)
         move = _move(device)
-        met = fuse_together(weights_of(module), move(image[None]), move(text[None]), "float32")
-        assert_as_good(to_numpy(met.fused[0]), exact, single)
+        result = fuse_together(weights_of(module), move(image[None]), move(text[None]), "float32")
+        assert_as_good(to_numpy(result.fused[0]), exact, single)
 
 
 @DEVICES

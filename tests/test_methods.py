@@ -18,7 +18,7 @@ from fusecli.arrays import FLOAT_NAMES
 from fusecli.cli.options import METHOD_OPTIONS, DtypeName, Gate, Method
 from fusecli.errors import CheckpointError, UsageError
 from fusecli.functional import gelu, layer_norm, rows_apart
-from fusecli.fusion import Seen
+from fusecli.fusion import Prepared
 from fusecli.methods import View, single_rows
 from fusecli.weights import GATES, METHODS, OPTIONS
 from tests.batches import D
@@ -127,8 +127,8 @@ def test_with_one_image_row_the_text_stays(method: str, options: dict[str, Any])
 @EVERY
 def test_blocks_of_text_give_what_the_whole_gives(method: str, options: dict[str, Any]) -> None:
     weights, image, text = _drawn(method, options)
-    seen = Seen(View(weights, image, text, len(text), "float32"))
-    parts = [seen.meet(text[rows]).fused for rows in seen.blocks(4)]
+    prepared = Prepared(View(weights, image, text, len(text), "float32"))
+    parts = [prepared.fuse(text[rows]).fused for rows in prepared.blocks(4)]
     assert len(parts) == (1 if options.get("self_attention") else 3)
     np.testing.assert_allclose(np.concatenate(parts), fuse(weights, image, text), atol=5e-6)
 
@@ -146,8 +146,8 @@ def test_a_padded_batch_gives_what_each_pair_gives(method: str, options: dict[st
     images, texts = images.repeat(times, 1, 1), texts.repeat(times, 1, 1)
     image_mask, text_mask = image_mask.repeat(times, 1), text_mask.repeat(times, 1)
     for training in (True, False):
-        seen = Seen(View(weights, images, texts, 9, "float32", training=training, mask=image_mask))
-        fused = seen.meet(texts, mask=text_mask).fused
+        prepared = Prepared(View(weights, images, texts, 9, "float32", training=training, mask=image_mask))
+        fused = prepared.fuse(texts, mask=text_mask).fused
         for k, (m, n) in enumerate(sizes):
             np.testing.assert_allclose(fused[k, :n], fuse(weights, image[:m], text[:n]), atol=1e-5)
 
@@ -180,8 +180,8 @@ def test_gradients_of_a_batch_are_those_of_its_pairs(method: str, pairs: int, rn
         weights = Weights(drawn.config, tensors)
         if together:
             mask = torch.ones(pairs, 4, dtype=torch.bool)
-            seen = Seen(View(weights, images, texts, 4, "float64", training=True, mask=mask[:, :3]))
-            fused = seen.meet(texts, mask=mask).fused
+            prepared = Prepared(View(weights, images, texts, 4, "float64", training=True, mask=mask[:, :3]))
+            fused = prepared.fuse(texts, mask=mask).fused
         else:
             fused = torch.stack([fuse(weights, image, text) for image, text in zip(images, texts, strict=True)])
         fused.square().sum().backward()
@@ -235,14 +235,14 @@ def test_an_untrained_tanh_gate_changes_nothing() -> None:
 @pytest.mark.parametrize("rows", [1, 6])
 def test_the_gate_can_be_looked_at(gate: str, rows: int) -> None:
     weights, image, text = _drawn("gated", {"gate": gate}, rows)
-    met = Seen(View(weights, image, text, 9, "float32")).meet(text, need_weights=True)
-    taken = (met.fused - text) / fuse(
+    result = Prepared(View(weights, image, text, 9, "float32")).fuse(text, need_weights=True)
+    taken = (result.fused - text) / fuse(
         Weights(Config(num_heads=4), {k: v for k, v in weights.tensors.items() if k[:4] not in ("gate", "gamm")}),
         image,
         text,
     )
-    assert met.gate is not None
-    np.testing.assert_allclose(met.gate, taken.mean(1), rtol=2e-3)
+    assert result.gate is not None
+    np.testing.assert_allclose(result.gate, taken.mean(1), rtol=2e-3)
 
 
 @pytest.mark.parametrize("method", ["weighted-sum", "concat"])
@@ -333,9 +333,11 @@ def test_gates_stand_behind_the_attention(mean: tuple[str, ...], run: Run, pair:
     run("fuse", "regions.npy", "txt.npy", "-w", "w.safetensors", "-o", "o.npy", "-a", "a.safetensors", *mean, "-q")
     found = load_file(tmp_path / "a.safetensors")
     image, text = pair
-    met = Seen(View(fusecli.load(tmp_path / "w.safetensors"), image, text, 5, "float32")).meet(text, need_weights=True)
-    assert met.gate is not None
-    np.testing.assert_allclose(found["gate"], met.gate, atol=1e-6)
+    result = Prepared(View(fusecli.load(tmp_path / "w.safetensors"), image, text, 5, "float32")).fuse(
+        text, need_weights=True
+    )
+    assert result.gate is not None
+    np.testing.assert_allclose(found["gate"], result.gate, atol=1e-6)
     assert found["attention"].shape == ((5, 16) if mean else (8, 5, 16))
     facts = json.loads(run("inspect", "a.safetensors", "--json").stdout)
     assert (facts["kind"], facts["text_rows"], facts["image_rows"]) == ("attention", 5, 16)

@@ -12,7 +12,7 @@ from fusecli.batch.job import Item, Job, Outcome, Task, failed
 from fusecli.batch.worker import fuse_task, open_side
 from fusecli.formats import NumpyArray, Stored
 from fusecli.fusion import pairs_together
-from fusecli.methods import Met
+from fusecli.methods import FusedRows
 from fusecli.pairs import compute_dtype_of, read_finite
 from fusecli.pipeline import Seconds, fuse_alike
 
@@ -24,7 +24,7 @@ class _Pair:
     image: Stored
     text: Stored
     seconds: Seconds = field(default_factory=Seconds)
-    met: Met | None = None
+    result: FusedRows | None = None
 
 
 def work(job: Job, item: Item) -> list[Outcome]:
@@ -55,17 +55,17 @@ def _work(job: Job, item: Item) -> Iterator[tuple[int, Outcome]]:
         size = pairs_together(job.weights, n, m)
         for start in range(0, len(pairs), size):
             some = pairs[start : start + size]
-            bad = _meet(job, some, dtype) if size > 1 else {}
+            bad = _compute(job, some, dtype) if size > 1 else {}
             for pair in some:
                 yield pair.at, bad.get(pair.at) or _write(job, pair)
 
 
 def _write(job: Job, pair: _Pair) -> Outcome:
-    met, pair.met = pair.met, None  # it need not stay
-    return fuse_task(job, pair.task, pair.image, pair.text, pair.seconds, met=met)
+    result, pair.result = pair.result, None  # it need not stay
+    return fuse_task(job, pair.task, pair.image, pair.text, pair.seconds, result=result)
 
 
-def _meet(job: Job, pairs: list[_Pair], dtype: str) -> dict[int, Outcome]:
+def _compute(job: Job, pairs: list[_Pair], dtype: str) -> dict[int, Outcome]:
     """Read pairs of one shape and fuse them; gives those that have failed."""
     bad: dict[int, Outcome] = {}
     images: list[NumpyArray] = []
@@ -85,10 +85,10 @@ def _meet(job: Job, pairs: list[_Pair], dtype: str) -> dict[int, Outcome]:
         return bad
     began = perf_counter()
     try:
-        mets = fuse_alike(job.weights, images, texts, dtype, job.to_device, job.attention is not None)
+        results = fuse_alike(job.weights, images, texts, dtype, job.to_device, job.attention is not None)
     except Exception as error:
         return bad | {pair.at: failed(pair.task.id, error) for pair in good}
-    for pair, met in zip(good, mets, strict=True):
-        pair.met = met
+    for pair, result in zip(good, results, strict=True):
+        pair.result = result
         pair.seconds.fuse += (perf_counter() - began) / len(good)
     return bad

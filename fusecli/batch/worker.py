@@ -16,7 +16,7 @@ from fusecli.collections import Place
 from fusecli.errors import OutputError
 from fusecli.formats import NumpyArray, Stored
 from fusecli.machine import alone_in
-from fusecli.methods import Met, one_row_is_enough, single_rows
+from fusecli.methods import FusedRows, one_row_is_enough, single_rows
 from fusecli.pairs import compute_dtype_of, read_finite, require_width
 from fusecli.pipeline import Output, Pair, Seconds, fuse_pair
 from fusecli.places import features_at
@@ -87,9 +87,9 @@ def _fuse(job: Job, task: Task, image: Stored, row: Any, shared: float) -> Outco
 
 
 def fuse_task(
-    job: Job, task: Task, image: Stored, text: Stored, before: Seconds, row: Any = None, met: Met | None = None
+    job: Job, task: Task, image: Stored, text: Stored, before: Seconds, row: Any = None, result: FusedRows | None = None
 ) -> Outcome:
-    """Fuse a pair and write it; ``row`` and ``met`` as `fuse_pair` has them, ``before`` what has been spent on it."""
+    """Fuse a pair and write it; ``row`` and ``result`` as in `Pair`, ``before`` what has been spent on it."""
     for store in (job.fused, job.attention):
         if store and store.is_input(task.id, task.image.path, task.text.path):
             outcome = failed(task.id, OutputError("the result would replace what it is made from", where=task.id))
@@ -102,7 +102,7 @@ def fuse_task(
         # With threads in all workers that are at large texts, memory would not stay in bounds.
         with alone_in(job.folder) if large else NOT_LARGE as alone:
             output = output._replace(threads=job.threads) if alone else output
-            seconds = fuse_pair(job.weights, Pair(image, text, row, met), output, job.to_device).seconds
+            seconds = fuse_pair(job.weights, Pair(image, text, row, result), output, job.to_device).seconds
     except Exception as error:
         return failed(task.id, error)
     read, fuse = before.read + seconds.read, before.fuse + seconds.fuse

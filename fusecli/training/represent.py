@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fusecli.arrays import cast
-from fusecli.fusion import Seen
+from fusecli.fusion import Prepared
 from fusecli.methods import View
 from fusecli.training.data import Batch, Data, load
 from fusecli.weights import Config, Weights
@@ -113,7 +113,7 @@ class Fusion:
         view = View(
             weights, batch.images, batch.texts, n, "float32", training=learning, mask=batch.image_mask, drop=drop
         )
-        fused: torch.Tensor = Seen(view).meet(batch.texts, mask=batch.text_mask).fused
+        fused: torch.Tensor = Prepared(view).fuse(batch.texts, mask=batch.text_mask).fused
         return fused
 
     def frozen(self) -> Weights:
@@ -144,8 +144,8 @@ class Fusion:
         lengths = torch.tensor([data.texts.length(at) for at in texts])
 
         def give(image: int) -> torch.Tensor:
-            seen = Seen(View(frozen, torch.from_numpy(data.images[image]).float(), rows, len(rows), "float32"))
-            parts = [seen.meet(rows[block]).fused for block in seen.blocks()]
+            prepared = Prepared(View(frozen, torch.from_numpy(data.images[image]).float(), rows, len(rows), "float32"))
+            parts = [prepared.fuse(rows[block]).fused for block in prepared.blocks()]
             return torch.segment_reduce(torch.cat(parts), "mean", lengths=lengths.to(self.device))
 
         def give_apart(image: int) -> torch.Tensor:
