@@ -10,7 +10,7 @@ import numpy as np
 
 from fusecli import checkpoint
 from fusecli.arrays import dtype_name
-from fusecli.dumps import About
+from fusecli.dumps import About, is_gate
 from fusecli.errors import CheckpointError
 from fusecli.formats import FLOATS, NumpyArray, Stored, open_source, tensors_of
 from fusecli.state_dict import is_pt
@@ -54,7 +54,8 @@ def describe(
     kind: dict[str, Any] = {"kind": "features"}
     about = About.of(source)
     alone = len(about.ids) < 2  # of many pairs, one may be called attention
-    named = [at for at, row in enumerate(rows) if len(rows) == 1 or (row["name"] == "attention" and alone)]
+    others = [at for at, row in enumerate(rows) if not is_gate(row["name"], tensors)]
+    named = [at for at in others if len(others) == 1 or (rows[at]["name"] == "attention" and alone)]
     if len(named) == 1 and stochastic[named[0]] and len(rows[named[0]]["shape"]) in (2, 3):
         *heads, n, m = rows[named[0]]["shape"]
         kind = {"kind": "attention", "heads": heads[0] if heads else "mean", "text_rows": n, "image_rows": m}

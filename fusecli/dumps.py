@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fusecli.errors import FileError, ShapeError
-from fusecli.formats import Source, open_source, read_bytes, safetensors, sniff
+from fusecli.formats import Source, Stored, open_source, read_bytes, safetensors, sniff
 from fusecli.grid import Grid, grid_of
 
 #: Version of what the metadata of a dump say.
@@ -30,6 +30,11 @@ GATE = ".gate"
 FACTS = {"method": str, "num_heads": int, "weights": str, "mean": bool}
 #: A file of tokens that is longer was not meant.
 MAX_BYTES = 2**28
+
+
+def is_gate(name: str, tensors: Mapping[str, Stored]) -> bool:
+    """Whether a tensor holds the gates of a pair among the others of a file of many."""
+    return name.endswith(GATE) and name.removesuffix(GATE) in tensors and len(tensors[name].shape) == 1
 
 
 @dataclass(frozen=True)

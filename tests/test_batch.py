@@ -134,6 +134,14 @@ def test_packed_attention_has_the_gates_beside_it(run: Run, many: Any, tmp_path:
         assert shown[0] == shown[1]
 
 
+def test_a_packed_dump_of_one_gated_pair_is_told_like_any_other(run: Run, many: Any, tmp_path: Path) -> None:
+    run("init", "-m", "gated", "-o", "w.safetensors", "--feature-dim", D, "--num-heads", 4, "-q")
+    batch(run, "img", "txt", "-o", "out", "-a", "att.safetensors", "--limit", 1)
+    facts = json.loads(run("inspect", "att.safetensors", "--json").stdout)
+    assert facts["heads"] == 4
+    assert [facts["text_rows"], facts["image_rows"]] == facts["tensors"][0]["shape"][1:]
+
+
 def test_an_id_cannot_be_the_name_of_a_gate(run: Run, many: Any, tmp_path: Path) -> None:
     run("init", "-m", "gated", "-o", "w.safetensors", "--feature-dim", D, "--num-heads", 4, "-q")
     for side in ("img", "txt"):
@@ -141,7 +149,7 @@ def test_an_id_cannot_be_the_name_of_a_gate(run: Run, many: Any, tmp_path: Path)
     both = ["img", "txt", "-o", "out.safetensors"]
     batch(run, *both)
     told = batch(run, *both, "-a", "a.safetensors", "--overwrite", "--json", code=4).stdout
-    assert b"keeps for something else" in told
+    assert b"gate of another pair" in told
     assert "c.gate" not in load_file(tmp_path / "out.safetensors")
 
 

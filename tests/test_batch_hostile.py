@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -57,6 +58,32 @@ def test_a_damaged_ledger_costs_work_and_nothing_else(run: Run, few: Path, outpu
         assert results(few / output) == expected(run, few, FEW)
     else:
         assert {id: as_npy(x) for id, x in load_file(few / output).items()} == expected(run, few, FEW)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ""])
+def test_attention_of_too_few_axes_is_none_of_ours(run: Run, few: Path, suffix: str) -> None:
+    run("init", "-m", "gated", "-o", "w.safetensors", "--feature-dim", D, "--num-heads", 4, "-q")
+    places = ["-o", f"o{suffix}", "-a", f"a{suffix}", "--suffix", ".safetensors"]
+    batch(run, "img", "txt", *places)
+    wanted = {path: path.read_bytes() for path in few.rglob("*.safetensors")}
+    if suffix:
+        index = few / "o.safetensors.fusecli" / "attention.index"
+        first, second, *rest = index.read_text().splitlines()
+        index.write_text("\n".join([first, json.dumps([json.loads(second)[0], [5], "float32", 0]), *rest]) + "\n")
+    else:
+        with (few / "o" / ".fusecli" / "ledger.jsonl").open("a") as file:
+            file.write(
+                '{"id":"a","status":"fused","shape":[3,32],"dtype":"float32",'
+                '"attention":{"shape":[5],"dtype":"float32"}}\n'
+            )
+    batch(run, "img", "txt", *places)
+    assert {path: path.read_bytes() for path in few.rglob("*.safetensors")} == wanted
+
+
+def test_a_full_standard_output_is_named(run: Run, few: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        told = batch(run, "img", "txt", "-o", "out", "--json", code=1, stdout=full).stderr
+    assert b"standard output: No space" in told
 
 
 def test_a_ledger_that_does_not_say_its_weights_is_refused(run: Run, few: Path) -> None:

@@ -503,3 +503,14 @@ def test_no_folder_is_proposed_where_a_file_is(run: Run, pair: Any, tmp_path: Pa
 def test_a_seed_is_of_no_use_to_what_is_not_drawn(run: Run, tmp_path: Path) -> None:
     assert b"nothing is drawn" in run("init", "-o", "w.safetensors", "--identity", "--seed", 1, code=2).stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_can_be_called_twice_in_a_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fusecli.cli import _app
+
+    np.save(tmp_path / "a.npy", np.ones((2, 3), np.float32))
+    for _ in range(2):
+        _app("inspect")(["inspect", str(tmp_path / "a.npy")], standalone_mode=False)
+    assert capsys.readouterr().out.count("features") == 2

@@ -80,7 +80,7 @@ class Request:
             "grid": self.grid and "{}x{}".format(*self.grid),
             "skip_rows": self.skip_rows,
             # They take room between the numbers of pairs; nothing is said where there are none.
-            **({"packed_gates": True} if self.packs_gates else {}),
+            **({"gates in packed attention": True} if self.packs_gates else {}),
             **self.facts,
         }
 

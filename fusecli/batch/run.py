@@ -53,6 +53,8 @@ def run(request: Request, plan: Callable[[], Pairs | Manifest], reporter: Report
         except BrokenPipeError:
             raise
         except OSError as error:
+            if error.filename is None:  # standard output
+                raise
             raise OutputError("cannot be written", where=error.filename, found=error.strerror) from error
     finally:
         pool.close()

@@ -56,7 +56,7 @@ def believed(shape: Any, dtype: Any, part: Any, at: Any) -> Piece:
         ValueError: no result of ours is like that; the file has been damaged.
     """
     numbers = [*shape, at] if isinstance(shape, list) else []
-    sane = bool(numbers) and all(type(n) is int and 0 <= n < 2**50 for n in numbers)
+    sane = len(numbers) > 2 and all(type(n) is int and 0 <= n < 2**50 for n in numbers)
     if not sane or dtype not in FLOATS or not (part is None or (type(part) is str and not set("/\0") & set(part))):
         raise ValueError(shape)
     return Piece(tuple(shape), dtype, part, at)
@@ -98,9 +98,13 @@ def _require_name(id: str, path: str, gate: bool) -> None:
         id.encode()
     except UnicodeEncodeError:
         raise OutputError("the id is no UTF-8", where=path, found=repr(id), hint="write to a folder") from None
-    kept = id == safetensors.METADATA or (gate and id.endswith(GATE))
-    if kept and path.endswith(safetensors.SUFFIXES):
-        raise OutputError("the id is a name that the file keeps for something else", where=path, found=id)
+    if not path.endswith(safetensors.SUFFIXES):
+        return
+    if id == safetensors.METADATA:
+        raise OutputError("the id is a name that the format keeps for itself", where=path, found=id)
+    if gate and id.endswith(GATE):
+        hint = "write the attention to a folder"
+        raise OutputError("the id is what the gate of another pair would be called", where=path, found=id, hint=hint)
 
 
 @dataclass

@@ -40,7 +40,7 @@ def _app(named: str) -> typer.Typer:
         rich_markup_mode=None,  # rich takes longer to import than the help to read
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.callback()(options)
+    app.callback()(_of_all)
     for name in (named,) if named in COMMANDS else COMMANDS:
         app.command(cls=LightCommand)(getattr(import_module(f"fusecli.cli.{COMMANDS[name]}"), name))
     return app
@@ -52,7 +52,7 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def options(
+def _of_all(
     version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Show the version."),
 ) -> None:
     """Fuse image features into text features with attention."""

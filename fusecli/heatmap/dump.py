@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusecli.collections import Folder
-from fusecli.dumps import GATE, About, Tokens, require_tokens
+from fusecli.dumps import GATE, About, Tokens, is_gate, require_tokens
 from fusecli.errors import FileError, ShapeError, ValuesError
 from fusecli.formats import NumpyArray, Stored, open_tensors
 from fusecli.grid import Grid, grid_of
@@ -252,7 +252,7 @@ def open_dumps(path: str, whole: int = 0) -> Dumps:
         beside = tensors.get("gate") if name == "attention" else None
         return _Found(tensors[name], tensors.get(name + GATE, beside), about)
 
-    ids = sorted(name for name in tensors if not _is_gate(name, tensors))
+    ids = sorted(name for name in tensors if not is_gate(name, tensors))
     if len(ids) == 1 or ("attention" in tensors and len(about.ids) < 2):  # of many, one may be called so
         name = "attention" if "attention" in tensors else ids[0]
         if len(tensors[name].shape) == 4 and tensors[name].shape[0] > 1:
@@ -260,10 +260,6 @@ def open_dumps(path: str, whole: int = 0) -> Dumps:
         named = name if name not in ("", "attention") else os.path.splitext(os.path.basename(path))[0]
         return Dumps(path, about.ids if len(about.ids) == 1 else [named], False, lambda _: find(name))
     return Dumps(path, ids, True, find)
-
-
-def _is_gate(name: str, tensors: Mapping[str, Stored]) -> bool:
-    return name.endswith(GATE) and name.removesuffix(GATE) in tensors and len(tensors[name].shape) == 1
 
 
 def _of_stack(path: str, stored: Stored, about: About) -> Dumps:
