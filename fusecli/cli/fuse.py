@@ -31,7 +31,8 @@ from fusecli.cli.options import (
 from fusecli.cli.shared import KEPT_TEXT, ONE_ROW, check_attention_options, load_weights
 
 if TYPE_CHECKING:
-    from fusecli.pipeline import Mover
+    from fusecli.pipeline import Fused, Pair
+    from fusecli.pipeline import Output as Form
     from fusecli.weights import Config
     from fusecli.weights import Weights as Loaded
 
@@ -90,10 +91,8 @@ def fuse(
 
     fusecli fuse image.npy text.npy -o fused.npy
     """
-    import numpy as np
-
     from fusecli import pairs, pipeline
-    from fusecli.errors import OutputError, UsageError
+    from fusecli.errors import UsageError
     from fusecli.formats import has_names, is_stream
     from fusecli.machine import cores
 
@@ -129,15 +128,7 @@ def fuse(
         gate=gate,
         threads=cores() if device == "cpu" else 1,
     )
-    try:
-        with np.errstate(all="ignore"):  # what overflows is found by looking
-            done = pipeline.fuse_pair(loaded, pipeline.Pair(stored_image, stored_text), form, _mover(device))
-    except BrokenPipeError:
-        if attention is None:
-            raise
-        # Whoever stops reading one result has not said that the other is not wanted.
-        where = output if is_stream(output) else attention
-        raise OutputError("nobody reads it any more, so nothing was finished", where=where) from None
+    done = _fuse(loaded, pipeline.Pair(stored_image, stored_text), form, device, [output, attention])
     facts = {
         "output": output,
         "shape": [done.n, done.dim],
@@ -155,6 +146,26 @@ def fuse(
         emit(facts)
     elif output != "-":
         note(f"{output}: [{done.n}, {done.dim}] {done.dtype} from {done.m} image and {done.n} text rows", quiet)
+
+
+def _fuse(weights: Loaded, pair: Pair, form: Form, device: str, places: list[str | None]) -> Fused:
+    import numpy as np
+
+    from fusecli.arrays import to_device
+    from fusecli.errors import OutputError
+    from fusecli.formats import is_stream
+    from fusecli.pipeline import fuse_pair
+
+    mover = None if device == "cpu" else to_device(device)
+    try:
+        with np.errstate(all="ignore"):  # what overflows is found by looking
+            return fuse_pair(weights, pair, form, mover)
+    except BrokenPipeError:
+        if None in places:
+            raise
+        # Whoever stops reading one result has not said that the other is not wanted.
+        where = next(place for place in places if place and is_stream(place))
+        raise OutputError("nobody reads it any more, so nothing was finished", where=where) from None
 
 
 def _metadata(
@@ -197,11 +208,3 @@ def _is_our_terminal(path: str) -> bool:
         return os.isatty(1) and os.path.samestat(os.stat(path), os.fstat(1))
     except OSError:
         return False
-
-
-def _mover(device: str) -> Mover:
-    if device == "cpu":
-        return None
-    from fusecli.arrays import to_device
-
-    return to_device(device)
