@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 import fusecli
 from fusecli import checkpoint
@@ -146,7 +147,7 @@ def test_how_fast_it_learns_depends_on_what_is_learned_as_the_help_says(
     for default in (
         f"[default: {WITH_LABELS.epochs} with labels, else {WITHOUT_LABELS.epochs}]",
         f"[default: {WITH_LABELS.patience} with labels, else {WITHOUT_LABELS.patience}]",
-        f"[default: {WITH_LABELS.lr}; with labels, for attention: {FROM_NOTHING.lr}]",
+        f"[default: {WITH_LABELS.lr}; with labels, for new attention without --residual: {FROM_NOTHING.lr}]",
         f"[default: {SMOOTHING}]",
     ):
         assert default in told
@@ -240,6 +241,24 @@ def test_ids_without_label_are_listed_or_passed_over(run: Run, lesson: list[str]
     _train(run, "--labels", "labels.csv", "--allow-missing", "--epochs", 1)
 
 
+def test_labels_of_other_ids_are_shown_beside_those_of_the_pairs(run: Run, lesson: list[str], tmp_path: Path) -> None:
+    head, *lines = (tmp_path / "labels.csv").read_text().splitlines()
+    (tmp_path / "labels.csv").write_text("\n".join([head, *(line.replace(",", ".npy,", 1) for line in lines)]))
+    told = _train(run, "--labels", "labels.csv", code=3)
+    assert "no label belongs to a pair" in told
+    assert ".npy' among the labels" in told
+
+
+def test_one_image_row_that_forgets_the_text_is_told_of(run: Run, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for side, rows in (("img", 1), ("txt", 2)):
+        pairs = {str(k): rng.standard_normal((rows, 8), np.float32) for k in range(100)}
+        save_file(pairs, tmp_path / f"{side}.safetensors")
+    options = ("-m", "attention", "--num-heads", 2, "--epochs", 1, "-o", "f.safetensors")
+    told = run("train", "img.safetensors", "txt.safetensors", *options).stderr
+    assert b"100 of the pairs: one image row" in told
+
+
 def test_one_class_only(run: Run, lesson: list[str], tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("id,label\n" + "".join(f"{id},x\n" for id in lesson))
     assert "only one label" in _train(run, "--labels", "labels.csv", code=3)
@@ -273,6 +292,7 @@ def test_three_pairs_are_too_few(run: Run, lesson: list[str], tmp_path: Path) ->
         (("--text-dropout", 0.2), "there are no labels"),
         (("--labels", "labels.csv", "--task", "regression", "--label-smoothing", 0.2), "no classes"),
         (("--held-out", 0), "0.01"),
+        (("--lr", "inf"), "--lr: is infinite"),
         (("--resume", "--overwrite"), "leave out either"),
         (("-w", "w.safetensors", "--no-layer-norm"), "the checkpoint brings its own"),
         (("-w", "w.safetensors", "--dropout", 0), "the checkpoint brings its own"),
@@ -349,7 +369,7 @@ def test_points_in_time_can_be_learned(run: Run, lesson: list[str], tmp_path: Pa
 
 def test_no_pair_is_left(run: Run, lesson: list[str], tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("id,label\nnobody,x\n")
-    assert "no pair is left" in _train(run, "--labels", "labels.csv", "--allow-missing", code=3)
+    assert "no label belongs to a pair" in _train(run, "--labels", "labels.csv", "--allow-missing", code=3)
 
 
 def test_a_checkpoint_can_be_trained_further(run: Run, lesson: list[str], tmp_path: Path) -> None:

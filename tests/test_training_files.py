@@ -21,7 +21,7 @@ from fusecli.training.data import Rows
 from fusecli.training.labels import numbers, read_labels
 from fusecli.training.loop import Progress
 from fusecli.training.represent import Fusion
-from fusecli.training.run import _begun_with, _best, _Files
+from fusecli.training.run import _begun, _best, _Files
 from tests.conftest import Run
 
 
@@ -106,8 +106,10 @@ def test_a_run_that_goes_on_does_not_choose_its_start_again(tmp_path: Path) -> N
 
     starts: Any = [Start() for _ in range(3)]
     _files(tmp_path).begin(False, start=1)
-    assert _best(starts, _begun_with(str(tmp_path / "f.safetensors"))) == 1
-    assert _begun_with(str(tmp_path / "none.safetensors")) is None
+    begun = _begun(str(tmp_path / "f.safetensors"))
+    assert begun == {"start": 1, "threads": torch.get_num_threads()}
+    assert _best(starts, begun["start"]) == 1
+    assert _begun(str(tmp_path / "none.safetensors")) == {}
     assert _best(starts[:1], 1) == 0  # another command, as will be told: there is but one start now
 
 
@@ -136,6 +138,22 @@ def test_labels_are_read_from_a_pipe_as_from_a_file(tmp_path: Path, text: str, c
     writer.join()
 
 
+def test_a_run_that_fails_at_once_leaves_the_log_of_the_one_before(tmp_path: Path) -> None:
+    log = tmp_path / "f.log.jsonl"
+    log.write_text("before\n")
+    files = _files(tmp_path)
+    files.begin(False)
+    assert log.read_text() != "before\n"
+    files.give_up()
+    assert log.read_text() == "before\n"
+
+
+def test_a_comma_in_a_label_does_not_cut_it(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text('id,label\na,"Travel, air"\nb,Travel, sea\n')
+    with pytest.raises(FileError, match="line 3: more values"):
+        read_labels(str(tmp_path / "labels.csv"))
+
+
 def test_a_column_of_labels_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("id,label,label\na,x,y\n")
     with pytest.raises(FileError, match="a column twice"):
@@ -148,11 +166,20 @@ def test_numbers_too_large_to_have_a_spread_are_called_so() -> None:
         numbers({"a": "1e300", "b": "-1e300", "c": "1", "d": "2"}, data, 0.0, "labels.csv")
 
 
+@pytest.mark.parametrize(("scale", "last", "told"), [(1.0, "3e38", "id 69: a label far out"), (1e-170, "", "small")])
+def test_numbers_whose_squares_are_none_are_told_of(scale: float, last: str, told: str) -> None:
+    parts = {"train": list(range(51)), "validation": list(range(51, 60)), "held-out": list(range(60, 70))}
+    data: Any = SimpleNamespace(ids=[str(k) for k in range(70)], parts=parts)
+    labels = {str(k): str(k * scale) for k in range(70)}
+    with pytest.raises(InputError, match=told):
+        numbers(labels | ({"69": last} if last else {}), data, 0.0, "labels.csv")
+
+
 @pytest.mark.parametrize("value", ["0.1", "0.7", "3"])
 def test_numbers_that_are_all_the_same_are_nothing_to_learn(value: str) -> None:
     parts = {"train": list(range(51)), "validation": list(range(51, 60)), "held-out": list(range(60, 70))}
     data: Any = SimpleNamespace(ids=[str(k) for k in range(70)], parts=parts)
-    with pytest.raises(InputError, match="cannot be told apart"):
+    with pytest.raises(InputError, match="are the same"):
         numbers({str(k): value for k in range(70)}, data, 0.0, "labels.csv")
 
 

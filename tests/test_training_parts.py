@@ -191,3 +191,13 @@ def test_a_fusion_that_only_repeats_the_text_matches_nothing(tmp_path: Path) -> 
     weights = checkpoint.init(8, 2, method="gated", gate="tanh")  # shut
     measured, _ = Match(8).judge(Fusion(weights, learned=False), data)
     assert measured.score == 0
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+def test_a_head_minds_no_unit(rng: np.random.Generator, scale: float) -> None:
+    targets = torch.arange(60) % 3
+    x = torch.from_numpy(rng.standard_normal((60, D)).astype(np.float32))
+    x[:, 0] += 2 * targets
+    data: Any = SimpleNamespace(parts={"train": list(range(40)), "validation": list(range(40, 60))})
+    one, other = (Classes(targets, list("abc"), 0.0, 0.0, None)._fitted(y, data)[0].loss for y in (x, scale * x))
+    assert other == pytest.approx(one, rel=1e-3)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from fusecli.cli.console import note, printable
+from fusecli.cli.shared import ONE_ROW
 
 if TYPE_CHECKING:
     from fusecli.batch.job import Outcome
@@ -119,6 +120,10 @@ class Epochs:
     def read(self, done: int, total: int) -> None:
         """So many pairs have been read."""
         self._show("reading", done, total)
+
+    def forgets_text(self, pairs: int) -> None:
+        """So many pairs have one image row, which is all that the fusion makes of them."""
+        note(f"{pairs:,} of the pairs: {ONE_ROW}", self._quiet)
 
     def step(self, epoch: int, step: int, steps: int, loss: float) -> None:
         """A step was taken."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from enum import StrEnum
 from functools import partial
@@ -127,7 +128,7 @@ def train(
         typer.Option(
             min=0,
             help="Highest learning rate (AdamW, warm-up, cosine).  "
-            "[default: 0.0003; with labels, for attention: 0.001]",
+            "[default: 0.0003; with labels, for new attention without --residual: 0.001]",
         ),
     ] = None,
     weight_decay: Annotated[float, typer.Option(min=0, help="Weight decay of weight matrices and of the head.")] = 0.05,
@@ -186,6 +187,9 @@ def train(
     from fusecli.training.loop import Settings
     from fusecli.training.run import files_of, train_on
 
+    for where, rate in {"--lr": lr, "--weight-decay": weight_decay}.items():
+        if rate == math.inf:
+            raise UsageError("is infinite", where=where, wanted="a number")
     sources = Sources(images, texts, manifest, image_key, text_key, image_pattern, text_pattern)
     _check(sources, output, labels, weights, validation + held_out)
     _check_labels(parameters)
@@ -263,8 +267,10 @@ def _check(sources: Sources, output: str, labels: str | None, weights: str | Non
     from fusecli.training.run import files_of
 
     check_sources(sources)
+    if not output:
+        raise UsageError("no output", hint="-o fusion.safetensors")
     if not output.endswith(".safetensors"):
-        raise UsageError("checkpoints are .safetensors files", where="--output", found=output or "nothing")
+        raise UsageError("checkpoints are .safetensors files", where="--output", found=output)
     if sources.manifest == "-":
         raise UsageError("pairs are read more than once, so they cannot come on stdin", where="--manifest")
     if kept >= 1:
@@ -272,8 +278,9 @@ def _check(sources: Sources, output: str, labels: str | None, weights: str | Non
     outputs = [output, *files_of(output)]
     refuse_same_file(outputs, [*(path for path in sources.paths() if os.path.isfile(path)), labels, weights])
     refuse_inside(output, filter(os.path.isdir, sources.paths()))
-    if os.path.isdir(output) or not os.path.isdir(os.path.dirname(output) or "."):
-        raise OutputError("no place for a file", where=output, hint="name a file in a folder that exists")
+    for path in outputs:
+        if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
+            raise OutputError("no place for a file", where=path, hint="name a file in a folder that exists")
 
 
 def _check_labels(given: dict[str, Any]) -> None:
@@ -305,6 +312,10 @@ def _usable(pairs: Pairs, labels: dict[str, str] | None, allow_missing: bool, qu
         lacking["without label"] = [id for id in ids if id not in labels]
         lacking["labelled, without a pair"] = [id for id in labels if id not in there]
         ids = [id for id in ids if id in labels]
+        if pairs.ids and labels and not ids:
+            found, wanted = f"{next(iter(labels))!r} among the labels", f"ids such as {pairs.ids[0]!r}"
+            hint = "ids are paths without suffix, names of tensors or numbers of rows"
+            raise InputError("no label belongs to a pair", found=found, wanted=wanted, hint=hint)
     told = [f"{len(some):,} {what}" for what, some in lacking.items() if some]
     for what, some in lacking.items():
         if some:

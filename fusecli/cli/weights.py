@@ -83,7 +83,9 @@ def init(
         _check_identity(method, seed, widths)
     if (residual or method is Method.gated) and widths[1] != feature_dim:
         what = "--residual" if residual else "--method gated"
-        raise UsageError(f"{what} needs Dt = D", found=f"Dt={text_dim}, D={feature_dim}")
+        raise UsageError(
+            f"{what} needs Dt = D", found=f"Dt={text_dim}, D={feature_dim}", hint=f"--feature-dim {text_dim}"
+        )
     if method not in (Method.weighted_sum, Method.concat):
         require_heads(heads, feature_dim, UsageError)
     if identity:
@@ -157,4 +159,4 @@ def _write(weights: Weights, output: str, json: bool, quiet: bool) -> None:
     else:
         count = facts.get("num_heads")
         heads = f"{count} head{'s' * (count > 1)}, " if count else ""
-        note(f"{output}: {facts['parameters']:,} parameters, {heads}{facts['fingerprint']}", quiet)
+        note(f"{output}: {facts['parameters']:,} parameters, {heads}fingerprint {facts['fingerprint']}", quiet)

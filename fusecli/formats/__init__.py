@@ -67,7 +67,9 @@ def sniff(source: Source, what: str = "feature file") -> str:
         raise FileError(what, where=source.name, wanted=".npy or .safetensors")
     if npy.MAGIC.startswith(start[:6]):
         return "npy"
-    if start[8:9] == b"{" or source.name.endswith(safetensors.SUFFIXES):
+    # A header that could not be so long is some text, with a brace where it happens to be.
+    headed = start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= safetensors.MAX_HEADER
+    if headed or source.name.endswith(safetensors.SUFFIXES):
         return "safetensors"
     found, hint = f"first bytes {start!r}", None
     if start.startswith(b"PK\x03\x04"):

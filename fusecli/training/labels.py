@@ -15,6 +15,11 @@ from fusecli.training.data import Data
 from fusecli.training.match import Match
 from fusecli.training.objective import Classes, Numbers, Objective
 
+#: Parts of the data, as they are called to users.
+NAMED = {"train": "training", "validation": "validation", "held-out": "the table at the end"}
+#: How little labels may spread, and how far out one may lie, in units of that: squares stay numbers.
+SMALLEST, FARTHEST = 1e-150, 1e12
+
 
 def read_labels(path: str, column: str = "label") -> dict[str, str]:
     """The labels by id, from CSV, or from TSV if tabs set ``id`` apart in its first line; ``-`` is standard input.
@@ -32,6 +37,11 @@ def read_labels(path: str, column: str = "label") -> dict[str, str]:
             _require_columns(reader.fieldnames or [], column, path)
             for record in reader:
                 id, label = record["id"], record[column]
+                if None in record:  # what has no column
+                    found = f"{len(reader.fieldnames or []) + len(record[None])} values"
+                    wanted, hint = f"{len(reader.fieldnames or [])}", "a label with a comma in it stands in quotes"
+                    where = f"{path}, line {reader.line_num}"
+                    raise FileError("more values than columns", where=where, found=found, wanted=wanted, hint=hint)
                 if not id or not label:
                     raise FileError("an id or a label is missing", where=f"{path}, line {reader.line_num}")
                 if id in labels:
@@ -49,7 +59,9 @@ def read_labels(path: str, column: str = "label") -> dict[str, str]:
 def _require_columns(columns: Sequence[str], column: str, path: str) -> None:
     found = ", ".join(map(str, columns))[:200] or "nothing in the first line"
     for wanted in ("id", column):
-        hint = "name it with --label-column" if wanted == column else None
+        hint = "columns are set apart by commas or tabs, in UTF-8"
+        if wanted == column and len(columns) > 1:
+            hint = "name the column with --label-column"
         if wanted not in columns:
             raise FileError("no such column", where=path, found=found, wanted=wanted, hint=hint)
         if columns.count(wanted) > 1:
@@ -112,7 +124,7 @@ def numbers(labels: dict[str, str], data: Data, text_dropout: float, where: str)
     values = []
     for id in data.ids:
         try:
-            value = float(labels[id])
+            value = float(labels[id].replace("_", "x"))  # Python's own way to write long numbers
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
@@ -124,6 +136,14 @@ def numbers(labels: dict[str, str], data: Data, text_dropout: float, where: str)
         if not math.isfinite(spread):
             raise InputError("the labels are too large", where=where, hint="scale them down")
         if targets[which].min() == targets[which].max():  # their spread may be rounding alone
-            what = f"the labels of the pairs for {part} cannot be told apart"
-            raise InputError(what, where=where, found=f"{targets[which][0]:g} for all of them")
+            what = f"all labels of the pairs for {NAMED[part]} are the same"
+            raise InputError(what, where=where, found=f"{targets[which][0]:g}")
+    mean, std = targets[data.parts["train"]].mean(), targets[data.parts["train"]].std()
+    if std < SMALLEST:
+        raise InputError("the labels are too small", where=where, hint="scale them up")
+    far = (targets - mean).abs() / std
+    if far.max() > FARTHEST:
+        at = int(far.argmax())
+        id, found = data.ids[at], f"{targets[at]:g}, where the others are about {mean:g}"
+        raise InputError("a label far out", where=f"{where}, id {id}", found=found, hint="leave the pair out")
     return Numbers(targets, data.parts["train"], text_dropout)

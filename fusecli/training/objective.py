@@ -86,6 +86,10 @@ HEAD_DROPOUT = 0.5
 PENALTIES = (1e-3, 1e-2, 3e-2, 1e-1)
 #: Iterations that a head is given: more hardly change anything.
 ITERATIONS = 50
+#: What a channel varies by at least, as a share of how large it is and of what the others vary by; and at all.
+FLAT, TINY = 1e-6, 1e-30
+#: Copies of a head that a search for it holds (two for each iteration), and how many numbers all searches may hold.
+HELD_EACH, MOST_HELD = 2 * ITERATIONS, 2**27
 
 
 @contextmanager
@@ -144,7 +148,8 @@ class Supervised:
         for validation.
         """
         train, validation = data.parts["train"], data.parts["validation"]
-        mean, std = x[train].mean(0), x[train].std(0) + 1e-6
+        mean, std = x[train].mean(0), x[train].std(0)
+        std = std + FLAT * (mean.abs() + std.square().mean().sqrt()) + TINY  # what does not vary is rounding
         x = (x - mean) / std
         if not torch.isfinite(x).all():
             raise ValuesError("numbers too large to learn from", hint="scale the features down")
@@ -159,7 +164,8 @@ class Supervised:
                 bias = fresh["head.bias"] - weight @ mean
             return measured, {"head.weight": nn.Parameter(weight), "head.bias": nn.Parameter(bias)}
 
-        with ThreadPoolExecutor(min(cores(), len(PENALTIES))) as pool:
+        room = MOST_HELD // (x.shape[1] * self.outputs * HELD_EACH)
+        with ThreadPoolExecutor(max(1, min(cores(), len(PENALTIES), room))) as pool:
             return min(pool.map(under, PENALTIES), key=lambda pair: pair[0].loss)
 
     def _minimise(self, head: Head, x: torch.Tensor, targets: torch.Tensor, penalty: float) -> None:

@@ -83,4 +83,5 @@ def drawn(labelled: bool, feature_dim: int | None, seed: int, options: Mapping[s
         shares = SHARES if labelled else SHARES[-1:]
         return Beginning(untrained, laid_apart(draw(checkpoint.orthogonal), data, shares))
     except CheckpointError as error:
-        raise UsageError(error.what, found=error.found, wanted=error.wanted) from None
+        hint = error.hint or ("leave out --feature-dim" if feature_dim else None)
+        raise UsageError(error.what, found=error.found, wanted=error.wanted, hint=hint) from None

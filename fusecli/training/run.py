@@ -43,6 +43,9 @@ class Reporter(Listener, Protocol):
     def read(self, done: int, total: int) -> None:
         """So many pairs have been read."""
 
+    def forgets_text(self, pairs: int) -> None:
+        """So many pairs have one image row, which is all that the fusion makes of them."""
+
     def comparing(self, name: str) -> None:
         """A line of the table is being computed."""
 
@@ -110,8 +113,11 @@ def train_on(
     folder, shares = os.path.dirname(output) or ".", (recipe.validation, recipe.held_out)
     data = read(ids, places, folder, *shares, lambda done: reporter.read(done, len(ids)))
     require_enough(data)
-    lesson = Lesson(recipe.objective(data), data, recipe.settings)
-    return train(output, recipe.beginning(data), lesson, reporter, resume)
+    lesson, beginning = Lesson(recipe.objective(data), data, recipe.settings), recipe.beginning(data)
+    alone = sum(data.images.length(at) == 1 for at in range(len(data.ids)))
+    if alone and beginning.untrained.config.can_forget_text:
+        reporter.forgets_text(alone)
+    return train(output, beginning, lesson, reporter, resume)
 
 
 def begin(output: str, resume: bool, overwrite: bool) -> None:
@@ -138,9 +144,12 @@ def train(output: str, beginning: Beginning, lesson: Lesson, reporter: Reporter,
         TrainingError: the training diverged.
     """
     objective, device = lesson.objective, lesson.settings.device
-    begun = _begun_with(output) if resume else None
+    begun = _begun(output) if resume else {}
+    torch.set_num_threads(
+        max(1, begun.get("threads", torch.get_num_threads()))
+    )  # with others the last digits would differ
     starts = [_Start(weights, lesson) for weights in beginning.starts]
-    which = _best(starts, begun)
+    which = _best(starts, begun.get("start"))
     start = starts[which]
     keeper = _Files(output, objective, _facts(beginning.untrained, lesson))
     state = keeper.begin(resume, which)
@@ -150,7 +159,7 @@ def train(output: str, beginning: Beginning, lesson: Lesson, reporter: Reporter,
     except StateError:
         raise keeper.damaged() from None
     except TrainingError:
-        keeper.end()  # it would diverge again
+        keeper.give_up()
         raise
     del state
     if not progress.best_epoch:  # what training does not better is left as it was
@@ -211,11 +220,12 @@ def _best(starts: list[_Start], begun: int | None) -> int:
     return min(range(len(starts)), key=lambda which: starts[which].loss)
 
 
-def _begun_with(output: str) -> int | None:
-    """Which of the starts an unfinished run began with, by its log; None where that does not say."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(beside(output, LOG), "rb") as file:
-        return int(json.loads(file.readline())["start"])
-    return None
+def _begun(output: str) -> dict[str, int]:
+    """Which of the starts an unfinished run began with, and on how many threads, as far as its log says so."""
+    with contextlib.suppress(OSError, ValueError, AttributeError), open(beside(output, LOG), "rb") as file:
+        first = json.loads(file.readline())
+        return {name: first[name] for name in ("start", "threads") if type(first.get(name)) is int}
+    return {}
 
 
 class _Files:
@@ -225,6 +235,7 @@ class _Files:
         self._output, self._objective, self._facts = output, objective, facts
         self._head, self._state, self._log = (beside(output, suffix) for suffix in (HEAD, STATE, LOG))
         self._best: str | None = None  # fingerprint of the weights that lie at `output`
+        self._before: bytes | None = None  # the log of the weights that lay there before
 
     def begin(self, resume: bool, start: int = 0) -> dict[str, Any] | None:
         """The state to go on from, if that is wanted; the log as far as that, with which ``start`` was taken."""
@@ -233,7 +244,10 @@ class _Files:
             self._require_best(state["progress"])
         if not resume:
             self.end()
-        lines = [{"run": self._facts, "start": start}, *(state["progress"]["log"] if state else [])]
+            with contextlib.suppress(OSError), open(self._log, "rb") as file:
+                self._before = file.read()
+        first = {"run": self._facts, "start": start, "threads": torch.get_num_threads()}
+        lines = [first, *(state["progress"]["log"] if state else [])]
         write_whole(self._log, "".join(json.dumps(line) + "\n" for line in lines).encode())
         return state
 
@@ -340,6 +354,12 @@ class _Files:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise OutputError("cannot be written", where=self._log, found=error.strerror) from None
+
+    def give_up(self) -> None:
+        """The run has failed, and would again; where it has kept no weights, the log of those that are there stays."""
+        self.end()
+        if self._best is None and self._before is not None:
+            write_whole(self._log, self._before)
 
     def end(self) -> None:
         """The run is over."""
