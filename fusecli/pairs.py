@@ -147,7 +147,19 @@ def compute_dtype_of(*sides: Stored) -> str:
     return "float32"
 
 
-def require_width(stored: Stored, width: int, side: str) -> None:
+def require_widths(image: Stored, text: Stored, image_dim: int, text_dim: int) -> None:
+    """Raise `ShapeError` if the rows of a pair are not as wide as the weights want them."""
+    found = image.shape[1], text.shape[1]
+    if found == (image_dim, text_dim):
+        return
+    hint = "fusecli init -o other.safetensors --image-dim {} --text-dim {} --feature-dim {}".format(*found, found[1])
+    if found == (text_dim, image_dim):
+        hint = "image and text look swapped"
+    require_width(image, image_dim, "image", hint)
+    require_width(text, text_dim, "text", hint)
+
+
+def require_width(stored: Stored, width: int, side: str, hint: str | None = None) -> None:
     """Raise `ShapeError` if the rows of a side are not ``width`` wide."""
     if stored.shape[1] != width:
         raise ShapeError(
@@ -155,5 +167,5 @@ def require_width(stored: Stored, width: int, side: str) -> None:
             where=stored.where,
             found=f"{list(stored.shape)}, width {stored.shape[1]}",
             wanted=f"width {width}",
-            hint=f"other weights: fusecli init with --{side}-dim {stored.shape[1]}, or --feature-dim for both sides",
+            hint=hint or f"other weights: fusecli init with --{side}-dim {stored.shape[1]}",
         )

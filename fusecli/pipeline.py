@@ -17,7 +17,7 @@ from fusecli.errors import OutputError
 from fusecli.formats import FileSource, NumpyArray, Sink, Stored, format_of, has_names, itemsize, open_sink
 from fusecli.fusion import Prepared, fuse_together, pairs_together
 from fusecli.methods import FusedRows, View, adds_one_row, one_row_is_enough, single_rows
-from fusecli.pairs import compute_dtype_of, read_finite, require_width
+from fusecli.pairs import compute_dtype_of, read_finite, require_widths
 from fusecli.weights import Weights
 
 #: Text rows of a block that is only checked and answered, with M = 1: it stays in the cache.
@@ -122,8 +122,7 @@ def fuse_pair(weights: Weights, pair: Pair, output: Output, to_device: Mover = N
         OutputError: the result cannot be written, or finite features gave numbers that its dtype cannot hold.
     """
     image, text = pair.image, pair.text
-    require_width(image, weights.image_dim, "image")
-    require_width(text, weights.text_dim, "text")
+    require_widths(image, text, weights.image_dim, weights.text_dim)
     n, m, dtype, finite = text.shape[0], image.shape[0], output.dtype or text.dtype, output.finite
     alike = to_device is not None and pair.result is None and pairs_together(weights, n, m) > 1
     work = (_Whole if alike or pair.result else _Blocks)(weights, pair, output, to_device)

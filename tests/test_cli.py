@@ -514,3 +514,13 @@ def test_the_command_can_be_called_twice_in_a_process(
     for _ in range(2):
         _app("inspect")(["inspect", str(tmp_path / "a.npy")], standalone_mode=False)
     assert capsys.readouterr().out.count("features") == 2
+
+
+def test_features_of_other_widths_are_told_with_weights_that_would_fit(run: Run, tmp_path: Path) -> None:
+    np.save(tmp_path / "i.npy", np.ones((2, 24), np.float32))
+    np.save(tmp_path / "t.npy", np.ones((3, 16), np.float32))
+    told = run("fuse", "i.npy", "t.npy", "-o", "o.npy", code=3).stderr.decode()
+    hint = told.splitlines()[-1].removeprefix("hint: fusecli ")
+    run(*hint.split())
+    run("fuse", "i.npy", "t.npy", "-o", "o.npy", "-w", "other.safetensors")
+    assert b"swapped" in run("fuse", "t.npy", "i.npy", "-o", "o.npy", "-w", "other.safetensors", code=3).stderr
