@@ -19,21 +19,18 @@ from fusecli.weights import Weights
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks for.
-
-    ``facts`` are what else decides the results, for the ledger: where the features come from.
-    """
+    """What a user asks for."""
 
     weights: Weights
-    output: str
-    attention: str | None = None
-    suffix: str = ".npy"
+    output: str  # a folder, or one file for all results
+    attention: str | None = None  # likewise
+    suffix: str = ".npy"  # of the files in a folder
     options: Options = field(default_factory=Options)
-    facts: dict[str, Any] = field(default_factory=dict)
-    workers: int = 1
+    facts: dict[str, Any] = field(default_factory=dict)  # what else decides the results: where the features come from
+    workers: int = 1  # processes
     device: str = "cpu"
     shard: Shard | None = None
-    limit: int | None = None
+    limit: int | None = None  # pairs to do at most
     retry_failed: bool = False
     overwrite: bool = False
     fail_fast: bool = False

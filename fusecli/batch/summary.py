@@ -19,7 +19,7 @@ class Summary:
     fused: int = 0  # pairs
     skipped: int = 0  # pairs that had been done before
     one_row: int = 0  # of the fused, those with one image row
-    nbytes: int = 0  # bytes of features that were read, and of fused features that were written
+    nbytes: int = 0  # bytes of features that were read, and of results that were written
     read: float = 0.0  # seconds, of all workers together
     fuse: float = 0.0  # likewise
     write: float = 0.0  # likewise
