@@ -25,8 +25,8 @@ def describe(
     """Names, shapes, dtypes, norms of rows and number of NaN/Inf of each tensor, and what they make together.
 
     ``kind`` is ``checkpoint``, ``attention`` or ``features``, or ``no checkpoint`` with a ``problem`` for what looks
-    like one. A checkpoint also has method, heads, widths,
-    parameter count and fingerprint; attention of ``[H, N, M]`` has them as ``heads``, ``text_rows``, ``image_rows``.
+    like one. A checkpoint also has method, heads, widths, parameter count and fingerprint; attention of ``[H, N, M]``
+    has them as ``heads``, ``text_rows``, ``image_rows``.
 
     Args:
         path: the file; ``-`` is standard input.
