@@ -152,7 +152,7 @@ def require_widths(image: Stored, text: Stored, image_dim: int, text_dim: int) -
     found = image.shape[1], text.shape[1]
     if found == (image_dim, text_dim):
         return
-    hint = "fusecli init -o other.safetensors --image-dim {} --text-dim {} --feature-dim {}".format(*found, found[1])
+    hint = "fusecli init -o other.safetensors --image-dim {} --text-dim {}".format(*found)
     if found == (text_dim, image_dim):
         hint = "image and text look swapped"
     require_width(image, image_dim, "image", hint)
