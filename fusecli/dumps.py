@@ -83,6 +83,9 @@ def read_tokens(path: str) -> Tokens:
     if re.match(r'\{\s*"', first) or isinstance(_json_of(first), dict):
         return Tokens(source.name, many=_by_id(text, source.name))
     value = _json_of(text)
+    if isinstance(value, dict) and value:
+        wanted = 'a JSON list of strings, or a line {"id": "…", "tokens": ["…"]} for each pair'
+        raise FileError("not a list of tokens", where=source.name, found=repr(text[:60]), wanted=wanted)
     if isinstance(value, list) or re.match(r'\s*\[\s*"[^\n]', text):
         if not _are_tokens(value):
             found = repr(text[:60])

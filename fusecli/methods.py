@@ -114,7 +114,7 @@ DIRECT = attention.Plan(attention.Order.DIRECT, attention.Order.DIRECT, 0)
 
 
 class Method(Protocol):
-    """An image seen by one method."""
+    """An image prepared by one method."""
 
     def __init__(self, view: View) -> None:
         """Compute what depends on the image alone."""
@@ -194,15 +194,15 @@ class Gated:
 
     def fuse(self, text: Array, mask: Array, need_weights: bool) -> FusedRows:
         """See `Method`."""
-        seen, attended = self._attention.attend(text, need_weights)
+        answer, attended = self._attention.attend(text, need_weights)
         if self._tanh is not None:
             gate = self._tanh
         else:
             gate = linear(text, self._by_text, self._shift)  # [n, D]
             if self._attention.row is None:
-                gate += dot(seen, self._by_image.mT)
+                gate += dot(answer, self._by_image.mT)
             gate = sigmoid(gate)
-        fused = text + gate * seen
+        fused = text + gate * answer
         return FusedRows(fused, attended, self._mean(gate, text.shape[:-1]) if need_weights else None)
 
     def _mean(self, gate: Array, shape: tuple[int, ...]) -> Array:
@@ -263,9 +263,9 @@ class Transformer:
         for number in range(self._config.num_layers):
             name = f"layers.{number}"
             memory = layer_norm(image, *view.layer(f"{name}.norm_memory"))
-            self._sides.append(self._see(f"{name}.multihead_attn", memory, view.mask))
+            self._sides.append(self._prepared(f"{name}.multihead_attn", memory, view.mask))
 
-    def _see(self, name: str, rows: Array, mask: Array) -> attention.ImageSide:
+    def _prepared(self, name: str, rows: Array, mask: Array) -> attention.ImageSide:
         view, heads = self._view, self._config.num_heads
         tensors = view.tensors
 
@@ -285,12 +285,12 @@ class Transformer:
             layer = partial(self._layer, number)
             if self._config.self_attention:
                 rows = layer_norm(x, *layer("norm1"))
-                own = self._see(f"layers.{number}.self_attn", rows, mask)
+                own = self._prepared(f"layers.{number}.self_attn", rows, mask)
                 x = x + drop(attention.attend(rows, own)[0])
             last = number == len(self._sides) - 1
             rows = layer_norm(x, *layer("norm2"))
-            seen, attended = attention.attend(rows, side, need_weights=need_weights and last)
-            x = x + drop(seen)
+            answer, attended = attention.attend(rows, side, need_weights=need_weights and last)
+            x = x + drop(answer)
             inner = gelu(linear(layer_norm(x, *layer("norm3")), *layer("linear1")))  # [n, dim_feedforward]
             x = x + drop(linear(drop(inner), *layer("linear2")))
         return FusedRows(layer_norm(x, *self._view.layer("norm")), attended)

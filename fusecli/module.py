@@ -56,7 +56,8 @@ class ImageTextFusion(nn.Module):
         text = as_rows(text_feat, "text", _width(self.text_proj, text_feat))
         heads, dtype = self.attention, self.attention.out_proj.weight.dtype
         # Layers are called, and parameters taken by name: what has been put in their place works here too.
-        query, memory = self.text_proj(text.to(dtype)).to(dtype), self.image_proj(rows.to(dtype)).to(dtype)
+        query = self.text_proj(text.to(_dtype(self.text_proj, dtype))).to(dtype)  # [N, D]
+        memory = self.image_proj(rows.to(_dtype(self.image_proj, dtype))).to(dtype)  # [M, D]
         in_proj = heads.in_proj_weight, _bias(heads.in_proj_bias, heads.in_proj_weight)
         out_proj = heads.out_proj.weight, _bias(heads.out_proj.bias, heads.out_proj.weight)
         maps = unfolded(in_proj, out_proj, heads.num_heads)
@@ -67,6 +68,11 @@ class ImageTextFusion(nn.Module):
 def _width(layer: nn.Module, features: torch.Tensor) -> int:
     """What a projection takes, as far as it says so."""
     return int(getattr(layer, "in_features", features.shape[-1] if features.ndim else 0))
+
+
+def _dtype(layer: nn.Module, other: torch.dtype) -> torch.dtype:
+    """What a projection computes in, or the ``other`` where it has no weights to tell."""
+    return next((weight.dtype for weight in layer.parameters() if weight.is_floating_point()), other)
 
 
 def _bias(bias: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:

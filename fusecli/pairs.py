@@ -1,4 +1,4 @@
-"""What meets what: features in files, and the pair that two of them make."""
+"""Features in files, and the pair that two of them make."""
 
 from __future__ import annotations
 

@@ -524,3 +524,10 @@ def test_features_of_other_widths_are_told_with_weights_that_would_fit(run: Run,
     run(*hint.split())
     run("fuse", "i.npy", "t.npy", "-o", "o.npy", "-w", "other.safetensors")
     assert b"swapped" in run("fuse", "t.npy", "i.npy", "-o", "o.npy", "-w", "other.safetensors", code=3).stderr
+
+
+def test_no_rows_before_the_grid_is_something_said(run: Run, pair: Any) -> None:
+    command = ("fuse", "regions.npy", "txt.npy", "-o", "o.npy", "--skip-rows", 0)
+    assert b"add --attention" in run(*command, code=2).stderr
+    assert b"only .safetensors" in run(*command, "-a", "a.npy", code=2).stderr
+    run(*command, "-a", "a.safetensors")

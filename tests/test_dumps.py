@@ -219,3 +219,11 @@ def test_a_token_may_be_a_brace(tmp_path: Path, tokens: list[str]) -> None:
 
     (tmp_path / "t").write_text("\n".join(tokens) + "\n")
     assert read_tokens(str(tmp_path / "t")).one == tokens
+
+
+def test_an_object_of_several_lines_is_no_list_of_tokens(tmp_path: Path) -> None:
+    from fusecli.dumps import read_tokens
+
+    (tmp_path / "t").write_text('{\n "id": "x",\n "tokens": ["a", "b"]\n}\n')
+    with pytest.raises(FileError, match="not a list of tokens"):
+        read_tokens(str(tmp_path / "t"))

@@ -161,6 +161,14 @@ def test_what_can_be_done_to_the_article_s_module_can_be_done_to_this(change: An
     torch.testing.assert_close(ours(image, text), theirs(image, text)[0])
 
 
+def test_layers_may_be_of_several_dtypes() -> None:
+    module = ImageTextFusion(16, 4)
+    image, text = _pair(3, 5, 16, 16)
+    one = module(image, text)
+    module.text_proj.double()
+    torch.testing.assert_close(module(image, text), one)
+
+
 def test_a_subclass_may_have_layers_of_its_own_and_hooks_are_heard() -> None:
     class Headed(ImageTextFusion):
         def __init__(self) -> None:

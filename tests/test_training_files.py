@@ -126,6 +126,7 @@ def test_rows_that_belong_to_other_pairs_are_other_features(tmp_path: Path) -> N
         ("\ufeffid,label\r\na,x\r\n", "label"),
         ('"id"\t"the, label"\na\tx\n', "the, label"),
         ("id,a\tb,label\na,1,x\n", "label"),
+        ("id,label\na,x,\n", "label"),
     ],
 )
 def test_labels_are_read_from_a_pipe_as_from_a_file(tmp_path: Path, text: str, column: str) -> None:

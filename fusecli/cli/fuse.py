@@ -164,7 +164,7 @@ def _fuse(weights: Loaded, pair: Pair, form: Form, device: str, places: list[str
         if None in places:
             raise
         # Whoever stops reading one result has not said that the other is not wanted.
-        where = next(place for place in places if place and is_stream(place))
+        where = next((place for place in places if place and is_stream(place)), places[-1])
         raise OutputError("nobody reads it any more, so nothing was finished", where=where) from None
 
 

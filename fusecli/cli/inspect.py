@@ -43,7 +43,7 @@ def inspect(
             _show(facts)
         if "problem" in facts:
             complain(facts["problem"], None)
-            code = CheckpointError.exit_code
+            code = max(code, CheckpointError.exit_code)
     if code:
         raise typer.Exit(code)
 

@@ -24,12 +24,14 @@ def check_attention_options(attention: str | None, given: dict[str, Any]) -> Non
 
     require_names({"--attention": attention, "--tokens": given["tokens"]})
     for name, value in given.items():
-        if value not in (None, False) and attention is None:
+        if value is None or value is False:
+            continue
+        if attention is None:
             raise UsageError("needs attention to be written", where=f"--{name}", hint="add --attention OUT")
-        if value is not None and name in ("tokens", "grid", "skip-rows") and not has_names(str(attention)):
+        if name in ("tokens", "grid", "skip-rows") and not has_names(attention):
             hint = f"write .safetensors, or give --{name} to fusecli show"
             raise UsageError("only .safetensors has room for it", where=f"--{name}", found=attention, hint=hint)
-        if value == "bfloat16" and not has_names(str(attention)):
+        if value == "bfloat16" and not has_names(attention):
             hint = "write .safetensors, or take float16"
             raise UsageError(".npy cannot name bfloat16", where=f"--{name}", found=attention, hint=hint)
 

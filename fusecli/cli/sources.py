@@ -78,8 +78,7 @@ def check_sources(sources: Sources) -> None:
     if sources.manifest is None and sources.images is None:
         raise UsageError("no features", hint="give IMAGES and TEXTS, or --manifest FILE")
     if "-" in (sources.images, sources.texts):
-        hint = "--manifest -, which takes a line a pair"
-        raise UsageError("features of many pairs cannot come on stdin", where="-", hint=hint)
+        raise UsageError("features of many pairs cannot come on stdin", where="-", hint="name a folder or a file")
     if sources.manifest is not None and sources.images is not None:
         raise UsageError("a manifest names both sides itself", where="--manifest", hint="leave out IMAGES and TEXTS")
     patterns = {"image": sources.image_pattern, "text": sources.text_pattern}

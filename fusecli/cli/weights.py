@@ -83,9 +83,8 @@ def init(
         _check_identity(method, seed, widths)
     if (residual or method is Method.gated) and widths[1] != feature_dim:
         what = "--residual" if residual else "--method gated"
-        raise UsageError(
-            f"{what} needs Dt = D", found=f"Dt={text_dim}, D={feature_dim}", hint=f"--feature-dim {text_dim}"
-        )
+        hint = f"--feature-dim {text_dim}, with --num-heads that divide it"
+        raise UsageError(f"{what} needs Dt = D", found=f"Dt={text_dim}, D={feature_dim}", hint=hint)
     if method not in (Method.weighted_sum, Method.concat):
         require_heads(heads, feature_dim, UsageError)
     if identity:

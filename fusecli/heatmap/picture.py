@@ -18,7 +18,7 @@ LONGEST = 1280
 #: Files of up to so many bytes go into a page as they are.
 SMALL = 2**18
 #: Formats that are read. Pillow knows more, some of which other programs would be started for.
-READ = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000")
+READ = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF", "ICO")
 #: Formats that every browser shows.
 MIME = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
 

@@ -34,12 +34,13 @@ def read_labels(path: str, column: str = "label") -> dict[str, str]:
             head = next(lines, "")
             tabs = "id" in (name.strip('"') for name in head.rstrip("\r\n").split("\t"))
             reader = csv.DictReader(chain([head], lines), delimiter="\t" if tabs else ",", strict=True)
-            _require_columns(reader.fieldnames or [], column, path)
+            columns = reader.fieldnames or []
+            _require_columns(columns, column, path)
             for record in reader:
                 id, label = record["id"], record[column]
-                if None in record:  # what has no column
-                    found = f"{len(reader.fieldnames or []) + len(record[None])} values"
-                    wanted, hint = f"{len(reader.fieldnames or [])}", "a label with a comma in it stands in quotes"
+                if any(record.get(None) or ()):  # what has no column
+                    found = f"{len(columns) + len(record[None])} values"
+                    wanted, hint = f"{len(columns)}", "a label with a comma in it stands in quotes"
                     where = f"{path}, line {reader.line_num}"
                     raise FileError("more values than columns", where=where, found=found, wanted=wanted, hint=hint)
                 if not id or not label:

@@ -19,7 +19,7 @@ from torch import nn
 from fusecli import checkpoint
 from fusecli.arrays import to_device
 from fusecli.collections import Place
-from fusecli.errors import FileError, InputError, OutputError, TrainingError, UsageError
+from fusecli.errors import FileError, InputError, OutputError, TrainingError, UsageError, ValuesError
 from fusecli.formats import write_whole
 from fusecli.machine import cores
 from fusecli.training.data import read, require_enough
@@ -33,6 +33,8 @@ from fusecli.weights import Weights
 
 #: What goes in place of the suffix of the checkpoint.
 HEAD, LOG, STATE = ".head.safetensors", ".log.jsonl", ".state.pt"
+#: A log that says more is damaged.
+MOST_THREADS = 1024
 #: Where a head's file says what it is, among its metadata.
 ABOUT_HEAD = "fusecli-head"
 
@@ -106,7 +108,9 @@ def train_on(
         FusecliError: the pairs cannot be used, or the training diverged.
     """
     # The command multiplies on one thread for the sake of equal bytes everywhere; here it would take twice as long.
-    torch.set_num_threads(cores())
+    # What goes on keeps to its number of them, or the last digits would differ.
+    threads = _begun(output).get("threads", 0) if resume else 0
+    torch.set_num_threads(threads if 0 < threads <= MOST_THREADS else cores())
     if recipe.settings.device != "cpu":
         to_device(recipe.settings.device)
     begin(output, resume, overwrite)
@@ -142,12 +146,10 @@ def train(output: str, beginning: Beginning, lesson: Lesson, reporter: Reporter,
     Raises:
         UsageError: the run to go on with had other pairs or options.
         TrainingError: the training diverged.
+        ValuesError: the features are too large.
     """
     objective, device = lesson.objective, lesson.settings.device
     begun = _begun(output) if resume else {}
-    torch.set_num_threads(
-        max(1, begun.get("threads", torch.get_num_threads()))
-    )  # with others the last digits would differ
     starts = [_Start(weights, lesson) for weights in beginning.starts]
     which = _best(starts, begun.get("start"))
     start = starts[which]
@@ -158,7 +160,7 @@ def train(output: str, beginning: Beginning, lesson: Lesson, reporter: Reporter,
         progress = fit(Fusion(start.weights, device), lesson, keeper, reporter, before, state)
     except StateError:
         raise keeper.damaged() from None
-    except TrainingError:
+    except (TrainingError, ValuesError):
         keeper.give_up()
         raise
     del state
