@@ -18,16 +18,17 @@ from torch import nn
 import fusecli
 from fusecli.errors import FileError, InputError
 from fusecli.training.data import Rows
+from fusecli.training.files import Files, begun_with
 from fusecli.training.labels import numbers, read_labels
 from fusecli.training.loop import Progress
 from fusecli.training.represent import Fusion
-from fusecli.training.run import _begun, _best, _Files
+from fusecli.training.run import _best
 from tests.conftest import Run
 
 
 def _files(folder: Path) -> Any:
     objective: Any = SimpleNamespace(name="classify", facts=dict)
-    return _Files(str(folder / "f.safetensors"), objective, {"seed": 0})
+    return Files(str(folder / "f.safetensors"), objective, {"seed": 0})
 
 
 def _fusion(seed: int) -> Fusion:
@@ -106,10 +107,10 @@ def test_a_run_that_goes_on_does_not_choose_its_start_again(tmp_path: Path) -> N
 
     starts: Any = [Start() for _ in range(3)]
     _files(tmp_path).begin(False, start=1)
-    begun = _begun(str(tmp_path / "f.safetensors"))
+    begun = begun_with(str(tmp_path / "f.safetensors"))
     assert begun == {"start": 1, "threads": torch.get_num_threads()}
     assert _best(starts, begun["start"]) == 1
-    assert _begun(str(tmp_path / "none.safetensors")) == {}
+    assert begun_with(str(tmp_path / "none.safetensors")) == {}
     assert _best(starts[:1], 1) == 0  # another command, as will be told: there is but one start now
 
 

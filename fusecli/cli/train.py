@@ -184,8 +184,9 @@ def train(
     from fusecli.pairs import refuse_same_file
     from fusecli.training import labels as labelled
     from fusecli.training import recipe
+    from fusecli.training.files import files_of
     from fusecli.training.loop import Settings
-    from fusecli.training.run import files_of, train_on
+    from fusecli.training.run import train_on
 
     for where, rate in {"--lr": lr, "--weight-decay": weight_decay}.items():
         if rate == math.inf:
@@ -264,7 +265,7 @@ def _method_options(parameters: dict[str, Any]) -> dict[str, Any]:
 
 def _check(sources: Sources, output: str, labels: str | None, weights: str | None, kept: float) -> None:
     from fusecli.pairs import refuse_same_file
-    from fusecli.training.run import files_of
+    from fusecli.training.files import files_of
 
     check_sources(sources)
     if not output:

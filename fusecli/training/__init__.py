@@ -2,8 +2,8 @@
 
 From the outside in:
 
-- `recipe`: how it goes unless told otherwise; `run`: a training from beginning to end, and its files; `loop`: the
-  optimizer, epoch by epoch;
+- `recipe`: how it goes unless told otherwise; `run`: a training from beginning to end; `files`: what lies beside a
+  checkpoint; `loop`: the optimizer, epoch by epoch;
 - `start`: where new weights begin; `table`: what the trained fusion is worth, beside what could be used instead;
 - `labels`: labels from a table, and what there is to learn; `objective`: classes and numbers; `match`: which picture
   belongs to a text;
