@@ -10,10 +10,11 @@ import numpy as np
 
 from fusecli import checkpoint
 from fusecli.arrays import dtype_name
-from fusecli.dumps import About, is_gate
+from fusecli.dumps import About, names_of
 from fusecli.errors import CheckpointError
 from fusecli.formats import FLOATS, NumpyArray, Stored, open_source, tensors_of
 from fusecli.state_dict import is_pt
+from fusecli.weights import Weights
 
 #: Bytes read at once, in whole rows: many rows are described in little memory.
 BLOCK = 2**24
@@ -53,11 +54,10 @@ def describe(
         return {"file": path, **facts, "tensors": rows}
     kind: dict[str, Any] = {"kind": "features"}
     about = About.of(source)
-    alone = len(about.ids) < 2  # of many pairs, one may be called attention
-    others = [at for at, row in enumerate(rows) if not is_gate(row["name"], tensors)]
-    named = [at for at in others if len(others) == 1 or (rows[at]["name"] == "attention" and alone)]
-    if len(named) == 1 and stochastic[named[0]] and len(rows[named[0]]["shape"]) in (2, 3):
-        *heads, n, m = rows[named[0]]["shape"]
+    names, many = names_of(tensors, about)
+    lone = None if many or not names else sorted(tensors).index(names[0])
+    if lone is not None and stochastic[lone] and len(rows[lone]["shape"]) in (2, 3):
+        *heads, n, m = rows[lone]["shape"]
         kind = {"kind": "attention", "heads": heads[0] if heads else "mean", "text_rows": n, "image_rows": m}
     elif about.ids:
         kind = {"kind": "attention", "pairs": len(about.ids)}
@@ -66,7 +66,7 @@ def describe(
     return {"file": path, **kind, "tensors": rows}
 
 
-def _of_checkpoint(weights: Any) -> dict[str, Any]:
+def _of_checkpoint(weights: Weights) -> dict[str, Any]:
     return {"kind": "checkpoint", **weights.facts(), "fingerprint": checkpoint.fingerprint(weights)}
 
 

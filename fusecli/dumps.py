@@ -222,3 +222,14 @@ class About:
             {id: told for id, told in zip(ids, words, strict=True) if _are_tokens(told)},
             ids,
         )
+
+
+def names_of(tensors: Mapping[str, Stored], about: About) -> tuple[list[str], bool]:
+    """The tensors that are attention, and whether they are that of many pairs, each called by its id.
+
+    A tensor called ``attention`` is that of the only pair, unless the file tells of many: one may be called so.
+    """
+    names = sorted(name for name in tensors if not is_gate(name, tensors))
+    if len(names) > 1 and "attention" in tensors and len(about.ids) < 2:
+        names = ["attention"]
+    return names, len(names) > 1

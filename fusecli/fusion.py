@@ -38,8 +38,12 @@ class Prepared:
 
     def __init__(self, view: View) -> None:
         self._view, self._config = view, view.weights.config
-        self.n, self.dtype = view.n, view.dtype
         self._method: Method = METHODS[self._config.method](view)
+
+    @property
+    def dtype(self) -> str:
+        """What is computed in."""
+        return self._view.dtype
 
     @property
     def rows_alike(self) -> bool:
@@ -55,13 +59,13 @@ class Prepared:
     def block_rows(self) -> int:
         """Text rows to pass at once, so that memory stays flat in ``N``; all where they attend to each other."""
         if self._config.self_attention:
-            return self.n
+            return self._view.n
         return max(1, min(BLOCK_ROWS, BLOCK_SCORES // (self._config.num_heads * self._view.m)))
 
     def blocks(self, most: int = BLOCK_ROWS) -> Iterator[slice]:
         """The rows ``0..N``, a block of at most ``most`` at a time."""
         step = self.block_rows if self._config.self_attention else min(self.block_rows, most)
-        return (slice(start, min(start + step, self.n)) for start in range(0, self.n, step))
+        return (slice(start, min(start + step, self._view.n)) for start in range(0, self._view.n, step))
 
     def fuse(self, text: Array, *, need_weights: bool = False, mask: Array = None) -> FusedRows:
         """Fuse one block of text rows ``[n, Dt]``, of any float dtype.

@@ -146,12 +146,12 @@ def _forget(folder: str) -> None:
 
 def _job(request: Request, folder: str) -> Job:
     def store(path: str, kind: str) -> Store:
-        named = named_like(path, request.suffix).endswith(safetensors.SUFFIXES)
-        label = request.label() if named and kind == "attention" else None
+        written, dumps = named_like(path, request.suffix), kind == "attention"
+        label = request.label() if dumps and written.endswith(safetensors.SUFFIXES) else None
+        gate = dumps and takes_gate(request.weights, written)
         if is_one_file(path):
-            return PartStore(path, folder, kind, kind == "attention" and request.packs_gates, label)
+            return PartStore(path, folder, kind, gate, label)
         temporary = f"{path}/{STATE}/{f'tmp-{request.shard}' if request.shard else 'tmp'}"
-        gate = kind == "attention" and takes_gate(request.weights, request.suffix)
         return FolderStore(path, request.suffix, temporary, kind, gate, label)
 
     mover = None if request.device == "cpu" else to_device(request.device)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusecli.collections import Folder
-from fusecli.dumps import GATE, About, Tokens, is_gate, require_tokens
+from fusecli.dumps import GATE, About, Tokens, names_of, require_tokens
 from fusecli.errors import FileError, ShapeError, ValuesError
 from fusecli.formats import NumpyArray, Stored, open_tensors
 from fusecli.grid import Grid, grid_of
@@ -252,9 +252,9 @@ def open_dumps(path: str, whole: int = 0) -> Dumps:
         beside = tensors.get("gate") if name == "attention" else None
         return _Found(tensors[name], tensors.get(name + GATE, beside), about)
 
-    ids = sorted(name for name in tensors if not is_gate(name, tensors))
-    if len(ids) == 1 or ("attention" in tensors and len(about.ids) < 2):  # of many, one may be called so
-        name = "attention" if "attention" in tensors else ids[0]
+    ids, many = names_of(tensors, about)
+    if not many:
+        [name] = ids
         if len(tensors[name].shape) == 4 and tensors[name].shape[0] > 1:
             return _of_stack(path, tensors[name], about)
         named = name if name not in ("", "attention") else os.path.splitext(os.path.basename(path))[0]
