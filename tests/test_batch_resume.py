@@ -68,6 +68,19 @@ def test_results_of_different_shapes_do_not_stack(run: Run, many: Any, tmp_path:
     assert not (tmp_path / "out.npy").exists()
 
 
+def test_what_does_not_stack_is_told_before_all_is_done(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "img").mkdir()
+    (tmp_path / "txt").mkdir()
+    for id in range(40):
+        np.save(tmp_path / "img" / f"{id:02}.npy", np.ones((2, D), np.float32))
+        np.save(tmp_path / "txt" / f"{id:02}.npy", np.ones((3 if id == 1 else 2, D), np.float32))
+    run("init", "-o", "w.safetensors", "--feature-dim", D, "--num-heads", 4, "-q")
+    args = "batch", "img", "txt", "-o", "out.npy", "-w", "w.safetensors", "-j", 1
+    assert b"found [3, 32] float32 for 01" in run(*args, code=1).stderr
+    assert len((tmp_path / "out.npy.fusecli/ledger.jsonl").read_text().splitlines()) < 40
+    assert b"for 01" in run(*args, code=1).stderr  # what is there already counts too
+
+
 def test_other_weights_or_options_are_refused(run: Run, many: Any, tmp_path: Path) -> None:
     batch(run, "img", "txt", "-o", "out")
     before = results(tmp_path / "out")

@@ -12,13 +12,14 @@ import json
 import operator
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, repeat, zip_longest
 from typing import Any
 
 import numpy as np
 
+from fusecli.batch.job import Outcome
 from fusecli.batch.ledger import History
 from fusecli.batch.store import STATE, WHOLE, PartStore, Piece, Store, believed, look_into
 from fusecli.dumps import GATE
@@ -174,25 +175,58 @@ def _named(path: str) -> Iterator[None]:
         raise
 
 
-def _common(store: PartStore, results: Iterator[Result]) -> tuple[tuple[int, ...], str]:
-    """Shape and dtype that all results share."""
-    first: tuple[str, Piece] | None = None
-    for id, piece in results:
-        if piece is None:
-            continue
-        if first is None:
-            first = id, piece
-        if piece[:2] != first[1][:2]:
+class Stacked:
+    """Sees to it that results have the one shape and dtype that a stack can have."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self.first: tuple[str, tuple[int, ...], str] | None = None  # its id, shape and dtype
+
+    def add(self, id: str, shape: Sequence[int], dtype: str) -> None:
+        """Raise `OutputError` if a result does not stack with the first."""
+        if self.first is None:
+            self.first = id, tuple(shape), dtype
+        first, first_shape, first_dtype = self.first
+        if (tuple(shape), dtype) != (first_shape, first_dtype):
             raise OutputError(
                 "results of different shapes do not stack",
-                where=store.path,
-                found=f"{list(piece.shape)} {piece.dtype} for {id}",
-                wanted=f"{list(first[1].shape)} {first[1].dtype}, as for {first[0]}",
+                where=self._path,
+                found=f"{list(shape)} {dtype} for {id}",
+                wanted=f"{list(first_shape)} {first_dtype}, as for {first}",
                 hint="write to a folder or to .safetensors",
             )
-    if first is None:
+
+
+class Stacks:
+    """Sees to it while a run is under way, so that nobody waits for a stack that cannot be."""
+
+    def __init__(self, stores: Iterable[Store]) -> None:
+        there = (isinstance(store, PartStore) and is_stack(store) for store in stores)
+        self._stacks = [Stacked(store.path) if stack else None for store, stack in zip(stores, there, strict=True)]
+
+    def see(self, outcomes: Iterable[Outcome]) -> None:
+        """Raise `OutputError` if what has just been fused does not stack."""
+        for outcome in outcomes if any(self._stacks) else ():
+            if outcome.status == "fused":
+                told = outcome.facts, outcome.facts.get("attention")
+                self.add(outcome.id, *((facts["shape"], facts["dtype"]) for facts in told if facts))
+
+    def add(self, id: str, *results: tuple[Any, ...] | None) -> None:
+        """The same for the results of one pair, which begin with shape and dtype, as the stores are."""
+        for stacked, result in zip(self._stacks, results, strict=False):
+            if stacked and result:
+                stacked.add(id, *result[:2])
+
+
+def _common(store: PartStore, results: Iterator[Result]) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype that all results share."""
+    stacked = Stacked(store.path)
+    for id, piece in results:
+        if piece:
+            stacked.add(id, piece.shape, piece.dtype)
+    if stacked.first is None:
         raise OutputError("no pair was fused, so there is nothing to stack", where=store.path)
-    return first[1].shape, first[1].dtype
+    return stacked.first[1:]
 
 
 def _copy(store: PartStore, results: Iterator[Result], sink: Sink, begin: int, hole: bytes) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 from fusecli.arrays import to_device
 from fusecli.batch.apart import require_apart
 from fusecli.batch.feed import ListFeed, Pairs, StreamFeed
-from fusecli.batch.gather import gather_what_is_there, is_stack, is_whole, read_history, remove_left
+from fusecli.batch.gather import Stacks, gather_what_is_there, is_stack, is_whole, read_history, remove_left
 from fusecli.batch.job import Job, Outcome, Stop
 from fusecli.batch.ledger import History, Ledger, Lock, claim, require_same_run, require_unclaimed
 from fusecli.batch.local import Pool
@@ -77,8 +77,9 @@ def _run(request: Request, pairs: Pairs | Manifest, reporter: Reporter, job: Job
         for store in folders:
             store.begin()
         ledger.begin(request.run_facts(), history.began)
-        teller = Teller(ledger, history.missing, reporter)
-        feed = _feed(request, pairs, history, job)
+        stacks = Stacks(_stores(job))
+        teller = Teller(ledger, history.missing, reporter, stacks.see)
+        feed = _feed(request, pairs, history, job, stacks)
         reporter.planned(feed.total)
         teller.tell(pairs.known if isinstance(pairs, Pairs) else [])
         _drive(request, job, feed, teller, pool, stop)
@@ -160,10 +161,15 @@ def _job(request: Request, folder: str) -> Job:
     return Job(request.weights, request.options, store(request.output, "fused"), attention, mover, folder, threads)
 
 
-def _feed(request: Request, pairs: Pairs | Manifest, history: History, job: Job) -> ListFeed | StreamFeed:
+def _feed(
+    request: Request, pairs: Pairs | Manifest, history: History, job: Job, stacks: Stacks
+) -> ListFeed | StreamFeed:
     def keep(id: str) -> Outcome | None:
         pieces = history.pieces(id)
-        return Outcome(id, "skipped", {}) if pieces and _is_there(job, id, *pieces) else None
+        if not pieces or not _is_there(job, id, *pieces):
+            return None
+        stacks.add(id, *pieces)
+        return Outcome(id, "skipped", {})
 
     wanted = history.undone if request.retry_failed else None
     if isinstance(pairs, Manifest):

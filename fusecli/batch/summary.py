@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -68,11 +69,12 @@ class Reporter(Protocol):
 
 @dataclass
 class Teller:
-    """Passes on what happened: to the ledger, to the summary, to the reporter."""
+    """Passes on what happened: to the ledger, to the summary, to the reporter, and to a check that may raise."""
 
     ledger: Ledger
     missing: set[str]  # as the ledgers have them already
     reporter: Reporter
+    check: Callable[[list[Outcome]], None]
     summary: Summary = field(default_factory=Summary)
     first_failure: Outcome | None = None
 
@@ -84,6 +86,7 @@ class Teller:
             self.summary.add(outcome)
         self.first_failure = self.first_failure or reason_to_stop(outcomes, fail_fast=True)
         self.reporter.told(outcomes, self.summary)
+        self.check(outcomes)
 
 
 def reason_to_stop(outcomes: list[Outcome], fail_fast: bool) -> Outcome | None:
