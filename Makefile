@@ -1,4 +1,4 @@
-# `make` lists the targets. Each makes .venv first if it is not there; a machine with Python 3.11 is enough.
+# `make` lists the targets. Each makes .venv first if it is not there; a machine with Python 3.11 or newer is enough.
 PYTHON ?= python3
 BIN := .venv/bin
 OUT := demo-out
@@ -28,7 +28,7 @@ map: .venv/installed  ## draw the README's map of the sample picture
 	$(BIN)/fusecli fuse sample_data/patches.npy sample_data/text.npy -w sample_data/fusion.safetensors -o $(OUT)/fused.npy -a $(OUT)/patches.safetensors --tokens sample_data/tokens.json
 	$(BIN)/fusecli show $(OUT)/patches.safetensors --image sample_data/image.png --fit contain -o docs/map.png
 
-test: .venv/installed  ## run all tests, on all cores
+test: .venv/installed  ## run all tests, on up to 8 cores
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
 lint: .venv/installed  ## ruff and import-linter
@@ -49,4 +49,5 @@ bench: .venv/installed  ## measure and print ratios (minutes; leave the machine 
 	$(BIN)/python -m benchmarks
 
 clean:  ## remove all that make made
+	find . -name __pycache__ -prune -exec rm -rf {} +
 	rm -rf .venv $(OUT) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,7 +1,7 @@
 """The one seam between NumPy and torch.
 
 The mathematics is written once, over what both kinds of array share: ``@``, ``.mT``, ``reshape``,
-``swapaxes``, slices, ``namespace.amax(x, axis=...)``. What they do not share is here. Nothing but
+``swapaxes``, slices. What they do not share is here. Nothing but
 `import_torch` imports torch: a tensor can only come from a program that has imported it already.
 """
 
@@ -167,6 +167,18 @@ def import_torch() -> Any:
     return torch
 
 
+def cuda_number(name: str) -> int:
+    """The number of the device ``name``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        UsageError: no device is called that.
+    """
+    kind, colon, number = name.partition(":")
+    if kind != "cuda" or (colon and not (number.isascii() and number.isdecimal() and len(number) < 5)):
+        raise UsageError("unknown device", where="--device", found=name, wanted="cpu, cuda or cuda:N")
+    return int(number or 0)
+
+
 def to_device(name: str) -> Callable[[Array], Array]:
     """A function that moves NumPy arrays to the torch device ``name``, e.g. ``cuda:1``.
 
@@ -174,13 +186,10 @@ def to_device(name: str) -> Callable[[Array], Array]:
         UsageError: no device is called that.
         DeviceError: it is not there.
     """
-    kind, _, number = name.partition(":")
-    if kind != "cuda" or (":" in name and not number.isdecimal()):
-        raise UsageError("unknown device", where="--device", found=name, wanted="cpu, cuda or cuda:N")
-    torch = import_torch()
+    number, torch = cuda_number(name), import_torch()
     if not torch.cuda.is_available():
         raise DeviceError("no CUDA here", where="--device", found=name, hint="leave it out to compute on the CPU")
-    if int(number or 0) >= torch.cuda.device_count():
+    if number >= torch.cuda.device_count():
         wanted = f"cuda:0 to cuda:{torch.cuda.device_count() - 1}"
         raise DeviceError("no such CUDA device", where="--device", found=name, wanted=wanted)
     return lambda x: torch.from_numpy(x if x.flags.writeable else x.copy()).to(name)

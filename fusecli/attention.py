@@ -1,11 +1,11 @@
-"""The mathematics: fold, plan, scores, softmax, values.
+"""The mathematics: plan, scores, softmax, values (the maps are folded in `fusecli.maps`).
 
 Letters, here and everywhere: ``N`` text rows, ``M`` image rows, ``D`` width of the fusion space,
 ``Dt``/``Di`` widths of text and image, ``H`` heads, ``d = D / H``. With ``T [N, Dt]``, ``I [M, Di]``
 and, for head ``h``, rows ``h`` of the folded maps ``F_q [D, Dt]``, ``F_k``, ``F_v [D, Di]`` and
 columns ``h`` of ``W_o [D, D]``, multi-head attention (Vaswani et al. 2017, section 3.2.2) is
 
-    S_h = (T F_qᵀ_h + f_q,h) (I F_kᵀ_h)ᵀ / sqrt(d)        [N, M]
+    S_h = (T F_qᵀ_h + f_q,h) (I F_kᵀ_h)ᵀ                  [N, M],   1/sqrt(d) is in F_q and f_q
     P_h = softmax over M of S_h
     out = Σ_h P_h (I F_vᵀ_h) W_oᵀ_h + c                    [N, D],   c = W_o f_v + b_o
 
@@ -171,10 +171,10 @@ TILE = 2**18
 
 
 def attend(text: Array, side: ImageSide, *, need_weights: bool = False) -> tuple[Array, Array | None]:
-    """Let ``text [N, Dt]`` attend to a prepared image.
+    """Let ``text [N, Dt]`` attend to a prepared image; a batch ``[B, N, Dt]`` of tensors to a batch of images.
 
     Returns:
-        The fused rows ``[N, D]`` and, if asked for, the attention weights ``[H, N, M]``.
+        The fused rows ``[N, D]`` and, if asked for, the attention weights ``[H, N, M]``; of a batch, ``[B, ...]``.
     """
     if side.plan.scores is side.plan.values is Order.DIRECT:
         return (_attend_at_once if is_torch(text) else _attend_by_heads)(text, side, need_weights)

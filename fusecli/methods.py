@@ -44,7 +44,7 @@ class View:
 
     weights: Weights
     image: Array  # [M, Di], of any float dtype and kind; not looked at where there is a `row`
-    template: Array  # of the kind, and on the device, to compute with: the text, or a part of it
+    template: Array  # any array of the kind, and on the device, to compute with
     n: int  # rows that the text has in all blocks together; the plan depends on it
     dtype: str  # "float32" or "float64", what to compute in
     training: bool = False  # use the layers as they are instead of folded maps, so that autograd reaches them

@@ -11,7 +11,7 @@ from fusecli.formats import Source, Stored, open_source, open_tensors
 from fusecli.formats.source import reason
 from fusecli.pairs import choose, find_features
 
-#: Files of up to so many bytes are read at once; images of one row, all of an item's before its texts.
+#: Files of up to so many bytes are read at once. Few for images: of one row, a worker holds those of a whole item.
 WHOLE = {"image": 2**14, "text": 2**18}
 
 
@@ -32,7 +32,7 @@ def features_at(place: Place, side: str) -> Stored:
     except FileNotFoundError:
         raise FileError("no such file", where=place.path) from None
     except (OSError, ValueError) as error:
-        raise FileError("cannot be opened", where=place.path, found=reason(error)) from None
+        raise FileError("cannot be opened", where=place.path, found=reason(error)) from error
 
 
 @lru_cache(maxsize=8)  # packed and stacked files: a few, read by many tasks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -16,11 +17,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fusecli.batch.job import Outcome, Stop, Task
+from fusecli.batch.job import Outcome, Stop, Task, failed
 from fusecli.batch.local import Pool
 from fusecli.batch.plan import Shard
 from fusecli.collections import Place
-from fusecli.formats import FileSink
+from fusecli.errors import FileError, FusecliError
+from fusecli.formats import FileSink, open_source
 from tests.batches import FEW, D, as_npy, batch, expected, results, statuses
 from tests.conftest import FUSECLI, Run
 
@@ -253,6 +255,30 @@ def test_a_folder_where_a_result_should_go_leaves_no_attention_either(run: Run, 
     (few / "out" / "a.npy" / "z").mkdir(parents=True)
     batch(run, "img", "txt", "-o", "out", "-a", "att", code=4)
     assert sorted(results(few / "att")) == FEW[1:]
+
+
+@pytest.mark.parametrize(("number", "stop"), [(errno.EMFILE, True), (errno.EIO, False)])
+def test_what_every_pair_would_run_into_stops_the_run(
+    number: int, stop: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(FileError) as caught:
+        open_source(str(tmp_path / "x.npy"))
+    monkeypatch.undo()
+    assert failed("x", caught.value).stop is stop
+
+
+def test_no_room_for_another_process_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> int:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "fork", refuse)
+    with pytest.raises(FusecliError, match="cannot start another process"):
+        Pool(lambda item: [], 2)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_a_full_disk_is_named() -> None:

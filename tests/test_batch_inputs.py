@@ -28,6 +28,7 @@ from tests.conftest import Run
         ["-o", "o.npy", "-a", "o.npy.fusecli"],
         ["-o", "out", "--overwrite", "--retry-failed"],
         ["-o", "out", "--dtype", "bfloat16"],
+        ["-o", "out", "--dry-run", "--device", "tpu"],
         ["-o", "out.npz"],
         ["-o", "out", "-a", "att.SAFETENSORS"],
         ["-o", "out", "--shard", "1/" + "9" * 5000],

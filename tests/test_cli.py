@@ -465,6 +465,19 @@ def test_an_empty_name_is_no_file(run: Run, pair: Any) -> None:
         for command in (("fuse", "regions.npy", "txt.npy", "-o", "o.npy"), ("batch", "img", "txt", "-o", "out")):
             told = run(*command, option, "", *rest, code=2).stderr
             assert b"--attention: " in told if option == "-a" else b"--tokens: " in told
+    assert b"--output: is empty" in run("fuse", "regions.npy", "txt.npy", "-o", "", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("fuse", "-", "txt.npy", "-o", "o.npy", "-a", "a.safetensors"),
+        ("batch", "--manifest", "-", "-o", "out", "-a", "a.safetensors"),
+        ("show", "-"),
+    ],
+)
+def test_standard_input_brings_one_thing(run: Run, pair: Any, command: tuple[str, ...]) -> None:
+    assert b"--tokens -: standard input" in run(*command, "--tokens", "-", code=2, input=b"").stderr
 
 
 def test_a_file_without_a_name_is_called_so(run: Run, pair: Any) -> None:

@@ -263,6 +263,22 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> Non
     assert os.listdir(tmp_path) == ["x.npy"]
 
 
+def test_a_file_that_cannot_be_named_leaves_no_descriptor_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **named: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    def write() -> None:
+        with pytest.raises(OutputError), open_sink(str(tmp_path / "x.npy")) as sink:
+            sink.put(0, b"x")
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "rename", refuse)  # where the system has no files without a name
+    before = os.listdir("/proc/self/fd")
+    write()
+    assert os.listdir("/proc/self/fd") == before
+    assert not os.listdir(tmp_path)
+
+
 def test_safetensors_metadata_are_those_of_the_library(tmp_path: Path) -> None:
     save_file({"x": np.ones(2, np.float32)}, tmp_path / "x.safetensors", metadata={"a": "ü"})
     source = open_tensors(str(tmp_path / "x.safetensors"))["x"].source

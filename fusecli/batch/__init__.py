@@ -10,6 +10,6 @@ From the outside in:
   on a GPU;
 - `store`: where results go; `job`: the words that all of them share.
 
-Work crosses processes as places and comes back as outcomes, never as arrays. A runner is one function,
-``run(items, stop) -> outcomes``.
+Work crosses processes as places and comes back as outcomes, never as arrays. A runner is one function
+from items to outcomes: `Pool.run`, or `inline.run`.
 """

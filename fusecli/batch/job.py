@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from fusecli.batch.store import Store
 from fusecli.collections import Place
-from fusecli.errors import FusecliError, OutputError, is_out_of_memory
+from fusecli.errors import FusecliError, InputError, OutputError, is_out_of_memory
 from fusecli.pipeline import Mover
 from fusecli.weights import Weights
 
@@ -64,14 +64,17 @@ class Outcome(NamedTuple):
         return {"id": self.id, "status": self.status, **self.facts}
 
 
-#: What the whole run runs into, not this pair: no space, over quota, read-only, broken disk, too many open files.
-EVERYONES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE}
+#: What any pair would run into, not this one alone: too many open files; in writing also no space, over quota,
+#: read-only, a broken disk. What cannot be read may be one bad sector.
+FATAL_IN_READING = {errno.EMFILE, errno.ENFILE}
+FATAL = FATAL_IN_READING | {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 
 
 def failed(id: str, error: Exception) -> Outcome:
     """The outcome of a pair that ended in ``error``, and whether the others will fare no better."""
     cause = error.__cause__ if isinstance(error, FusecliError) else error
-    stop = isinstance(cause, OSError) and cause.errno in EVERYONES
+    fatal = FATAL_IN_READING if isinstance(error, InputError) else FATAL
+    stop = isinstance(cause, OSError) and cause.errno in fatal
     if is_out_of_memory(error):
         here = isinstance(error, MemoryError)
         error = FusecliError("out of memory", hint="use fewer workers" if here else "use --device cpu, or another GPU")

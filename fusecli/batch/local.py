@@ -50,24 +50,33 @@ class Pool:
         self._workers: list[_Worker] = []
         self._again: deque[Item] = deque()  # for a worker that has nothing else: pairs that were lost, large items
         self._blamed: set[str] = set()  # pairs that were under way when their worker died
-        for _ in range(count):
-            self._start()
+        try:
+            for _ in range(count):
+                self._start()
+        except BaseException:
+            self.close()
+            raise
 
     def _start(self) -> _Worker:
         mine, theirs = Pipe()
         sys.stdout.flush()
         main = os.getpid()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Python would swallow it while it forks
-        pid = os.fork()
-        if pid == 0:
-            mine.close()
-            for other in self._workers:
-                other.pipe.close()  # or it would never see that the main process is gone
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches the whole group; the main process decides
+        try:
+            pid = os.fork()
+            if pid == 0:
+                mine.close()
+                for other in self._workers:
+                    other.pipe.close()  # or it would never see that the main process is gone
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches the whole group; the main process decides
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+                _serve(theirs, self._work, self._in_child, main)
+        except OSError as error:
+            hint = "use fewer --workers"
+            raise FusecliError("cannot start another process", found=error.strerror, hint=hint) from error
+        finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            _serve(theirs, self._work, self._in_child, main)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
+            theirs.close()
         self._workers.append(_Worker(pid, mine))
         return self._workers[-1]
 

@@ -88,7 +88,8 @@ def _compute(job: Job, pairs: list[_Pair], dtype: str) -> dict[int, Outcome]:
         results = fuse_alike(job.weights, images, texts, dtype, job.to_device, job.attention is not None)
     except Exception as error:
         return bad | {pair.at: failed(pair.task.id, error) for pair in good}
+    each = (perf_counter() - began) / len(good)
     for pair, result in zip(good, results, strict=True):
         pair.result = result
-        pair.seconds.fuse += (perf_counter() - began) / len(good)
+        pair.seconds.fuse += each
     return bad

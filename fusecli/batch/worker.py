@@ -70,7 +70,10 @@ def _rows_of_single_images(job: Job, item: Item, images: list[Stored | Outcome])
                 dtype = compute_dtype_of(image)
                 groups.setdefault(dtype, []).append((at, cast(block, dtype)))
     for group in groups.values():
-        answers = single_rows(job.weights, np.concatenate([block for _, block in group]))
+        try:
+            answers = single_rows(job.weights, np.concatenate([block for _, block in group]))
+        except MemoryError:
+            continue  # each alone may do
         for (at, _), answer in zip(group, answers, strict=True):
             rows[at] = answer
     return rows

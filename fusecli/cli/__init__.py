@@ -17,6 +17,14 @@ from fusecli.cli.console import complain
 from fusecli.cli.light import LightCommand, LightGroup
 from fusecli.errors import FusecliError, is_out_of_memory
 
+#: What the libraries that NumPy and torch multiply with take the number of their threads from.
+THREADS = (
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
 #: The commands in the order of the help, each with the module that it is in.
 COMMANDS = {
     "fuse": "fuse",
@@ -62,8 +70,8 @@ def main() -> None:
     """Run the command line and exit with its code; see `fusecli.errors` for the codes."""
     # Libraries that multiply on several threads round differently for different numbers of them. One thread
     # gives the same bytes on every machine size, from `fuse` and from any number of workers of `batch`.
-    for library in ("OPENBLAS", "MKL", "OMP", "BLIS", "VECLIB"):
-        os.environ[f"{library}_NUM_THREADS"] = "1"
+    for name in THREADS:
+        os.environ[name] = "1"
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # they are for us, not for users
     for number in (signal.SIGTERM, signal.SIGHUP):

@@ -23,6 +23,7 @@ from fusecli.cli.options import (
     Seed,
     SkipRows,
     Weights,
+    refuse_stdin_twice,
     to_grid,
 )
 from fusecli.cli.shared import ONE_ROW, check_attention_options, load_weights
@@ -37,6 +38,7 @@ from fusecli.cli.sources import (
     find_stream,
     refuse_inside,
 )
+from fusecli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from fusecli.batch.feed import Pairs
@@ -121,7 +123,6 @@ def batch(
     from fusecli.batch.request import Request, is_one_file, named_like
     from fusecli.batch.run import run
     from fusecli.cli.progress import INTERRUPTED, Progress, explain
-    from fusecli.errors import InputError
     from fusecli.machine import cores
 
     output, attention = _without_slash(output), attention and _without_slash(attention)
@@ -132,6 +133,7 @@ def batch(
     placed = {"tokens": tokens, "grid": grid, "skip-rows": skip_rows}
     given = {"attention-mean": attention_mean, "attention-dtype": attention_dtype, **placed}
     check_attention_options(dumped, given)
+    refuse_stdin_twice(tokens, manifest)
     _refuse_contradictions(parameters | {"output": output})
     loaded = load_weights(weights, num_heads, seed, residual, attention, lambda line: note(line, quiet))
     part = _shard(shard)
@@ -179,8 +181,8 @@ def batch(
 
 def _refuse_contradictions(given: dict[str, Any]) -> None:
     """Raise `UsageError` for options of which one makes nonsense of the other."""
+    from fusecli.arrays import cuda_number
     from fusecli.batch.request import named_like
-    from fusecli.errors import UsageError
 
     if given["overwrite"] and given["retry_failed"]:
         raise UsageError("--overwrite forgets what has failed", where="--retry-failed", hint="leave one of them out")
@@ -189,6 +191,8 @@ def _refuse_contradictions(given: dict[str, Any]) -> None:
         raise UsageError("a part cannot start all parts afresh", where="--overwrite", hint=hint)
     if given["dry_run"] and given["manifest"] == "-":
         raise UsageError("lines that have not come yet cannot be planned", where="--dry-run")
+    if given["dry_run"] and given["device"] != "cpu":
+        cuda_number(given["device"])  # nothing else would look at it
     if given["dtype"] == "bfloat16" and named_like(given["output"], given["suffix"]).endswith(".npy"):
         raise UsageError(".npy cannot name bfloat16", where="--dtype", hint="-o OUT.safetensors, or another --suffix")
 
@@ -196,7 +200,6 @@ def _refuse_contradictions(given: dict[str, Any]) -> None:
 def _check_outputs(output: str, attention: str | None, suffix: str, weights: str | None, sources: Sources) -> None:
     from fusecli.batch.request import state_folder
     from fusecli.collections import SUFFIXES
-    from fusecli.errors import UsageError
 
     if not output:
         raise UsageError("no output", hint="add -o FOLDER")
@@ -214,7 +217,6 @@ def _check_outputs(output: str, attention: str | None, suffix: str, weights: str
 
 def _check_output(path: str, inputs: list[str]) -> None:
     from fusecli.collections import SUFFIXES
-    from fusecli.errors import UsageError
 
     if path == "-":
         hint = "name a folder; --json says what is done"
@@ -246,7 +248,6 @@ def _without_slash(path: str) -> str:
 
 def _shard(text: str | None) -> Shard | None:
     from fusecli.batch.plan import Shard
-    from fusecli.errors import UsageError
 
     if text is None:
         return None

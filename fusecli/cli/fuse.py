@@ -26,9 +26,12 @@ from fusecli.cli.options import (
     Seed,
     SkipRows,
     Weights,
+    refuse_stdin_twice,
+    require_names,
     to_grid,
 )
 from fusecli.cli.shared import KEPT_TEXT, ONE_ROW, check_attention_options, load_weights
+from fusecli.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from fusecli.pipeline import Fused, Pair
@@ -92,7 +95,6 @@ def fuse(
     fusecli fuse image.npy text.npy -o fused.npy
     """
     from fusecli import pairs, pipeline
-    from fusecli.errors import UsageError
     from fusecli.formats import has_names, is_stream
     from fusecli.machine import cores
 
@@ -100,10 +102,10 @@ def fuse(
     output = "-" if output in STDOUT else output
     attention = "-" if attention in STDOUT else attention
     _check_streams(output, attention, json)
-    if tokens == "-" and "-" in (image, text):
-        raise UsageError("standard input brings features already", where="--tokens -", hint="name a file")
+    refuse_stdin_twice(tokens, image, text)
     placed = {"tokens": tokens, "grid": grid, "skip-rows": skip_rows}
     given = {"attention-mean": attention_mean, "attention-dtype": attention_dtype, **placed}
+    require_names({"--output": output})
     check_attention_options(attention, given)
     pairs.refuse_same_file([output, attention], [image, text, weights, tokens])
     lies = to_grid(grid), skip_rows
@@ -152,7 +154,6 @@ def _fuse(weights: Loaded, pair: Pair, form: Form, device: str, places: list[str
     import numpy as np
 
     from fusecli.arrays import to_device
-    from fusecli.errors import OutputError
     from fusecli.formats import is_stream
     from fusecli.pipeline import fuse_pair
 
@@ -193,7 +194,6 @@ def _tell_of_one_row(config: Config, quiet: bool) -> None:
 
 
 def _check_streams(output: str, attention: str | None, json: bool) -> None:
-    from fusecli.errors import UsageError
 
     if output != "-" and _is_our_terminal(output):
         output = "-"

@@ -9,6 +9,7 @@ import typer
 
 from fusecli.cli.console import complain, emit, note, printable
 from fusecli.cli.options import Debug
+from fusecli.errors import CheckpointError, FusecliError
 
 
 def inspect(
@@ -25,7 +26,6 @@ def inspect(
     fusecli inspect features.safetensors fusion.safetensors
     """
     from fusecli.describe import describe
-    from fusecli.errors import CheckpointError, FusecliError
 
     code = 0
     for path in files:

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from fusecli.errors import CheckpointError, UsageError
+
 
 class Method(StrEnum):
     """The methods, as `fusecli.weights` has them."""
@@ -113,7 +115,6 @@ def to_grid(text: str | None) -> tuple[int, int] | None:
     Raises:
         UsageError: it is no grid.
     """
-    from fusecli.errors import UsageError
     from fusecli.grid import parse_grid
 
     try:
@@ -134,7 +135,6 @@ def method_options(method: Method, parameters: dict[str, Any]) -> dict[str, Any]
     Raises:
         UsageError: an option that the method does not have.
     """
-    from fusecli.errors import CheckpointError, UsageError
     from fusecli.weights import OPTIONS, Config
 
     given: dict[str, Any] = {
@@ -151,10 +151,24 @@ def method_options(method: Method, parameters: dict[str, Any]) -> dict[str, Any]
     return {"method": str(method), **given}
 
 
+def refuse_stdin_twice(tokens: str | None, *others: str | None) -> None:
+    """Raise `UsageError` if tokens would come on standard input, and one of the ``others`` too."""
+    if tokens == "-" and "-" in others:
+        raise UsageError("standard input brings something else already", where="--tokens -", hint="name a file")
+
+
 def require_names(given: Mapping[str, str | None]) -> None:
     """Raise `UsageError` for an empty name among those ``given`` by option: often a variable that is not set."""
-    from fusecli.errors import UsageError
-
     for where, name in given.items():
         if name == "":
             raise UsageError("is empty", where=where, hint="leave it out, or look whether a variable is set")
+
+
+def require_safetensors(output: str) -> None:
+    """Raise `UsageError` for a checkpoint of another name."""
+    from fusecli.formats import has_names
+
+    if not output:
+        raise UsageError("no file name", where="--output", hint="-o fusion.safetensors")
+    if not has_names(output):
+        raise UsageError("checkpoints are .safetensors files", where=output, hint=f"-o {output}.safetensors")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusecli.cli.console import note, printable
 from fusecli.cli.shared import ONE_ROW
+from fusecli.errors import OutputError
 
 if TYPE_CHECKING:
     from fusecli.batch.job import Outcome
@@ -77,10 +78,7 @@ class Progress:
         output, suffix = self._where
         if outcome.status == "fused":
             record["output"] = output if "part" in record else f"{output}/{outcome.id}{suffix}"
-        for facts in (record, record.get("attention", {})):
-            facts.pop("part", None)
-            facts.pop("at", None)
-        return record
+        return {name: _without_parts(value) for name, value in _without_parts(record).items()}
 
     def _rate(self, summary: Summary) -> str:
         seconds = max(time.monotonic() - self._start, 1e-3)
@@ -145,6 +143,11 @@ class Epochs:
             self._bar.update(self._task, description=what, completed=done or 0, total=total)
 
 
+def _without_parts(value: Any) -> Any:
+    """Facts of a result without where it lies on its way to one file."""
+    return {k: x for k, x in value.items() if k not in ("part", "at")} if isinstance(value, dict) else value
+
+
 def counted(ids: list[str], quiet: bool) -> Iterator[str]:
     """``ids`` one by one, with a bar on a terminal, and a line now and then elsewhere."""
     if not quiet and sys.stderr is not None and sys.stderr.isatty():
@@ -187,7 +190,6 @@ def shown(ids: list[str], count: int) -> str:
 
 
 def _code(summary: Summary, request: Request, allow_missing: bool, quiet: bool) -> int:
-    from fusecli.errors import OutputError
 
     if summary.interrupted:
         note(INTERRUPTED, quiet)

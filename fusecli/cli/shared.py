@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fusecli.cli.options import require_names
+from fusecli.errors import UsageError
 
 if TYPE_CHECKING:
     from fusecli.weights import Weights
@@ -19,7 +20,6 @@ KEPT_TEXT = "one image row: every text row has the same vector added to it, what
 
 def check_attention_options(attention: str | None, given: dict[str, Any]) -> None:
     """Raise `UsageError` if options ``given`` by name say something of ``attention`` that it cannot hold."""
-    from fusecli.errors import UsageError
     from fusecli.formats import has_names
 
     require_names({"--attention": attention, "--tokens": given["tokens"]})
@@ -46,7 +46,6 @@ def load_weights(
 ) -> Weights:
     """The weights that a command was asked to use, untrained ones if none."""
     from fusecli import checkpoint
-    from fusecli.errors import UsageError
     from fusecli.fusion import require_attention
     from fusecli.weights import require_heads
 

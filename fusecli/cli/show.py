@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fusecli.cli.console import emit, note, printable
-from fusecli.cli.options import Debug, GridSize, Quiet, SkipRows, require_names, to_grid
+from fusecli.cli.options import Debug, GridSize, Quiet, SkipRows, refuse_stdin_twice, require_names, to_grid
+from fusecli.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -115,7 +116,6 @@ def show(
 
 
 def _check_options(given: dict[str, Any]) -> None:
-    from fusecli.errors import UsageError
     from fusecli.pairs import refuse_same_file
 
     output, attention = given["output"], given["attention"]
@@ -142,6 +142,7 @@ def _check_options(given: dict[str, Any]) -> None:
             raise UsageError("a report shows all there is", where=name, hint="leave it out, or write -o map.html")
     if output == "-":
         raise UsageError("pictures and pages go to files", where="-o", hint="-o map.html")
+    refuse_stdin_twice(given["tokens"], attention)
     refuse_same_file([output], [attention, given["image"], given["tokens"]])
 
 
@@ -151,7 +152,6 @@ def _is_folder(output: str) -> bool:
 
 
 def _draw(view: View, output: str, image: str | None, fit: str, scale: str, quiet: bool) -> None:
-    from fusecli.errors import UsageError
 
     suffix = os.path.splitext(output)[1].lower()
     if suffix in (".html", ".htm"):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fusecli.cli.options import require_names
+from fusecli.errors import FileError, InputError, UsageError
 
 if TYPE_CHECKING:
     from fusecli.batch.feed import Pairs
@@ -70,7 +71,6 @@ class Sources:
 def check_sources(sources: Sources) -> None:
     """Raise `UsageError` if the options do not say where pairs come from."""
     from fusecli.collections import matcher
-    from fusecli.errors import UsageError
 
     names = asdict(sources)
     require_names({side.upper(): names.pop(side) for side in ("images", "texts")})
@@ -100,8 +100,6 @@ def check_sources(sources: Sources) -> None:
 
 def refuse_inside(output: str, folders: Iterable[str]) -> None:
     """Raise `UsageError` if ``output`` lies in one of the ``folders``, which are read."""
-    from fusecli.errors import UsageError
-
     real = os.path.realpath(output)
     if any(real.startswith(os.path.realpath(folder) + os.sep) for folder in folders):
         raise UsageError("output would lie among the inputs", where=output, hint="write to another place")
@@ -110,7 +108,6 @@ def refuse_inside(output: str, folders: Iterable[str]) -> None:
 def find_stream(sources: Sources) -> Manifest:
     """The manifest that reads its pairs from standard input."""
     from fusecli.batch.manifest import Manifest
-    from fusecli.errors import FileError
 
     if sys.stdin is None:
         raise FileError("standard input is closed", where="-")
@@ -126,7 +123,6 @@ def find_pairs(
     from fusecli.batch.manifest import Manifest
     from fusecli.batch.plan import match
     from fusecli.collections import open_collection
-    from fusecli.errors import InputError
 
     inputs = Inputs(filter(None, outputs))
     for place in (*sources.paths(), weights):

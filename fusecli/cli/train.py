@@ -26,6 +26,7 @@ from fusecli.cli.options import (
     given_options,
     method_options,
     require_names,
+    require_safetensors,
 )
 from fusecli.cli.progress import Epochs, shown
 from fusecli.cli.sources import (
@@ -197,6 +198,8 @@ def train(
     given = _method_options(parameters)
     loaded = None if weights is None else checkpoint.load(weights, num_heads, tell=lambda line: note(line, quiet))
     pairs = find_pairs(sources, [output])
+    state = files_of(output)[-1]
+    before = _stamp(state)
     known = labelled.read_labels(labels, label_column or "label") if labels is not None else None
     ids = _usable(pairs, known, allow_missing, quiet)
     features = {place.path for id in ids for place in pairs.places(id)}  # behind links, say
@@ -231,7 +234,7 @@ def train(
         with Epochs(quiet) as reporter:
             result = train_on(output, ids, pairs.places, chosen, reporter, resume, overwrite)
     except KeyboardInterrupt:
-        go_on = os.path.exists(files_of(output)[-1])
+        go_on = _stamp(state) not in (None, before if overwrite else None)
         how = "--resume in place of --overwrite" if overwrite else "--resume"
         note(f"interrupted; {f'start the same command with {how} to go on' if go_on else 'nothing is kept'}", quiet)
         raise typer.Exit(130) from None
@@ -242,6 +245,15 @@ def train(
         emit({"output": output, **result.facts()})
     else:
         _show(result, output, quiet)
+
+
+def _stamp(path: str) -> tuple[int, int] | None:
+    """What tells the file that is there from a later one of that name."""
+    try:
+        info = os.stat(path)
+    except OSError:
+        return None
+    return info.st_ino, info.st_mtime_ns
 
 
 def _method_options(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -268,10 +280,7 @@ def _check(sources: Sources, output: str, labels: str | None, weights: str | Non
     from fusecli.training.files import files_of
 
     check_sources(sources)
-    if not output:
-        raise UsageError("no output", hint="-o fusion.safetensors")
-    if not output.endswith(".safetensors"):
-        raise UsageError("checkpoints are .safetensors files", where="--output", found=output)
+    require_safetensors(output)
     if sources.manifest == "-":
         raise UsageError("pairs are read more than once, so they cannot come on stdin", where="--manifest")
     if kept >= 1:

@@ -21,7 +21,9 @@ from fusecli.cli.options import (
     Residual,
     SelfAttention,
     method_options,
+    require_safetensors,
 )
+from fusecli.errors import UsageError
 
 if TYPE_CHECKING:
     from fusecli.weights import Weights
@@ -71,10 +73,9 @@ def init(
     """
     parameters = locals()
     from fusecli import checkpoint
-    from fusecli.errors import UsageError
     from fusecli.weights import require_heads
 
-    _want_safetensors(output)
+    require_safetensors(output)
     heads = num_heads or (1 if identity else 8)
     options = method_options(method, parameters)
     options.pop("num_heads", None)
@@ -95,7 +96,6 @@ def init(
 
 
 def _check_identity(method: Method, seed: int | None, widths: tuple[int, int, int]) -> None:
-    from fusecli.errors import UsageError
 
     if len(set(widths)) > 1:
         raise UsageError("--identity needs equal widths", found="D={}, Dt={}, Di={}".format(*widths))
@@ -128,20 +128,10 @@ def convert(
     """
     from fusecli import checkpoint, pairs
 
-    _want_safetensors(output)
+    require_safetensors(output)
     pairs.refuse_same_file([output], [model])
     weights = checkpoint.load(model, num_heads, tell=lambda line: note(line, quiet))
     _write(checkpoint.stored_as(weights, dtype) if dtype else weights, output, json, quiet)
-
-
-def _want_safetensors(output: str) -> None:
-    from fusecli.errors import UsageError
-    from fusecli.formats import has_names
-
-    if not output:
-        raise UsageError("no file name", where="--output", hint="-o fusion.safetensors")
-    if not has_names(output):
-        raise UsageError("checkpoints are .safetensors files", where=output, hint=f"-o {output}.safetensors")
 
 
 def _write(weights: Weights, output: str, json: bool, quiet: bool) -> None:

@@ -161,9 +161,11 @@ class Replacing:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
-            if kind is None:
-                self._link()
-            os.close(self._fd)
+            try:
+                if kind is None:
+                    self._link()
+            finally:
+                os.close(self._fd)
             if kind is None:
                 os.rename(self._temporary, self._target)
                 return

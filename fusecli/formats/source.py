@@ -60,8 +60,7 @@ class FileSource:
         return done
 
     def __del__(self) -> None:
-        with suppress(OSError):
-            os.close(self.fd)
+        _close(self.fd)
 
 
 class BytesSource(NamedTuple):
@@ -109,6 +108,14 @@ class StreamSource:
             self._held += chunk
         return len(self._held)
 
+    def __del__(self) -> None:
+        _close(self.fd)
+
+
+def _close(fd: int) -> None:
+    with suppress(OSError):
+        os.close(fd)
+
 
 def open_source(path: str, whole: int = 0) -> Source:
     """Open ``path`` for reading; ``-`` is standard input.
@@ -132,7 +139,7 @@ def open_source(path: str, whole: int = 0) -> Source:
             raise FileError("a file without a name", hint="look whether a variable is set") from None
         raise FileError("no such file", where=path) from None
     except (OSError, ValueError) as error:
-        raise FileError("cannot be opened", where=path, found=reason(error)) from None
+        raise FileError("cannot be opened", where=path, found=reason(error)) from error
     if whole and (data := _whole(fd, whole)):
         return BytesSource(path, data)
     return _on_descriptor(path, fd, whole)
@@ -190,7 +197,7 @@ def read_bytes(source: Source, offset: int, count: int) -> bytes:
             if got < len(piece):
                 break
     except OSError as error:
-        raise FileError("cannot be read", where=source.name, found=reason(error)) from None
+        raise FileError("cannot be read", where=source.name, found=reason(error)) from error
     return bytes(held)
 
 
@@ -273,7 +280,7 @@ class Stored(NamedTuple):
         try:
             got = self.source.read_into(offset, target)
         except OSError as error:
-            raise FileError("cannot be read", where=self.where, found=reason(error)) from None
+            raise FileError("cannot be read", where=self.where, found=reason(error)) from error
         if got < len(target):
             raise FileError("the data end early: the file shrank while it was read", where=self.where)
 

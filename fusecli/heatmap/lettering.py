@@ -57,10 +57,12 @@ class Fonts:
                 x += piece.width
             else:
                 font = _font(path, size)
-                run = _within(run, font, width - x)
-                draw.text((x, base), run, font=font, fill=ink, anchor="ls")
-                x += round(font.getlength(run))
-            if x > width or run.endswith("…"):
+                shown = _within(run, font, width - x)
+                draw.text((x, base), shown, font=font, fill=ink, anchor="ls")
+                x += round(font.getlength(shown))
+                if shown != run:
+                    break
+            if x > width:
                 break
         picture.paste(strip, box[:2])
 

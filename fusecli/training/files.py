@@ -28,7 +28,7 @@ ABOUT_HEAD = "fusecli-head"
 
 def beside(output: str, suffix: str) -> str:
     """The name of a file that belongs to a checkpoint."""
-    return output.removesuffix(".safetensors") + suffix
+    return os.path.splitext(output)[0] + suffix
 
 
 def files_of(output: str) -> list[str]:
