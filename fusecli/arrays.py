@@ -47,28 +47,29 @@ def namespace(x: Array) -> ModuleType:
 
 def dtype_name(x: Array) -> str:
     """The dtype of ``x`` by the name that NumPy and torch share, e.g. ``"float32"``."""
-    return _spelled(x.dtype)
+    return spelled(x.dtype)
 
 
 @lru_cache(maxsize=64)  # NumPy takes microseconds to spell a dtype, and a small fusion asks several times
-def _spelled(dtype: Any) -> str:
+def spelled(dtype: Any) -> str:
+    """The same for a dtype of NumPy or torch, of any byte order."""
     if not isinstance(dtype, np.dtype):
         return str(dtype).removeprefix("torch.")
     native = dtype.newbyteorder("=")
     return "longdouble" if native == np.longdouble and native.name not in FLOAT_NAMES else native.name
 
 
-def compute_dtype(*arrays: Array) -> str:
-    """The dtype to compute in: ``"float64"`` if an array is wider than 32 bits, else ``"float32"``.
+@lru_cache(maxsize=64)  # asked several times for each pair of a batch
+def compute_dtype(*dtypes: str) -> str:
+    """What arrays of ``dtypes`` are computed in: ``"float64"`` if one is wider than 32 bits, else ``"float32"``.
 
     Raises:
-        ValuesError: an array is not of a floating dtype.
+        ValuesError: one is not a floating dtype.
     """
-    names = [dtype_name(x) for x in arrays]
-    for name in names:
+    for name in dtypes:
         if name not in FLOAT_NAMES:
             raise ValuesError("features are not floats", found=name, wanted="a float dtype")
-    return "float64" if any(name in WIDE for name in names) else "float32"
+    return "float64" if any(name in WIDE for name in dtypes) else "float32"
 
 
 def cast(x: Array, dtype: str) -> Array:
@@ -195,7 +196,7 @@ def to_device(name: str) -> Callable[[Array], Array]:
     return lambda x: torch.from_numpy(x if x.flags.writeable else x.copy()).to(name)
 
 
-def place(x: Array) -> tuple[str, str]:
+def kind_and_device(x: Array) -> tuple[str, str]:
     """What tells apart arrays that cannot meet in one operation: kind and device."""
     return ("torch", str(x.device)) if is_torch(x) else ("numpy", "cpu")
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from fusecli.arrays import Array, dtype_name, first_nonfinite, to_numpy
 from fusecli.arrays import cast as to_dtype
-from fusecli.errors import CheckpointError, FileError, InputError, OutputError, UsageError, ValuesError
+from fusecli.errors import CheckpointError, FileError, FusecliError, InputError, OutputError, UsageError, ValuesError
 from fusecli.formats import NumpyArray, Source, open_source, safetensors, sniff, write_whole
 from fusecli.state_dict import article_names, is_pt, read_pt
 from fusecli.weights import OPTIONS, Config, Weights, require_heads, tensor_shapes
@@ -86,14 +86,14 @@ def _config(saved: str, path: str) -> Config:
         raise CheckpointError("made by another version of fusecli", where=path, found=found, wanted=f"format {FORMAT}")
     try:
         return Config(**options)
-    except CheckpointError as error:
+    except UsageError as error:
         raise _located(error, path) from None
 
 
 def _checked(config: Config, tensors: Mapping[str, Array], path: str) -> Weights:
     try:
         weights = Weights(config, tensors)
-    except InputError as error:
+    except (InputError, UsageError) as error:
         raise _located(error, path) from None
     for name, tensor in tensors.items():
         bad = first_nonfinite(tensor)
@@ -103,7 +103,7 @@ def _checked(config: Config, tensors: Mapping[str, Array], path: str) -> Weights
     return weights
 
 
-def _located(error: InputError, path: str) -> CheckpointError:
+def _located(error: FusecliError, path: str) -> CheckpointError:
     where = f"{path}[{error.where}]" if error.where else path
     return CheckpointError(error.what, where=where, found=error.found, wanted=error.wanted, hint=error.hint)
 
@@ -201,14 +201,14 @@ def init(
         options: of the method, see `fusecli.Config`.
 
     Raises:
-        CheckpointError: the heads do not divide the width, a width or the seed is out of range, or an option does not
+        UsageError: the heads do not divide the width, a width or the seed is out of range, or an option does not
             go with the method.
     """
     config = _configured(method, num_heads, options)
     text_dim, image_dim = text_dim or feature_dim, image_dim or feature_dim
     _require_widths(feature_dim, text_dim, image_dim)
     if not 0 <= seed < 2**32:
-        raise CheckpointError("bad seed", found=str(seed), wanted="0 to 2**32 - 1")
+        raise UsageError("bad seed", found=str(seed), wanted="0 to 2**32 - 1")
     if config.has_attention:  # before anything is drawn
         require_heads(num_heads, feature_dim)
     bits = np.random.MT19937()
@@ -254,7 +254,7 @@ def _turned(name: str, drawn: NumpyArray) -> NumpyArray:
 
 def _require_widths(feature_dim: int, text_dim: int, image_dim: int) -> None:
     if min(feature_dim, text_dim, image_dim) < 1:
-        raise CheckpointError("a width is below 1", found=f"D={feature_dim}, Dt={text_dim}, Di={image_dim}")
+        raise UsageError("a width is below 1", found=f"D={feature_dim}, Dt={text_dim}, Di={image_dim}")
 
 
 def _configured(method: str, num_heads: int, options: Mapping[str, Any]) -> Config:
@@ -323,13 +323,13 @@ def identity(feature_dim: int = 768, num_heads: int = 1, *, method: str = "atten
         options: of the method, see `fusecli.Config`.
 
     Raises:
-        CheckpointError: the heads do not divide the width, the width is below 1, an option does not go with the
-            method, or the method is no projection (transformer).
+        UsageError: the heads do not divide the width, the width is below 1, an option does not go with the method, or
+            the method is no projection (transformer).
     """
     config = _configured(method, num_heads, options)
     _require_widths(feature_dim, feature_dim, feature_dim)
     if method == "transformer":
-        raise CheckpointError("a transformer has no identity", hint="choose another method, or train it")
+        raise UsageError("a transformer has no identity", hint="choose another method, or train it")
     shapes = tensor_shapes(config, feature_dim, feature_dim, feature_dim)
     tensors = {name: np.full(shape, CONSTANTS.get(name, 0.0), np.float32) for name, shape in shapes.items()}
     for name, tensor in tensors.items():

@@ -322,7 +322,7 @@ def open_collection(
     if key is not None:
         hint = "leave out --image-key and --text-key, or give a folder"
         raise UsageError("one file of many pairs has no key for each of them", where=path, found=key, hint=hint)
-    if sniff(open_source(path, whole=1)) == "safetensors":
+    if sniff(open_source(path, regular=True)) == "safetensors":
         return Packed.open(path, pattern)
     if pattern is not None:
         raise UsageError("rows of a stack have numbers and no names", where=path, found=pattern, hint="leave it out")

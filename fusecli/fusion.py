@@ -24,7 +24,7 @@ from fusecli.arrays import (
     unwarned,
 )
 from fusecli.errors import ShapeError, UsageError
-from fusecli.methods import METHODS, FusedRows, Method, View, adds_one_row
+from fusecli.methods import BY_NAME, FusedRows, Method, View, adds_one_row
 from fusecli.weights import Config, Weights
 
 #: Scores of one block of text rows at most, in numbers: 32 MiB of float32.
@@ -38,7 +38,7 @@ class Prepared:
 
     def __init__(self, view: View) -> None:
         self._view, self._config = view, view.weights.config
-        self._method: Method = METHODS[self._config.method](view)
+        self._method: Method = BY_NAME[self._config.method](view)
 
     @property
     def dtype(self) -> str:
@@ -158,7 +158,7 @@ def fuse(weights: Weights, image: Array, text: Array, *, need_weights: bool = Fa
         require_attention(weights.config)
     text = as_rows(plain(text), "text", weights.text_dim)
     image = as_rows(plain(image), "image", weights.image_dim)
-    dtype, given = compute_dtype(text, image), text
+    dtype, given = compute_dtype(dtype_name(text), dtype_name(image)), text
     training = is_torch(text) and needs_grad(*weights.tensors.values())
     if is_torch(text) and not is_on_gpu(text) and numpy_can_have(text, image, *weights.tensors.values()):
         text = to_numpy(text)

@@ -299,7 +299,7 @@ class Transformer:
         return self._view.layer(f"layers.{number}.{name}")
 
 
-METHODS: dict[str, type[Method]] = {
+BY_NAME: dict[str, type[Method]] = {
     "attention": Attention,
     "weighted-sum": Pooled,
     "concat": Pooled,

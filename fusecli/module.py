@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fusecli.arrays import compute_dtype
+from fusecli.arrays import compute_dtype, dtype_name
 from fusecli.attention import attend, prepare
 from fusecli.fusion import as_rows
 from fusecli.maps import unfolded
@@ -51,7 +51,8 @@ class ImageTextFusion(nn.Module):
             ShapeError: an array has other axes, no rows or the wrong width.
             ValuesError: an array is not of a floating dtype.
         """
-        compute_dtype(image_feat, text_feat)  # the result takes the text's dtype, and integers would cut it off
+        # The result takes the text's dtype: integers would cut it off.
+        compute_dtype(dtype_name(image_feat), dtype_name(text_feat))
         rows = as_rows(image_feat, "image", _width(self.image_proj, image_feat))
         text = as_rows(text_feat, "text", _width(self.text_proj, text_feat))
         heads, dtype = self.attention, self.attention.out_proj.weight.dtype

@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Sequence
 
-from fusecli.arrays import WIDE, first_nonfinite
+from fusecli.arrays import first_nonfinite
 from fusecli.errors import FileError, ShapeError, UsageError, ValuesError
 from fusecli.formats import NumpyArray, Stored, open_tensors
 
@@ -19,21 +19,20 @@ KNOWN_NAMES = {
 SHARED_NAMES = ("last_hidden_state", "features", "embeddings", "hidden_states")
 
 
-def find_features(path: str, side: str, key: str | None = None, whole: int = 0) -> Stored:
+def find_features(path: str, side: str, key: str | None = None, at_once: int = 0) -> Stored:
     """The image or text features in a file, not read yet.
 
     Args:
         path: ``.npy`` or ``.safetensors``; ``-`` is standard input.
         side: ``"image"`` or ``"text"``, for well-known names and messages.
         key: the tensor's name; else the only tensor, else the one whose name comes first among the well-known.
-        whole: files of up to so many bytes are read at once.
+        at_once: files of up to so many bytes are read at once, and pipes refused.
 
     Raises:
         FileError: the file cannot be used, or it does not say which tensor is meant.
         ShapeError, ValuesError: the tensor holds no rows of floats.
     """
-    tensors = open_tensors(path, whole)
-    return choose(tensors, path, side, key)
+    return choose(open_tensors(path, at_once=at_once), path, side, key)
 
 
 def choose(tensors: dict[str, Stored], path: str, side: str, key: str | None) -> Stored:
@@ -137,14 +136,6 @@ def _identity(path: str, standard: int) -> object:
     if stat.S_ISREG(info.st_mode):
         return info.st_dev, info.st_ino
     return "-" if path == "-" else object()  # pipes and devices may be named as often as one likes
-
-
-def compute_dtype_of(*sides: Stored) -> str:
-    """What a pair is computed in: ``"float64"`` if a side is wider than 32 bits, else ``"float32"``."""
-    for side in sides:
-        if side.dtype in WIDE:
-            return "float64"
-    return "float32"
 
 
 def require_widths(image: Stored, text: Stored, image_dim: int, text_dim: int) -> None:

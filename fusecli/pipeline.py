@@ -12,12 +12,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from fusecli.arrays import Array, cast, first_nonfinite, to_numpy
+from fusecli.arrays import Array, cast, compute_dtype, first_nonfinite, to_numpy
 from fusecli.errors import OutputError
 from fusecli.formats import FileSource, NumpyArray, Sink, Stored, format_of, has_names, itemsize, open_sink
 from fusecli.fusion import Prepared, fuse_together, pairs_together
 from fusecli.methods import FusedRows, View, adds_one_row, one_row_is_enough, single_rows
-from fusecli.pairs import compute_dtype_of, read_finite, require_widths
+from fusecli.pairs import read_finite, require_widths
 from fusecli.weights import Weights
 
 #: Text rows of a block that is only checked and answered, with M = 1: it stays in the cache.
@@ -130,7 +130,7 @@ def fuse_pair(weights: Weights, pair: Pair, output: Output, to_device: Mover = N
     attention: AbstractContextManager[_ArrayFile | None] = NOWHERE
     if output.attention:
         shape = (n, m) if output.attention_mean else (weights.config.num_heads, n, m)
-        of_attention = output.attention_dtype or compute_dtype_of(image, text)
+        of_attention = output.attention_dtype or compute_dtype(image.dtype, text.dtype)
         attention = _Opened(output.attention, "attention", shape, of_attention, finite)
     with _Opened(output.fused, "fused", (n, weights.dim), dtype, finite) as fused, attention as dump:
         opened = perf_counter()
@@ -204,7 +204,7 @@ class _Whole:
             return
         began = perf_counter()
         sides = [read_finite(pair.image, output.finite)], [read_finite(pair.text, output.finite)]
-        read, compute = perf_counter(), compute_dtype_of(pair.image, pair.text)
+        read, compute = perf_counter(), compute_dtype(pair.image.dtype, pair.text.dtype)
         [self._result] = fuse_alike(weights, *sides, compute, to_device, output.attention is not None)
         self.seconds = Seconds(read - began, perf_counter() - read)
 
@@ -225,7 +225,7 @@ class _Blocks:
     def __init__(self, weights: Weights, pair: Pair, output: Output, to_device: Mover) -> None:
         began = perf_counter()
         self._to_device, self._text, self._output, row = to_device, pair.text, output, pair.row
-        compute = compute_dtype_of(pair.image, pair.text)
+        compute = compute_dtype(pair.image.dtype, pair.text.dtype)
         rows = self._moved(cast(read_finite(pair.image, output.finite), compute)) if row is None else row
         read = perf_counter()
         if row is None and len(rows) == 1 and one_row_is_enough(weights):

@@ -7,12 +7,11 @@ from functools import lru_cache
 
 from fusecli.collections import Place, stamp_of, stored_at
 from fusecli.errors import FileError, InputError
-from fusecli.formats import Source, Stored, open_source, open_tensors
-from fusecli.formats.source import reason
+from fusecli.formats import Source, Stored, open_source, open_tensors, reason
 from fusecli.pairs import choose, find_features
 
 #: Files of up to so many bytes are read at once. Few for images: of one row, a worker holds those of a whole item.
-WHOLE = {"image": 2**14, "text": 2**18}
+AT_ONCE = {"image": 2**14, "text": 2**18}
 
 
 def features_at(place: Place, side: str) -> Stored:
@@ -26,7 +25,7 @@ def features_at(place: Place, side: str) -> Stored:
             return stored_at(place.span, _kept_open(place.path, place.span.stamp))
         if place.key is not None:
             return choose(_kept_tensors(place.path, stamp_of(os.stat(place.path))), place.path, side, place.key)
-        return find_features(place.path, side, None, WHOLE[side])
+        return find_features(place.path, side, None, AT_ONCE[side])
     except InputError:  # some of them are a ValueError too
         raise
     except FileNotFoundError:
@@ -45,4 +44,4 @@ def _kept_open(path: str, stamp: tuple[int, ...]) -> Source:
 
 @lru_cache(maxsize=8)  # files of many tensors that a manifest names one by one
 def _kept_tensors(path: str, stamp: tuple[int, ...]) -> dict[str, Stored]:
-    return open_tensors(path, whole=1)
+    return open_tensors(path, regular=True)

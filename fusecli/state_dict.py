@@ -16,6 +16,8 @@ from fusecli.formats import NumpyArray, Source, read_bytes
 
 #: How PyTorch's files begin: a zip archive or, before PyTorch 1.6, a pickle; and the number that comes first in that.
 ZIP, PICKLE, MAGIC = b"PK\x03\x04", b"\x80\x02", b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
+#: Bytes that no file has.
+EVERYTHING = 2**62
 #: Dictionaries around a ``state_dict``, by the names that training loops give them, and how many are looked through.
 WRAPPERS, MAX_WRAPPERS = ("state_dict", "model_state_dict", "model"), 8
 
@@ -60,7 +62,7 @@ def _stack_thirds(named: dict[str, NumpyArray]) -> None:
         found = ", ".join(str(list(part.shape)) for part in parts)
         raise CheckpointError("q, k and v have different shapes", where="attention", found=found, wanted="[D, D] each")
     if len({part.dtype for part in parts}) > 1:
-        parts = [arrays.cast(part, compute_dtype(*parts)) for part in parts]
+        parts = [arrays.cast(part, compute_dtype(*map(dtype_name, parts))) for part in parts]
     named["attention.in_proj_weight"] = np.concatenate(parts)
 
 
@@ -83,7 +85,7 @@ def read_pt(source: Source, path: str) -> dict[str, NumpyArray]:
         MissingPackageError: torch is not installed.
     """
     torch = import_torch()
-    data = read_bytes(source, 0, source.size() or 2**62)
+    data = read_bytes(source, 0, EVERYTHING)
     if data.startswith(ZIP) and not _has_end(data):
         raise FileError("cut short", where=path, found=f"{len(data)} bytes, no end of the archive")
     try:

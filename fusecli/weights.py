@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from fusecli.arrays import FLOAT_NAMES, Array, cast, dtype_name, is_torch, lasting, like, needs_grad, place
-from fusecli.errors import CheckpointError, FusecliError
+from fusecli.arrays import FLOAT_NAMES, Array, cast, dtype_name, is_torch, kind_and_device, lasting, like, needs_grad
+from fusecli.errors import CheckpointError, UsageError
 from fusecli.maps import Layers, Maps, fold
 
 Kept = TypeVar("Kept")
@@ -46,7 +46,7 @@ class Config:
         layer_norm: whether text and image go through a layer norm first.
 
     Raises:
-        CheckpointError: an unknown method, an option that the method does not have, or a value it cannot take.
+        UsageError: an unknown method, an option that the method does not have, or a value it cannot take.
     """
 
     method: str = "attention"
@@ -61,16 +61,16 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise CheckpointError("unknown method", found=repr(self.method), wanted=" or ".join(METHODS))
+            raise UsageError("unknown method", found=repr(self.method), wanted=" or ".join(METHODS))
         for option in fields(self)[1:]:
             value = getattr(self, option.name)
             valid, wanted = _VALUES[option.name]
             if not valid(value):
-                raise CheckpointError(f"bad {option.name}", found=repr(value), wanted=wanted)
+                raise UsageError(f"bad {option.name}", found=repr(value), wanted=wanted)
             if option.name not in OPTIONS[self.method] and value != option.default:
                 having = " or ".join(name for name, names in OPTIONS.items() if option.name in names)
                 found = f"method {self.method}"
-                raise CheckpointError(f"{option.name} is an option of {having}", found=found)
+                raise UsageError(f"{option.name} is an option of {having}", found=found)
 
     def options(self) -> dict[str, Any]:
         """The options that the method has."""
@@ -167,8 +167,8 @@ class Weights:
     first `fuse`.
 
     Raises:
-        CheckpointError: a tensor is missing, misshapen, or one too many; heads do not divide ``D``;
-            the text is to be added with ``Dt`` unequal to ``D``.
+        CheckpointError: a tensor is missing, misshapen, or one too many.
+        UsageError: heads do not divide ``D``, or the text is to be added with ``Dt`` unequal to ``D``.
     """
 
     config: Config
@@ -181,7 +181,7 @@ class Weights:
             require_heads(self.config.num_heads, self.dim)
         if self.config.adds_text and self.text_dim != self.dim:
             method = "residual" if self.config.residual else self.config.method
-            raise CheckpointError(
+            raise UsageError(
                 f"{method} adds the text to the result, so their widths must be equal",
                 found=f"Dt={self.text_dim}, D={self.dim}",
             )
@@ -264,7 +264,7 @@ class Weights:
     def kept(self, what: str, template: Array, dtype: str, make: Callable[[], Kept]) -> Kept:
         """What ``make`` gives, made once for each kind of ``template`` and ``dtype``."""
         # `with_options` shares the cache, and the maps hold 1/sqrt(d).
-        key = (what, str(self.config.num_heads), *place(template), dtype)
+        key = (what, str(self.config.num_heads), *kind_and_device(template), dtype)
         if key not in self._cache:
             with lasting(template):
                 self._cache[key] = make()
@@ -272,10 +272,10 @@ class Weights:
         return kept
 
 
-def require_heads(num_heads: int, dim: int, error: type[FusecliError] = CheckpointError) -> None:
-    """Raise ``error`` unless ``num_heads`` heads can share a width of ``dim``."""
+def require_heads(num_heads: int, dim: int) -> None:
+    """Raise `UsageError` unless ``num_heads`` heads can share a width of ``dim``."""
     if dim % num_heads:
-        raise error(
+        raise UsageError(
             "heads do not divide the width",
             found=f"num_heads={num_heads}, D={dim}",
             wanted=f"a divisor of {dim}",

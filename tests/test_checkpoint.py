@@ -44,7 +44,7 @@ def test_init_draws_what_torch_draws(widths: tuple[int, int, int], seed: int) ->
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(make: Callable[[], Any], found: str) -> None:
-    with pytest.raises(CheckpointError, match=found):
+    with pytest.raises(UsageError, match=found):
         make()
 
 

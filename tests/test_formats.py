@@ -200,7 +200,7 @@ def test_a_dtype_that_is_called_as_ours_is_not_read(tmp_path: Path) -> None:
 def test_absurd_header_lengths_do_not_allocate(tmp_path: Path) -> None:
     for name, start in (("x.safetensors", struct.pack("<Q", 2**62)), ("x.npy", npy.MAGIC + b"\x02\x00" + b"\xff" * 4)):
         (tmp_path / name).write_bytes(start + b"{" * 100)
-        with pytest.raises(FileError, match="absurd"):
+        with pytest.raises(FileError, match="header too long"):
             open_tensors(str(tmp_path / name))
 
 

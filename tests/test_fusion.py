@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusecli import Config, Weights, checkpoint, fuse
-from fusecli.errors import CheckpointError, ShapeError, ValuesError
+from fusecli.errors import CheckpointError, ShapeError, UsageError, ValuesError
 from tests.oracle import KINDS, article, assert_as_good, both_precisions, features, weights_of
 
 FLOATS = ["float16", "float32", "float64"]
@@ -278,12 +278,12 @@ def test_weights_name_the_tensor_that_does_not_fit(drawn: tuple[Weights, Any, An
 
 
 def test_heads_must_divide_the_width(drawn: tuple[Weights, Any, Any]) -> None:
-    with pytest.raises(CheckpointError, match="num_heads=5, D=32"):
+    with pytest.raises(UsageError, match="num_heads=5, D=32"):
         drawn[0].with_options(num_heads=5)
 
 
 def test_residual_needs_equal_widths() -> None:
-    with pytest.raises(CheckpointError, match="Dt=16"):
+    with pytest.raises(UsageError, match="Dt=16"):
         weights_of(article(32, 4, text_dim=16), residual=True)
 
 

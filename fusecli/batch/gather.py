@@ -21,7 +21,7 @@ import numpy as np
 
 from fusecli.batch.job import Outcome
 from fusecli.batch.ledger import History
-from fusecli.batch.store import STATE, WHOLE, PartStore, Piece, Store, believed, look_into
+from fusecli.batch.store import GATHERED, STATE, PartStore, Piece, Store, believed, look_into
 from fusecli.dumps import GATE
 from fusecli.errors import OutputError
 from fusecli.formats import FileSink, NumpyArray, Replacing, Sink, as_bytes, npy, open_sink, open_source, safetensors
@@ -330,14 +330,14 @@ def _fits(target: str, about: object) -> bool:
 
 
 def gathered(store: PartStore) -> Iterator[Result]:
-    """What `gather` wrote last, if the file is still as it was; pieces are of the part `WHOLE`."""
+    """What `gather` wrote last, if the file is still as it was; pieces are of the part `GATHERED`."""
     path = _fitting(store)
     if path is None:
         return
     with contextlib.suppress(OSError, ValueError, TypeError):
         end = 0
         for id, shape, dtype, at in _lines(path):
-            piece = believed(shape, dtype, WHOLE, at) if shape is not None else None
+            piece = believed(shape, dtype, GATHERED, at) if shape is not None else None
             if type(id) is not str or at < end:
                 return
             end = at + (piece.nbytes(store.gate) if piece else 0)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from fusecli.batch.job import Outcome
-from fusecli.batch.store import WHOLE, Piece, believed
+from fusecli.batch.store import GATHERED, Piece, believed
 from fusecli.errors import OutputError, UsageError
 from fusecli.formats import write_whole
 
@@ -175,7 +175,7 @@ def _lines(part: _Part) -> Iterator[dict[str, Any]]:
 
 def _piece(facts: dict[str, Any]) -> Piece:
     piece = believed(facts["shape"], facts["dtype"], facts.get("part"), facts.get("at", 0))
-    if piece.part == WHOLE:
+    if piece.part == GATHERED:
         raise ValueError(piece)
     return piece
 

@@ -27,7 +27,7 @@ STATE = ".fusecli"
 #: Characters of an id that is to be a path: what systems take.
 MAX_ID = 4096
 #: Stands for the gathered file where the name of a part is wanted.
-WHOLE = "whole"
+GATHERED = "whole"
 
 
 class Piece(NamedTuple):
@@ -296,7 +296,7 @@ class PartStore:
         return piece.part is not None and self.size(piece.part) >= piece.at + piece.nbytes(self.gate)
 
     def size(self, part: str) -> int:
-        """Bytes in a part, 0 where it is gone; the gathered file counts as a part of the name `WHOLE`."""
+        """Bytes in a part, 0 where it is gone; the gathered file counts as a part of the name `GATHERED`."""
         if part not in self._sizes:
             self._sizes[part] = max(0, look_into(self.file_of(part), 0)[0])
         return self._sizes[part]
@@ -307,4 +307,4 @@ class PartStore:
 
     def file_of(self, part: str) -> str:
         """The path of a part."""
-        return self.path if part == WHOLE else f"{self.folder}/{part}"
+        return self.path if part == GATHERED else f"{self.folder}/{part}"

@@ -8,12 +8,13 @@ from time import perf_counter
 
 import numpy as np
 
+from fusecli.arrays import compute_dtype
 from fusecli.batch.job import Item, Job, Outcome, Task, failed
 from fusecli.batch.worker import fuse_task, open_side
 from fusecli.formats import NumpyArray, Stored
 from fusecli.fusion import pairs_together
 from fusecli.methods import FusedRows
-from fusecli.pairs import compute_dtype_of, read_finite
+from fusecli.pairs import read_finite
 from fusecli.pipeline import Seconds, fuse_alike
 
 
@@ -49,7 +50,7 @@ def _work(job: Job, item: Item) -> Iterator[tuple[int, Outcome]]:
         elif isinstance(text, Outcome):
             yield at, text
         else:
-            shape = text.shape[0], image.shape[0], compute_dtype_of(image, text)
+            shape = text.shape[0], image.shape[0], compute_dtype(image.dtype, text.dtype)
             alike.setdefault(shape, []).append(_Pair(at, task, image, text, Seconds(perf_counter() - began)))
     for (n, m, dtype), pairs in alike.items():
         size = pairs_together(job.weights, n, m)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fusecli.arrays import cast
+from fusecli.arrays import cast, compute_dtype
 from fusecli.batch.job import Item, Job, Outcome, Task, failed
 from fusecli.batch.store import PartStore, Piece
 from fusecli.collections import Place
@@ -17,7 +17,7 @@ from fusecli.errors import OutputError
 from fusecli.formats import NumpyArray, Stored
 from fusecli.machine import alone_in
 from fusecli.methods import FusedRows, one_row_is_enough, single_rows
-from fusecli.pairs import compute_dtype_of, read_finite, require_width
+from fusecli.pairs import read_finite, require_width
 from fusecli.pipeline import Output, Pair, Seconds, fuse_pair
 from fusecli.places import features_at
 
@@ -67,7 +67,7 @@ def _rows_of_single_images(job: Job, item: Item, images: list[Stored | Outcome])
             except Exception as error:
                 images[at] = failed(item[at].id, error)
             else:
-                dtype = compute_dtype_of(image)
+                dtype = compute_dtype(image.dtype)
                 groups.setdefault(dtype, []).append((at, cast(block, dtype)))
     for group in groups.values():
         try:
@@ -84,7 +84,7 @@ def _fuse(job: Job, task: Task, image: Stored, row: Any, shared: float) -> Outco
     text = open_side(job, task.id, task.text, "text")
     if isinstance(text, Outcome):
         return text
-    if row is not None and compute_dtype_of(image) != compute_dtype_of(image, text):
+    if row is not None and compute_dtype(image.dtype) != compute_dtype(image.dtype, text.dtype):
         row = None  # the text is wider than the image: once more, in its precision
     return fuse_task(job, task, image, text, Seconds(shared + perf_counter() - began), row)
 

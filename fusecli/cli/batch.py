@@ -22,7 +22,7 @@ from fusecli.cli.options import (
     Residual,
     Seed,
     SkipRows,
-    Weights,
+    WeightsOption,
     refuse_stdin_twice,
     to_grid,
 )
@@ -62,7 +62,7 @@ def batch(
         str,
         typer.Option("--output", "-o", metavar="OUT", help="A folder, or one .safetensors or .npy for all results."),
     ] = "",
-    weights: Weights = None,
+    weights: WeightsOption = None,
     attention: Annotated[
         str | None,
         typer.Option("--attention", "-a", metavar="OUT", help="Also write the attention, in a form as for --output."),
@@ -155,11 +155,11 @@ def batch(
         grid=to_grid(grid),
         skip_rows=skip_rows,
     )
-    places = [output, attention]
+    outputs = [output, attention]
     if dry_run:
-        _tell_plan(request, find_pairs(sources, places, part, weights), quiet)
+        _tell_plan(request, find_pairs(sources, outputs, part, weights), quiet)
         return
-    plan = partial(find_stream, sources) if manifest == "-" else partial(find_pairs, sources, places, part, weights)
+    plan = partial(find_stream, sources) if manifest == "-" else partial(find_pairs, sources, outputs, part, weights)
     if attention and attention_mean and is_one_file(attention) and attention.endswith(".npy"):
         told = "will be [B, N, M], which `fusecli show` takes for heads; .safetensors says what it is"
         note(f"{attention}: {told}", quiet)

@@ -25,7 +25,7 @@ from fusecli.cli.options import (
     Residual,
     Seed,
     SkipRows,
-    Weights,
+    WeightsOption,
     refuse_stdin_twice,
     require_names,
     to_grid,
@@ -34,10 +34,8 @@ from fusecli.cli.shared import KEPT_TEXT, ONE_ROW, check_attention_options, load
 from fusecli.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
-    from fusecli.pipeline import Fused, Pair
-    from fusecli.pipeline import Output as Form
-    from fusecli.weights import Config
-    from fusecli.weights import Weights as Loaded
+    from fusecli.pipeline import Fused, Output, Pair
+    from fusecli.weights import Config, Weights
 
 #: Other names of standard output: opened anew, they would write over what is there.
 STDOUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
@@ -61,7 +59,7 @@ def fuse(
     output: Annotated[
         str, typer.Option("--output", "-o", metavar="FILE", help="Where the fused features [N, D] go; - is stdout.")
     ],
-    weights: Weights = None,
+    weights: WeightsOption = None,
     attention: Annotated[
         str | None, typer.Option("--attention", "-a", metavar="FILE", help="Also write the attention [H, N, M].")
     ] = None,
@@ -108,7 +106,7 @@ def fuse(
     require_names({"--output": output})
     check_attention_options(attention, given)
     pairs.refuse_same_file([output, attention], [image, text, weights, tokens])
-    lies = to_grid(grid), skip_rows
+    layout = to_grid(grid), skip_rows
     stored_image = pairs.find_features(image, "image", image_key)
     stored_text = pairs.find_features(text, "text", text_key)
     loaded = load_weights(weights, num_heads, seed, residual, attention, lambda line: note(line, quiet))
@@ -118,7 +116,7 @@ def fuse(
     told = None
     if attention and has_names(attention):
         shape = (stored_text.shape[0], stored_image.shape[0])
-        told = _metadata(loaded, attention_mean, tokens, lies, pairs.pair_id(image, text), shape)
+        told = _metadata(loaded, attention_mean, tokens, layout, pairs.pair_id(image, text), shape)
     form = pipeline.Output(
         pipeline.to_file(output, format),
         pipeline.to_file(attention, gate=gate, metadata=told) if attention else None,
@@ -150,7 +148,7 @@ def fuse(
         note(f"{output}: [{done.n}, {done.dim}] {done.dtype} from {done.m} image and {done.n} text rows", quiet)
 
 
-def _fuse(weights: Loaded, pair: Pair, form: Form, device: str, places: list[str | None]) -> Fused:
+def _fuse(weights: Weights, pair: Pair, form: Output, device: str, outputs: list[str | None]) -> Fused:
     import numpy as np
 
     from fusecli.arrays import to_device
@@ -162,18 +160,18 @@ def _fuse(weights: Loaded, pair: Pair, form: Form, device: str, places: list[str
         with np.errstate(all="ignore"):  # what overflows is found by looking
             return fuse_pair(weights, pair, form, mover)
     except BrokenPipeError:
-        if None in places:
+        if None in outputs:
             raise
         # Whoever stops reading one result has not said that the other is not wanted.
-        where = next((place for place in places if place and is_stream(place)), places[-1])
+        where = next((path for path in outputs if path and is_stream(path)), outputs[-1])
         raise OutputError("nobody reads it any more, so nothing was finished", where=where) from None
 
 
 def _metadata(
-    weights: Loaded,
+    weights: Weights,
     mean: bool,
     tokens: str | None,
-    lies: tuple[tuple[int, int] | None, int | None],  # the grid of the image rows, and the rows before it
+    layout: tuple[tuple[int, int] | None, int | None],  # the grid of the image rows, and the rows before it
     id: str,
     shape: tuple[int, int],
 ) -> dict[str, str]:
@@ -183,7 +181,7 @@ def _metadata(
     words = read_tokens(tokens) if tokens else None
     if words:
         words.require(id)
-    return Label(dump_facts(weights.config, fingerprint(weights), mean), words, *lies).of_one(id, shape)
+    return Label(dump_facts(weights.config, fingerprint(weights), mean), words, *layout).of_one(id, shape)
 
 
 def _tell_of_one_row(config: Config, quiet: bool) -> None:

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from fusecli.errors import CheckpointError, UsageError
+from fusecli.errors import UsageError
 
 
-class Method(StrEnum):
+class MethodName(StrEnum):
     """The methods, as `fusecli.weights` has them."""
 
     attention = "attention"
@@ -37,7 +37,7 @@ class DtypeName(StrEnum):
     float64 = "float64"
 
 
-Weights = Annotated[
+WeightsOption = Annotated[
     str | None,
     typer.Option(
         "--weights", "-w", metavar="FILE", envvar="FUSECLI_WEIGHTS", help="Checkpoint with the weights of the fusion."
@@ -78,8 +78,8 @@ SkipRows = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable object on stdout.")]
-MethodName = Annotated[Method, typer.Option("--method", "-m", help="How to fuse: see Methods in the README.")]
-GateName = Annotated[Gate | None, typer.Option("--gate", help="Gate of method gated.  [default: sigmoid]")]
+MethodOption = Annotated[MethodName, typer.Option("--method", "-m", help="How to fuse: see Methods in the README.")]
+GateOption = Annotated[Gate | None, typer.Option("--gate", help="Gate of method gated.  [default: sigmoid]")]
 NumLayers = Annotated[
     int | None, typer.Option(min=1, max=1024, help="Number of layers of method transformer.  [default: 1]")
 ]
@@ -129,7 +129,7 @@ def given_options(parameters: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None and value is not False}
 
 
-def method_options(method: Method, parameters: dict[str, Any]) -> dict[str, Any]:
+def method_options(method: MethodName, parameters: dict[str, Any]) -> dict[str, Any]:
     """Method and options as `fusecli.Config` takes them; those that were not given are left out.
 
     Raises:
@@ -144,10 +144,7 @@ def method_options(method: Method, parameters: dict[str, Any]) -> dict[str, Any]
         if name not in OPTIONS[method]:
             what = f"only for --method {', '.join(known for known, names in OPTIONS.items() if name in names)}"
             raise UsageError(what, where=f"--{name.replace('_', '-')}", found=f"--method {method}", hint="leave it out")
-    try:
-        Config(str(method), **given)
-    except CheckpointError as error:
-        raise UsageError(error.what, found=error.found, wanted=error.wanted) from None
+    Config(str(method), **given)
     return {"method": str(method), **given}
 
 

@@ -51,7 +51,7 @@ def load_weights(
 
     require_names({"--weights": path})
     if not path and num_heads:
-        require_heads(num_heads, 768, UsageError)
+        require_heads(num_heads, 768)
     if path:
         loaded = checkpoint.load(path, num_heads, tell=tell)
     else:

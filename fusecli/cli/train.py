@@ -16,9 +16,9 @@ from fusecli.cli.options import (
     Device,
     DimFeedforward,
     Dropout,
-    GateName,
+    GateOption,
     Json,
-    Method,
+    MethodName,
     NumLayers,
     Quiet,
     Residual,
@@ -99,7 +99,8 @@ def train(
         ),
     ] = None,
     method: Annotated[
-        Method | None, typer.Option("--method", "-m", help="How to fuse: see Methods in the README.  [default: gated]")
+        MethodName | None,
+        typer.Option("--method", "-m", help="How to fuse: see Methods in the README.  [default: gated]"),
     ] = None,
     feature_dim: Annotated[
         int | None, typer.Option(min=1, max=2**20, help="D, the width of the fused features.  [default: the text's]")
@@ -108,7 +109,7 @@ def train(
         int | None, typer.Option(min=1, help="H, the number of attention heads.  [default: 8]")
     ] = None,
     residual: Residual = False,
-    gate: GateName = None,
+    gate: GateOption = None,
     num_layers: NumLayers = None,
     dim_feedforward: DimFeedforward = None,
     self_attention: SelfAttention = False,
@@ -258,10 +259,10 @@ def _stamp(path: str) -> tuple[int, int] | None:
 
 def _method_options(parameters: dict[str, Any]) -> dict[str, Any]:
     """Method and options from the command's parameters; none where a checkpoint brings its own."""
-    method, layer_norm = parameters["method"] or Method.gated, parameters["layer_norm"]
+    method, layer_norm = parameters["method"] or MethodName.gated, parameters["layer_norm"]
     if parameters["weights"] is None:
         if layer_norm is None:  # the article's module has none, and what is trained for it has to fit it
-            layer_norm = method is not Method.attention
+            layer_norm = method is not MethodName.attention
         return method_options(method, parameters | {"layer_norm": layer_norm})
     asked = {name: parameters[name] for name in ("method", "feature_dim")}
     given = given_options(parameters)

@@ -12,10 +12,10 @@ from fusecli.cli.options import (
     DimFeedforward,
     Dropout,
     DtypeName,
-    GateName,
+    GateOption,
     Json,
-    Method,
     MethodName,
+    MethodOption,
     NumLayers,
     Quiet,
     Residual,
@@ -35,7 +35,7 @@ MAX_WIDTH = 2**20
 
 def init(
     output: Output,
-    method: MethodName = Method.attention,
+    method: MethodOption = MethodName.attention,
     feature_dim: Annotated[int, typer.Option(min=1, max=MAX_WIDTH, help="D, the width of the fused features.")] = 768,
     text_dim: Annotated[
         int | None, typer.Option(min=1, max=MAX_WIDTH, help="Dt, the width of the text features.  [default: D]")
@@ -53,7 +53,7 @@ def init(
         bool, typer.Option("--identity", help="Identity projections: no training, for sides that share a space.")
     ] = False,
     residual: Residual = False,
-    gate: GateName = None,
+    gate: GateOption = None,
     num_layers: NumLayers = None,
     dim_feedforward: DimFeedforward = None,
     self_attention: SelfAttention = False,
@@ -82,12 +82,12 @@ def init(
     widths = feature_dim, text_dim or feature_dim, image_dim or feature_dim
     if identity:
         _check_identity(method, seed, widths)
-    if (residual or method is Method.gated) and widths[1] != feature_dim:
+    if (residual or method is MethodName.gated) and widths[1] != feature_dim:
         what = "--residual" if residual else "--method gated"
         hint = f"--feature-dim {text_dim}, with --num-heads that divide it"
         raise UsageError(f"{what} needs Dt = D", found=f"Dt={text_dim}, D={feature_dim}", hint=hint)
-    if method not in (Method.weighted_sum, Method.concat):
-        require_heads(heads, feature_dim, UsageError)
+    if method not in (MethodName.weighted_sum, MethodName.concat):
+        require_heads(heads, feature_dim)
     if identity:
         weights = checkpoint.identity(feature_dim, heads, **options)
     else:
@@ -95,11 +95,11 @@ def init(
     _write(weights, output, json, quiet)
 
 
-def _check_identity(method: Method, seed: int | None, widths: tuple[int, int, int]) -> None:
+def _check_identity(method: MethodName, seed: int | None, widths: tuple[int, int, int]) -> None:
 
     if len(set(widths)) > 1:
         raise UsageError("--identity needs equal widths", found="D={}, Dt={}, Di={}".format(*widths))
-    if method is Method.transformer:
+    if method is MethodName.transformer:
         raise UsageError("a transformer has no identity", where="--identity", hint="choose another --method")
     if seed is not None:
         raise UsageError("nothing is drawn for --identity", where="--seed", hint="leave it out")

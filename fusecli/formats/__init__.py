@@ -24,6 +24,7 @@ from fusecli.formats.source import (
     itemsize,
     open_source,
     read_bytes,
+    reason,
 )
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "open_source",
     "open_tensors",
     "read_bytes",
+    "reason",
     "safetensors",
     "sniff",
     "tensors_of",
@@ -79,15 +81,15 @@ def sniff(source: Source, what: str = "feature file") -> str:
     raise FileError(f"not a {what}", where=source.name, found=found, wanted=".npy or .safetensors", hint=hint)
 
 
-def open_tensors(path: str, whole: int = 0) -> dict[str, Stored]:
+def open_tensors(path: str, *, regular: bool = False, at_once: int = 0) -> dict[str, Stored]:
     """Every array in the file at ``path`` (``-`` is standard input), by name; ``""`` in a ``.npy``.
 
-    Regular files of up to ``whole`` bytes are read at once.
+    ``regular`` and ``at_once`` as in `open_source`.
 
     Raises:
         FileError: it is missing, unreadable, empty, cut short or of no known format.
     """
-    return tensors_of(open_source(path, whole))
+    return tensors_of(open_source(path, regular=regular, at_once=at_once))
 
 
 def tensors_of(source: Source) -> dict[str, Stored]:

@@ -7,12 +7,12 @@ import io
 import math
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
+from fusecli.arrays import spelled
 from fusecli.errors import FileError, InputError, UsageError, ValuesError
-from fusecli.formats.source import Source, Stored, StreamSource, read_bytes, require_sane
+from fusecli.formats.source import Source, Stored, read_bytes, read_header, require_sane
 
 MAGIC = b"\x93NUMPY"
 SUFFIXES = (".npy",)
@@ -34,11 +34,7 @@ def open_tensors(source: Source) -> dict[str, Stored]:
         raise FileError("unknown .npy version", where=source.name, found=str(start[6]), wanted="1, 2 or 3")
     at = 10 if start[6] == 1 else 12
     length = int.from_bytes(start[8:at], "little")
-    if length > MAX_HEADER:
-        raise FileError("absurd header", where=source.name, found=f"{length} bytes", wanted=f"at most {MAX_HEADER}")
-    header = read_bytes(source, at, length)
-    if len(header) < length:
-        raise FileError("cut short in its header", where=source.name, found=f"{len(header)} bytes", wanted=f"{length}")
+    header = read_header(source, at, length, MAX_HEADER)
     try:
         shape, dtype, big_endian, fortran, nbytes = _parse(header, start[6] < 3)
     except InputError as error:
@@ -63,18 +59,13 @@ def _parse(header: bytes, latin: bool) -> tuple[tuple[int, ...], str, bool, bool
     if dtype.hasobject:
         what = "holds pickled Python objects, which are never loaded"
         raise ValuesError(what, found="object dtype", wanted="a float dtype")
-    return shape, _name(dtype), dtype.byteorder == ">", fortran, math.prod(shape) * dtype.itemsize
-
-
-def _name(dtype: np.dtype[Any]) -> str:
-    plain = dtype.newbyteorder("=")
-    return "longdouble" if plain == np.longdouble and plain != np.float64 else plain.name
+    return shape, spelled(dtype), dtype.byteorder == ">", fortran, math.prod(shape) * dtype.itemsize
 
 
 def _check_length(source: Source, offset: int, shape: tuple[int, ...], dtype: str, nbytes: int) -> None:
     end = offset + nbytes
-    size = source.load(end) if isinstance(source, StreamSource) else source.size()
-    if size is not None and size < end:
+    size = source.size(end)
+    if size < end:
         raise FileError(
             "cut short",
             where=source.name,

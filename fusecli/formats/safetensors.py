@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Any, TypeAlias
 
 from fusecli.errors import FileError, UsageError
-from fusecli.formats.source import Source, Stored, StreamSource, itemsize, read_bytes, require_sane
+from fusecli.formats.source import Source, Stored, itemsize, read_bytes, read_header, require_sane
 
 SUFFIXES = (".safetensors",)
 #: The library's own limit for the header.
@@ -92,11 +92,7 @@ def _header_text(source: Source) -> tuple[str, int]:
     if len(start) < 8:
         raise FileError("cut short in its header", where=source.name, found=f"{len(start)} bytes", wanted="at least 8")
     length: int = struct.unpack("<Q", start)[0]
-    if length > MAX_HEADER:
-        raise FileError("absurd header", where=source.name, found=f"{length} bytes", wanted=f"at most {MAX_HEADER}")
-    data = read_bytes(source, 8, length)
-    if len(data) < length:
-        raise FileError("cut short in its header", where=source.name, found=f"{len(data)} bytes", wanted=f"{length}")
+    data = read_header(source, 8, length, MAX_HEADER)
     try:
         return data.decode(), 8 + length
     except ValueError:
@@ -176,8 +172,8 @@ def _check_layout(source: Source, index: Index) -> None:
                 wanted=f"{end}",
             )
         end = index.lasts[at]
-    size = source.load(index.begin + end) if isinstance(source, StreamSource) else source.size()
-    if size is not None and size != index.begin + end:
+    size = source.size(index.begin + end)
+    if size != index.begin + end:
         what = "cut short" if size < index.begin + end else "longer than its header says"
         raise FileError(what, where=source.name, found=f"{size - index.begin} bytes of data", wanted=f"{end}")
 

@@ -31,8 +31,11 @@ class Source(Protocol):
     def name(self) -> str:
         """What messages call it."""
 
-    def size(self) -> int | None:
-        """Bytes in all, or None where the end is not known before it is reached."""
+    def size(self, end: int) -> int:
+        """Bytes in all; of a pipe those up to ``end``, for which it is read."""
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Up to ``count`` bytes from ``offset``; fewer where it ends."""
 
     def read_into(self, offset: int, target: memoryview) -> int:
         """Fill ``target`` from ``offset``; returns the number of bytes that were there."""
@@ -45,9 +48,18 @@ class FileSource:
     name: str
     fd: int
 
-    def size(self) -> int | None:
-        """Bytes in the file."""
+    def size(self, end: int) -> int:
+        """See `Source`."""
         return os.fstat(self.fd).st_size
+
+    def read(self, offset: int, count: int) -> bytes:
+        """See `Source`."""
+        count = max(0, min(count, self.size(0) - offset))
+        data = os.pread(self.fd, count, offset)
+        if len(data) == count:  # as ever; without a second copy of a header of megabytes
+            return data
+        target = bytearray(count)
+        return bytes(target[: self.read_into(offset, memoryview(target))])
 
     def read_into(self, offset: int, target: memoryview) -> int:
         """See `Source`."""
@@ -69,9 +81,13 @@ class BytesSource(NamedTuple):
     name: str
     data: bytes
 
-    def size(self) -> int | None:
-        """Bytes in the file."""
+    def size(self, end: int) -> int:
+        """See `Source`."""
         return len(self.data)
+
+    def read(self, offset: int, count: int) -> bytes:
+        """See `Source`."""
+        return self.data[offset : offset + count]
 
     def read_into(self, offset: int, target: memoryview) -> int:
         """See `Source`."""
@@ -88,19 +104,20 @@ class StreamSource:
     fd: int
     _held: bytearray = field(default_factory=bytearray)
 
-    def size(self) -> int | None:
-        """Not known."""
-        return None
+    def read(self, offset: int, count: int) -> bytes:
+        """See `Source`."""
+        self.size(offset + count)
+        return bytes(self._held[offset : offset + count])
 
     def read_into(self, offset: int, target: memoryview) -> int:
         """See `Source`."""
         end = offset + len(target)
-        part = memoryview(self._held)[offset:end] if self.load(end) > offset else memoryview(b"")
+        part = memoryview(self._held)[offset:end] if self.size(end) > offset else memoryview(b"")
         target[: len(part)] = part
         return len(part)
 
-    def load(self, end: int) -> int:
-        """Hold everything up to ``end``; returns the number of bytes held, fewer where the pipe ends."""
+    def size(self, end: int) -> int:
+        """See `Source`; all of that is held."""
         while len(self._held) < end:
             chunk = os.read(self.fd, min(CHUNK, end - len(self._held)))
             if not chunk:
@@ -117,13 +134,13 @@ def _close(fd: int) -> None:
         os.close(fd)
 
 
-def open_source(path: str, whole: int = 0) -> Source:
+def open_source(path: str, *, regular: bool = False, at_once: int = 0) -> Source:
     """Open ``path`` for reading; ``-`` is standard input.
 
     Args:
         path: the file.
-        whole: files of up to so many bytes are read at once and closed; then pipes and devices, which might keep
-            us waiting, are refused.
+        regular: refuse pipes and devices, which might keep us waiting.
+        at_once: the same, and files of up to so many bytes are read at once and closed.
 
     Raises:
         FileError: it is missing, unreadable or a directory.
@@ -133,16 +150,16 @@ def open_source(path: str, whole: int = 0) -> Source:
             raise FileError("standard input is closed", where="-")
         return StreamSource("<stdin>", os.dup(0))  # a file on stdin too: a second array may follow the first
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_NONBLOCK if whole else 0))
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_NONBLOCK if regular or at_once else 0))
     except FileNotFoundError:
         if not path:
             raise FileError("a file without a name", hint="look whether a variable is set") from None
         raise FileError("no such file", where=path) from None
     except (OSError, ValueError) as error:
         raise FileError("cannot be opened", where=path, found=reason(error)) from error
-    if whole and (data := _whole(fd, whole)):
+    if at_once and (data := _whole(fd, at_once)):
         return BytesSource(path, data)
-    return _on_descriptor(path, fd, whole)
+    return _on_descriptor(path, fd, regular or at_once > 0)
 
 
 def _whole(fd: int, most: int) -> bytes:
@@ -155,14 +172,15 @@ def _whole(fd: int, most: int) -> bytes:
     return b""
 
 
-def _on_descriptor(name: str, fd: int, whole: int) -> Source:
+def _on_descriptor(name: str, fd: int, regular: bool) -> Source:
     info = os.fstat(fd)
     if stat.S_ISDIR(info.st_mode):
         os.close(fd)
         raise FileError("is a directory", where=name, wanted="a file", hint="name a file in it")
-    if whole and not stat.S_ISREG(info.st_mode):
+    if regular and not stat.S_ISREG(info.st_mode):
         os.close(fd)
         raise FileError("is a pipe or a device", where=name, wanted="a file")
+    # Some systems give /dev/fd/N the position of N: then it is read on from there.
     if not stat.S_ISREG(info.st_mode) or os.lseek(fd, 0, os.SEEK_CUR):
         return StreamSource(name, fd)
     return FileSource(name, fd)
@@ -179,26 +197,24 @@ def read_bytes(source: Source, offset: int, count: int) -> bytes:
     Raises:
         FileError: the system cannot read it.
     """
-    if isinstance(source, BytesSource):
-        return source.data[offset : offset + count]
-    size = source.size()
-    if size is not None:
-        count = max(0, min(count, size - offset))
-    held = bytearray()
     try:
-        if isinstance(source, FileSource):
-            start = os.pread(source.fd, count, offset)
-            if len(start) == count:  # as ever; without a second copy of a header of megabytes
-                return start
-        while len(held) < count:
-            piece = bytearray(min(CHUNK, count - len(held)))
-            got = source.read_into(offset + len(held), memoryview(piece))
-            held += piece[:got]
-            if got < len(piece):
-                break
+        return source.read(offset, count)
     except OSError as error:
         raise FileError("cannot be read", where=source.name, found=reason(error)) from error
-    return bytes(held)
+
+
+def read_header(source: Source, offset: int, length: int, most: int) -> bytes:
+    """The ``length`` bytes of a header; no format has one of more than ``most``.
+
+    Raises:
+        FileError: it claims to be longer, or ends early.
+    """
+    if length > most:
+        raise FileError("header too long", where=source.name, found=f"{length} bytes", wanted=f"at most {most}")
+    data = read_bytes(source, offset, length)
+    if len(data) < length:
+        raise FileError("cut short in its header", where=source.name, found=f"{len(data)} bytes", wanted=f"{length}")
+    return data
 
 
 class Stored(NamedTuple):

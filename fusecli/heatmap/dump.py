@@ -230,17 +230,17 @@ def _as_weights(stored: Stored) -> Stored:
     return stored._replace(shape=shape)
 
 
-def open_dumps(path: str, whole: int = 0) -> Dumps:
+def open_dumps(path: str, *, regular: bool = False) -> Dumps:
     """The dumps at ``path``: a file of one pair, a packed or stacked file of many, or a folder of files.
 
-    ``whole`` as in `open_tensors`: with it pipes are refused, which might keep us waiting.
+    ``regular`` as in `open_source`: pipes are refused, which might keep us waiting.
 
     Raises:
         InputError: it cannot be read, or holds something else.
     """
     if os.path.isdir(path):
         return _of_folder(path)
-    tensors = open_tensors(path, whole)
+    tensors = open_tensors(path, regular=regular)
     first = next(iter(tensors.values()), None)
     if first is None:
         raise FileError("no tensors in it", where=path)
@@ -281,7 +281,7 @@ def _of_folder(path: str) -> Dumps:
         raise FileError("no dumps in it", where=path, wanted="files .npy or .safetensors")
 
     def one(id: str) -> _Found:
-        inside = open_dumps(folder.place(id).path, whole=1)
+        inside = open_dumps(folder.place(id).path, regular=True)
         if inside.many:
             raise FileError("holds more than one pair", where=inside.path, hint="show that file by itself")
         return inside._find(inside.ids[0])

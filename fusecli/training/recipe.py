@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fusecli import checkpoint
-from fusecli.errors import CheckpointError, ShapeError, UsageError
+from fusecli.errors import ShapeError, UsageError
 from fusecli.training.data import Data
 from fusecli.training.loop import Settings
 from fusecli.training.objective import Objective
@@ -82,6 +82,6 @@ def drawn(labelled: bool, feature_dim: int | None, seed: int, options: Mapping[s
         # Without labels it is only the image that is to be told: of all shares the largest suits best.
         shares = SHARES if labelled else SHARES[-1:]
         return Beginning(untrained, laid_apart(draw(checkpoint.orthogonal), data, shares))
-    except CheckpointError as error:
-        hint = error.hint or ("leave out --feature-dim" if feature_dim else None)
-        raise UsageError(error.what, found=error.found, wanted=error.wanted, hint=hint) from None
+    except UsageError as error:
+        error.hint = error.hint or ("leave out --feature-dim" if feature_dim else None)
+        raise
