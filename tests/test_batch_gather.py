@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -184,7 +185,64 @@ def test_rows_of_a_stack_count_what_is_missing(run: Run, few: Path) -> None:
         batch(run, "--manifest", place, "-o", f"{place}.npy", code=4, input=text.encode())
     rows = np.load(few / "m.csv.npy")
     assert np.isnan(rows).any((1, 2)).tolist() == [False, True, False, True, True, False]  # c fails: its text is gone
-    assert len(np.load(few / "-.npy")) == 4
+    np.testing.assert_array_equal(np.load(few / "-.npy"), rows)
+
+
+def test_rows_of_a_stack_stay_where_a_later_stream_adds_to_it(run: Run, few: Path) -> None:
+    def stream(*ids: str, code: int = 0, more: tuple[object, ...] = ()) -> None:
+        lines = (id if id.startswith("{") else json.dumps(LINE | {"id": id}).replace("*", id) for id in ids)
+        batch(run, "--manifest", "-", "-o", "o.npy", *more, code=code, input="\n".join(lines).encode())
+
+    def holes() -> list[bool]:
+        return np.isnan(np.load(few / "o.npy")).any((1, 2)).tolist()  # type: ignore[no-any-return]
+
+    stream("a", "{bad", "x", "b", "c", code=4)
+    assert holes() == [False, True, True, False, False]
+    before = np.load(few / "o.npy")
+    stream("a", "{bad", "x", "b", "c", code=4)
+    stream("b", "d", "{bad", "c", code=4)  # a line that is none has no row here: nobody could tell which
+    assert holes() == [False, True, True, False, False, False]
+    np.testing.assert_array_equal(np.load(few / "o.npy")[:5], before)
+    for side in ("img", "txt"):
+        (few / side / "x.npy").write_bytes((few / side / "a.npy").read_bytes())
+    stream("x", more=("--retry-failed",))
+    assert holes() == [False, True, False, False, False, False]
+
+
+LINE = {"image": "img/*.npy", "text": "txt/*.npy"}
+
+
+def test_a_stream_with_a_limit_has_rows_up_to_it(run: Run, few: Path) -> None:
+    batch(run, "--manifest", "-", "-o", "o.npy", "--limit", 2, input=(few / "m.csv").read_bytes())
+    assert np.load(few / "o.npy").shape == (2, 3, D)
+
+
+@pytest.mark.parametrize("name", ["link.safetensors", "link.npy"])
+def test_a_link_to_a_file_of_all_results_is_gone_on_with(run: Run, few: Path, name: str) -> None:
+    (few / "far").mkdir()
+    (few / name).symlink_to(f"far/{name}")
+    batch(run, "img", "txt", "-o", name)
+    whole = (few / name).read_bytes()
+    assert set(statuses(batch(run, "img", "txt", "-o", name, "--limit", 1, "--json")).values()) == {"skipped"}
+    assert (few / name).read_bytes() == whole
+    assert (few / name).is_symlink()
+
+
+def test_nothing_is_left_of_pairs_that_failed_half_way(run: Run, few: Path) -> None:
+    for id in FEW:
+        np.save(few / "txt" / f"{id}.npy", np.full((3, D), 1e30, np.float32))
+    run("init", "-o", "w.safetensors", "--feature-dim", D, "--num-heads", 4, "-q", "--residual")
+    batch(run, "img", "txt", "-o", "o.safetensors", "--dtype", "float16", code=4)
+    assert not list((few / "o.safetensors.fusecli").glob("*.part"))
+
+
+@pytest.mark.parametrize("output", ["o.safetensors", "out"])
+def test_results_that_are_written_anew_keep_their_mode(run: Run, few: Path, output: str) -> None:
+    batch(run, "img", "txt", "-o", output, "--limit", 1)
+    path = few / output if output != "out" else few / "out" / "a.npy"
+    path.chmod(0o600)
+    batch(run, "img", "txt", "-o", output, "--overwrite")
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_rows_of_a_stack_come_and_go_without_results(run: Run, few: Path) -> None:

@@ -17,11 +17,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from fusecli import checkpoint
+from fusecli.batch import run as run_module
 from fusecli.batch.job import Outcome, Stop, Task, failed
+from fusecli.batch.ledger import Ledger, runs_in
 from fusecli.batch.local import Pool
 from fusecli.batch.plan import Shard
+from fusecli.batch.request import Request
+from fusecli.batch.store import STATE
 from fusecli.collections import Place
-from fusecli.errors import FileError, FusecliError
+from fusecli.errors import FileError, FusecliError, UsageError
 from fusecli.formats import FileSink, open_source
 from tests.batches import FEW, D, as_npy, batch, expected, results, statuses
 from tests.conftest import FUSECLI, Run
@@ -41,7 +46,7 @@ DAMAGE = [
     '{"id":"a","status":"fused","shape":[3,32],"dtype":"float32","part":"../img/a.npy"}',
     '{"id":"a","status":"fused","shape":[3,32],"dtype":"float32","part":"x","at":99999999999999999999999}',
     '{"id":["a"],"status":"failed"}',
-    "[" * 5000,
+    "[" * 50_000,
 ]
 
 
@@ -51,7 +56,14 @@ def test_a_damaged_ledger_costs_work_and_nothing_else(run: Run, few: Path, outpu
     state = few / (f"{output}/.fusecli" if output == "out" else f"{output}.fusecli")
     with open(state / "ledger.jsonl", "a") as file:
         file.write("\n".join(DAMAGE) + "\n")
-    for index in ("5", '["a",5,"float32",0]', '["a",[3,32],"float32","x"]', '["a",[3,32],"float33",0]', ""):
+    for index in (
+        "5",
+        "[" * 50_000,
+        '["a",5,"float32",0]',
+        '["a",[3,32],"float32","x"]',
+        '["a",[3,32],"float33",0]',
+        "",
+    ):
         if output != "out":
             first, *_ = (state / "fused.index").read_text().splitlines()
             (state / "fused.index").write_text(f"{first}\n{index}\n")
@@ -255,6 +267,37 @@ def test_a_folder_where_a_result_should_go_leaves_no_attention_either(run: Run, 
     (few / "out" / "a.npy" / "z").mkdir(parents=True)
     batch(run, "img", "txt", "-o", "out", "-a", "att", code=4)
     assert sorted(results(few / "att")) == FEW[1:]
+
+
+def test_parts_that_begin_at_once_with_other_weights_do_not_mix(tmp_path: Path) -> None:
+    weights = [checkpoint.init(8, 1, seed=seed) for seed in (0, 1)]
+    shards = Shard(1, 2), Shard(2, 2)
+    one, other = (Request(w, str(tmp_path), shard=shard) for w, shard in zip(weights, shards, strict=True))
+    (tmp_path / STATE).mkdir()
+    mine, theirs = (Ledger(str(tmp_path / STATE), str(shard)) for shard in shards)
+    theirs.begin(other.run_facts(), 0)  # after `one` has looked what there is
+    with pytest.raises(UsageError, match="other weights"):
+        run_module._begin(mine, one, 0)
+    assert [run["weights"] for run in runs_in(str(tmp_path / STATE))] == [other.fingerprint]
+    run_module._begin(theirs, other, 0)
+
+
+def test_a_stream_does_not_write_over_the_weights(run: Run, few: Path) -> None:
+    (few / "ow").mkdir()
+    (few / "ow" / "a.safetensors").write_bytes((few / "w.safetensors").read_bytes())
+    lines = (few / "m.csv").read_bytes().splitlines(keepends=True)
+    place = ["--manifest", "-", "-w", "ow/a.safetensors", "-o", "ow", "--suffix", ".safetensors", "--json"]
+    done = run("batch", *place, code=4, input=b"".join(lines[:3]))
+    assert statuses(done) == {"a": "failed", "b": "fused"}
+    assert (few / "ow" / "a.safetensors").read_bytes() == (few / "w.safetensors").read_bytes()
+
+
+def test_a_part_of_a_stream_may_be_empty(run: Run, few: Path) -> None:
+    lines = (few / "m.csv").read_bytes().splitlines(keepends=True)
+    for part in (1, 2, 3):
+        batch(run, "--manifest", "-", "-o", "out", "--shard", f"{part}/3", input=b"".join(lines[:2]))
+    batch(run, "--manifest", "-", "-o", "other", "--limit", 0, input=b"".join(lines))
+    assert b"no pairs" in batch(run, "--manifest", "-", "-o", "other", code=3, input=lines[0]).stderr
 
 
 @pytest.mark.parametrize(("number", "stop"), [(errno.EMFILE, True), (errno.EIO, False)])

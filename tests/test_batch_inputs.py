@@ -26,6 +26,7 @@ from tests.conftest import Run
         ["-o", "out", "-a", "out/att"],
         ["-o", "out", "-a", "txt"],
         ["-o", "o.npy", "-a", "o.npy.fusecli"],
+        ["-o", "o.npy.fusecli", "-a", "o.npy"],
         ["-o", "out", "--overwrite", "--retry-failed"],
         ["-o", "out", "--dtype", "bfloat16"],
         ["-o", "out", "--dry-run", "--device", "tpu"],

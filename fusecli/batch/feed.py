@@ -123,6 +123,8 @@ class _Feed:
 class ListFeed(_Feed):
     """Items of `Pairs`, made as they are taken."""
 
+    streams = False
+
     def __init__(self, pairs: Pairs, ids: Sequence[str], keep: Keep, size: int, limit: int | None) -> None:
         super().__init__()
         #: Pairs that will be looked at; None: as many as it takes to do ``limit``.
@@ -178,7 +180,7 @@ class StreamFeed(_Feed):
     """Items of a manifest on standard input: each line is work as soon as it is there (if its id is ``wanted``)."""
 
     total = None
-    rows = None  # what follows nobody knows yet, nor what came in a run before
+    streams = True
 
     def __init__(
         self,
@@ -214,12 +216,14 @@ class StreamFeed(_Feed):
         if self._ended and rest:
             lines = [rest]
         for line in lines:
+            if self._left == 0:  # what follows would be known by chance, as far as it has come
+                break
             entry = self._lines.take(line.decode("utf-8", "surrogateescape"))
             if entry and (self._wanted is None or self._wanted(entry.id)):
                 known = self._keep(entry.id)
                 if known:
                     self._known.append(known)
-                elif self._left != 0:
+                else:
                     self._waiting.append(Task(entry.id, entry.image, entry.text))
                     self._left = None if self._left is None else self._left - 1
         self._known += self._lines.known
@@ -238,3 +242,8 @@ class StreamFeed(_Feed):
     def ids(self) -> list[str]:
         """Those that have come, in their order."""
         return list(self._lines.entries)
+
+    @property
+    def rows(self) -> list[str]:
+        """See `Pairs`; of those that have come."""
+        return self._lines.rows

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, repeat, zip_longest
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,7 +24,18 @@ from fusecli.batch.ledger import History
 from fusecli.batch.store import GATHERED, STATE, PartStore, Piece, Store, believed, look_into
 from fusecli.dumps import GATE
 from fusecli.errors import OutputError
-from fusecli.formats import FileSink, NumpyArray, Replacing, Sink, as_bytes, npy, open_sink, open_source, safetensors
+from fusecli.formats import (
+    FileSink,
+    NumpyArray,
+    Replacing,
+    Sink,
+    as_bytes,
+    keep_mode,
+    npy,
+    open_sink,
+    open_source,
+    safetensors,
+)
 from fusecli.pipeline import gate_of
 
 #: Bytes copied at once.
@@ -38,17 +49,22 @@ Held = Callable[[str], Piece | None]
 def read_history(folder: str, stores: Iterable[Store]) -> History:
     """What the ledgers say of ``stores``, of fused features and maybe of attention; and where gathered results are."""
     history = History.read(folder)
-    for number, store in enumerate(stores):
+    for store in stores:
         if isinstance(store, PartStore):
             store.look_again()
             # A part that is there was written after the last gathering, which removes them.
-            history.move(gathered(store), number == 1, store.has if _parts(store) else None)
+            history.move(gathered(store), store.kind == "attention", store.has if _parts(store) else None)
     return history
 
 
 def _parts(store: PartStore) -> list[str]:
     names = os.listdir(store.folder) if os.path.isdir(store.folder) else []
     return [name for name in names if name.startswith(f"{store.kind}-") and name.endswith(".part")]
+
+
+def _remove_parts(store: PartStore) -> None:
+    for name in _parts(store):
+        os.unlink(f"{store.folder}/{name}")
 
 
 def is_stack(store: PartStore) -> bool:
@@ -70,19 +86,23 @@ def remove_left(stores: Iterable[Store], states: Iterable[str | None]) -> None:
             os.unlink(path)
 
 
-def gather_what_is_there(
-    store: PartStore, history: History, attention: bool, ids: list[str], rows: list[str] | None
-) -> None:
-    """Write the file of a store anew, if what is there is not what it holds.
+class Feed(Protocol):
+    """What a run has taken its pairs from."""
 
-    Args:
-        store: to gather.
-        history: what the ledgers say.
-        attention: whether the store is for that.
-        ids: of this run, in order.
-        rows: the ids that a stack has a row for, ``""`` where nobody knows one; None: ids come in time, and those of
-            runs before it are before them.
-    """
+    streams: bool  # they came in time, and those of runs before it come before them
+
+    @property
+    def ids(self) -> list[str]:
+        """All ids of the run, in order."""
+
+    @property
+    def rows(self) -> list[str]:
+        """The ids that a stack has a row for, ``""`` where nobody knows one."""
+
+
+def gather_what_is_there(store: PartStore, history: History, feed: Feed) -> None:
+    """Write the file of a store anew, if what is there is not what it holds."""
+    attention = store.kind == "attention"
 
     def held(id: str) -> Piece | None:
         pieces = history.pieces(id)
@@ -90,13 +110,16 @@ def gather_what_is_there(
         return piece if piece and store.has(piece) else None
 
     stacked = is_stack(store)
-    if stacked and rows is not None:
-        order = _rows(history, held, rows)
+    if not stacked:
+        order = _order(store, history, held, feed)
+    elif feed.streams:
+        order = _rows_with_earlier(store, history, held, feed.rows)
     else:
-        order = _order(store, history, held, ids, stream=rows is None)
+        order = _rows(history, held, feed.rows)
     mine = partial(_results, held, order, stacked)
-    changed = not is_whole(store) or any(wanted != there for wanted, there in zip_longest(mine(), gathered(store)))
-    if changed and any(piece for _, piece in mine()):
+    if not any(piece for _, piece in mine()):
+        _remove_parts(store)  # of pairs that failed half-way
+    elif not is_whole(store) or any(wanted != there for wanted, there in zip_longest(mine(), gathered(store))):
         gather(store, mine)
 
 
@@ -110,13 +133,28 @@ def _rows(history: History, held: Held, rows: list[str]) -> list[str]:
     return rows[: last + 1]
 
 
-def _order(store: PartStore, history: History, held: Held, ids: list[str], stream: bool) -> list[str]:
-    """The ids that a gathered file tells of: those of this run, and what is there of runs before it."""
-    known = set(ids)
+def _rows_with_earlier(store: PartStore, history: History, held: Held, rows: list[str]) -> list[str]:
+    """The rows of a stack that a stream adds to: they stay as they are, and what is new comes behind them.
+
+    Where it is the same stream again, or goes on from there, lines that make no sense have a row as well.
+    """
+    before = [id for id, _ in gathered(store)]
+    before += [id for id in history.ids(but={*before, *rows}) if held(id)]
+    rows = _rows(history, held, rows)
+    same = min(len(before), len(rows))
+    if before[:same] == rows[:same]:
+        return max(before, rows, key=len)
+    there = {"", *before}
+    return before + [id for id in rows if id not in there]
+
+
+def _order(store: PartStore, history: History, held: Held, feed: Feed) -> list[str]:
+    """The ids that a packed file tells of: those of this run, and what is there of runs before it."""
+    known = set(feed.ids)
     standing = (id for id, _ in gathered(store))
     before = dict.fromkeys(chain(standing, history.ids(but=known)))  # as they stand, then as they came
     earlier = [id for id in before if id not in known and held(id)]
-    return earlier + ids if stream else ids + earlier
+    return earlier + feed.ids if feed.streams else feed.ids + earlier
 
 
 def _results(held: Held, order: list[str], stacked: bool) -> Iterator[Result]:
@@ -146,14 +184,14 @@ def gather(store: PartStore, results: Callable[[], Iterator[Result]]) -> None:
         hole = np.full(shape, np.nan, dtype).tobytes()
     target, temporary = os.path.realpath(store.path), _temporary(store)
     with _named(store.path), Replacing(target, temporary) as fd:
+        keep_mode(fd, target)
         sink = FileSink(store.path, fd)
         sink.put(0, header)
         _copy(store, results(), sink, len(header), hole)
         info = os.fstat(fd)
         _write_index(store, results(), [info.st_size, len(header), zlib.crc32(header), info.st_ino], len(hole))
     os.replace(_new_index(store), _index(store))
-    for name in _parts(store):
-        os.unlink(f"{store.folder}/{name}")
+    _remove_parts(store)
 
 
 def _tensors(results: Iterator[Result], gate: bool) -> Iterator[tuple[str, tuple[int, ...], str]]:
@@ -293,7 +331,7 @@ def is_whole(store: PartStore, rows: list[str] | None = None) -> bool:
         return False
     if rows is None or not is_stack(store):
         return True
-    with contextlib.suppress(OSError, ValueError, TypeError):
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         there = chain((id for id, *_ in _lines(path)), repeat(None))
         return all(map(operator.eq, rows, there)) and next(there) is None
     return False
@@ -310,7 +348,7 @@ def _fitting(store: PartStore) -> str | None:
     """The index that is true of the gathered file: the new one, if a run was killed between the two renames."""
     target = os.path.realpath(store.path)
     for path in (_new_index(store), _index(store)):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
             if look_into(path, 0)[0] >= 0:
                 with open(path, "rb") as file:
                     about = json.loads(file.readline())
@@ -334,7 +372,7 @@ def gathered(store: PartStore) -> Iterator[Result]:
     path = _fitting(store)
     if path is None:
         return
-    with contextlib.suppress(OSError, ValueError, TypeError):
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         end = 0
         for id, shape, dtype, at in _lines(path):
             piece = believed(shape, dtype, GATHERED, at) if shape is not None else None

@@ -96,6 +96,7 @@ class Job:
     to_device: Mover = None
     folder: str = ""  # with the state of the run
     threads: int = 1  # for a large text
+    read: tuple[str, ...] = ()  # files that are read beside the features
 
 
 #: Does one item; never raises for a bad pair.

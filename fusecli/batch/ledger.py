@@ -39,7 +39,7 @@ class History:
     """
 
     def __init__(self) -> None:
-        self.run: dict[str, Any] | None = None
+        self.runs: list[dict[str, Any]] = []  # all that decided the results: one, unless parts contradict each other
         self.began = 0.0  # when the last run did
         self.failed: set[str] = set()
         self.missing: set[str] = set()
@@ -105,8 +105,10 @@ class History:
         return id in self.failed or (id in self.missing and self.pieces(id) is None)
 
     def _take(self, record: dict[str, Any]) -> None:
-        if isinstance(record.get("run"), dict):
-            self.run = record["run"]
+        run = record.get("run")
+        if isinstance(run, dict):
+            if run not in self.runs:
+                self.runs.append(run)
             return
         id, status = record["id"], record["status"]
         if type(id) is not str or "line" in record:
@@ -180,20 +182,34 @@ def _piece(facts: dict[str, Any]) -> Piece:
     return piece
 
 
+def runs_in(folder: str) -> list[dict[str, Any]]:
+    """What decides the results of each run, as the ledgers say it."""
+    parts = chain.from_iterable(map(_runs, Path(folder).glob("ledger*.jsonl")))
+    told = (next(_lines(part), {}).get("run") for part in parts)
+    return [run for run in told if isinstance(run, dict)]
+
+
 class Ledger:
     """The ledger that this run adds to."""
 
     def __init__(self, folder: str, shard: str | None) -> None:
         self.path = f"{folder}/ledger{f'-{shard}' if shard else ''}.jsonl"
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        size = os.fstat(self._fd).st_size
-        if size and os.pread(self._fd, 1, size - 1) != b"\n":
+        self._size = os.fstat(self._fd).st_size
+        if self._size and os.pread(self._fd, 1, self._size - 1) != b"\n":
             self._write(b"\n")  # a line that was cut short stays by itself
+            self._size += 1
 
     def begin(self, run: dict[str, Any], after: float) -> None:
         """A run starts, later than the one that began at ``after``, whatever the clock of that machine said."""
         began = max(time.time(), after + 0.001)
         self._write(BEGAN + f'{began:.3f}, "run": {json.dumps(run, sort_keys=True)}}}\n'.encode())
+        with contextlib.suppress(OSError):  # not everywhere
+            os.fsync(self._fd)  # for other machines to see
+
+    def take_back(self) -> None:
+        """Nothing has come of the run: it is as if it had never begun."""
+        os.ftruncate(self._fd, self._size)
 
     def add(self, outcomes: Iterable[Outcome]) -> None:
         """Keep what happened.
@@ -216,10 +232,13 @@ class Ledger:
         os.close(self._fd)
 
 
-def require_same_run(old: dict[str, Any] | None, new: dict[str, Any], output: str) -> None:
+def require_same_run(runs: Iterable[dict[str, Any]], new: dict[str, Any], output: str) -> None:
     """Raise `UsageError` with the difference if an output was begun with other weights or options."""
-    if old is None:
-        return
+    for old in runs:
+        _require_same(old, new, output)
+
+
+def _require_same(old: dict[str, Any], new: dict[str, Any], output: str) -> None:
     names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     if not names:
         return

@@ -85,7 +85,8 @@ class Manifest:
             columns = [name.strip() for name in next(csv.reader([text], delimiter=delimiter))]
         except csv.Error:
             columns = []
-        if not set(COLUMNS) <= set(columns):
+        used = [name for name in columns if name in (*COLUMNS, *KEYS)]
+        if not set(COLUMNS) <= set(used) or len(set(used)) < len(used):
             raise self._bad(text, f"a header with {','.join(COLUMNS)}, or JSON lines")
         self._columns, self._delimiter = columns, delimiter
 

@@ -12,7 +12,7 @@ from fusecli.batch.apart import require_apart
 from fusecli.batch.feed import ListFeed, Pairs, StreamFeed
 from fusecli.batch.gather import Stacks, gather_what_is_there, is_stack, is_whole, read_history, remove_left
 from fusecli.batch.job import Job, Outcome, Stop
-from fusecli.batch.ledger import History, Ledger, Lock, claim, require_same_run, require_unclaimed
+from fusecli.batch.ledger import History, Ledger, Lock, claim, require_same_run, require_unclaimed, runs_in
 from fusecli.batch.local import Pool
 from fusecli.batch.manifest import Manifest
 from fusecli.batch.plan import Shard, item_size
@@ -76,7 +76,7 @@ def _run(request: Request, pairs: Pairs | Manifest, reporter: Reporter, job: Job
     try:
         for store in folders:
             store.begin()
-        ledger.begin(request.run_facts(), history.began)
+        _begin(ledger, request, history.began)
         stacks = Stacks(_stores(job))
         teller = Teller(ledger, history.missing, reporter, stacks.see)
         feed = _feed(request, pairs, history, job, stacks)
@@ -84,15 +84,29 @@ def _run(request: Request, pairs: Pairs | Manifest, reporter: Reporter, job: Job
         teller.tell(pairs.known if isinstance(pairs, Pairs) else [])
         _drive(request, job, feed, teller, pool, stop)
     finally:
+        pool.close()  # or a worker might still write to what is removed
         for store in folders:
             store.end()
         ledger.close()
     summary = teller.summary
     if not (summary.interrupted or summary.stopped or request.shard):
-        pool.close()
         del history  # a gathering reads it anew
         _gather(job, folder, feed, summary)
     return summary
+
+
+def _begin(ledger: Ledger, request: Request, after: float) -> None:
+    """Begin a run; of parts that begin at once with other weights or options, all but one stop, or all.
+
+    Each writes what it begins with and then looks what the others have written.
+    """
+    ledger.begin(request.run_facts(), after)
+    if request.shard:
+        try:
+            require_same_run(runs_in(request.states()[0]), request.run_facts(), request.output)
+        except UsageError:
+            ledger.take_back()
+            raise
 
 
 def _require_fitting(request: Request, job: Job, history: History, pairs: Pairs | Manifest) -> None:
@@ -100,9 +114,9 @@ def _require_fitting(request: Request, job: Job, history: History, pairs: Pairs 
     folder, attended = request.states()
     if not request.overwrite:
         require_unclaimed(folder, attended)
-    require_same_run(history.run, request.run_facts(), request.output)
+    require_same_run(history.runs, request.run_facts(), request.output)
     hint = "write to another output, or start afresh with --overwrite"
-    if history.run is None and next(history.ids(), None) is not None:
+    if not history.runs and next(history.ids(), None) is not None:
         raise UsageError("the ledger does not say what its results were made with", where=folder, hint=hint)
     stacked = any(isinstance(store, PartStore) and is_stack(store) for store in _stores(job))
     if not stacked or isinstance(pairs, Manifest) or request.shard:
@@ -158,7 +172,8 @@ def _job(request: Request, folder: str) -> Job:
     mover = None if request.device == "cpu" else to_device(request.device)
     attention = store(request.attention, "attention") if request.attention else None
     threads = request.workers if request.device == "cpu" else 1
-    return Job(request.weights, request.options, store(request.output, "fused"), attention, mover, folder, threads)
+    fused = store(request.output, "fused")
+    return Job(request.weights, request.options, fused, attention, mover, folder, threads, request.read)
 
 
 def _feed(
@@ -209,9 +224,10 @@ def _drive(request: Request, job: Job, feed: ListFeed | StreamFeed, teller: Tell
 def _gather(job: Job, folder: str, feed: ListFeed | StreamFeed, summary: Summary) -> None:
     """Make one file of the parts, where there is something new; rows of a stack also come and go without results."""
     stores = [store for store in _stores(job) if isinstance(store, PartStore)]
-    new = summary.fused or summary.failures or not all(is_whole(store, feed.rows) for store in stores)
+    rows = None if feed.streams else feed.rows
+    new = summary.fused or summary.failures or not all(is_whole(store, rows) for store in stores)
     if not stores or not new:
         return
     history = read_history(folder, _stores(job))
     for store in stores:
-        gather_what_is_there(store, history, store is job.attention, feed.ids, feed.rows)
+        gather_what_is_there(store, history, feed)

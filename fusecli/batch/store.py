@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 from fusecli.dumps import GATE, Label
 from fusecli.errors import FusecliError, OutputError
-from fusecli.formats import FLOATS, FileSink, Replacing, Sink, format_of, itemsize, safetensors
+from fusecli.formats import FLOATS, FileSink, Replacing, Sink, format_of, itemsize, keep_mode, safetensors
 from fusecli.pipeline import gate_of
 
 #: The folder in the output (or beside it, where that is a file) with the ledger and what is not finished.
@@ -130,7 +130,8 @@ class FolderStore:
         temporary = f"{self._own_folder()}/{next(self._count)}"
         self._make_room(target)
         header = self._header(id, name, shape, dtype)
-        return _NewFile(target, temporary, header, Piece(shape, dtype), told)
+        there = target in self._there[target.rpartition("/")[0]]
+        return _NewFile(target, temporary, header, Piece(shape, dtype), told, there)
 
     def _own_folder(self) -> str:
         """Where this process makes its files, before they are moved to their places.
@@ -212,14 +213,19 @@ def _is_one_of(target: str, paths: Iterable[str]) -> bool:
 class _NewFile(Replacing):
     """A file of one array on its way, told of when it has arrived."""
 
-    __slots__ = ("_header", "_name", "_piece", "_told")
+    __slots__ = ("_header", "_name", "_piece", "_there", "_told")
 
-    def __init__(self, target: str, temporary: str, header: bytes, piece: Piece, told: list[Piece]) -> None:
+    def __init__(
+        self, target: str, temporary: str, header: bytes, piece: Piece, told: list[Piece], there: bool
+    ) -> None:
         super().__init__(target, temporary)
-        self._name, self._header, self._piece, self._told = target, header, piece, told
+        self._name, self._header, self._piece, self._told, self._there = target, header, piece, told, there
 
     def __enter__(self) -> tuple[Sink, int]:  # type: ignore[override]
-        return FileSink(self._name, self.create(), self._header), len(self._header)
+        fd = self.create()
+        if self._there:
+            keep_mode(fd, self._name)
+        return FileSink(self._name, fd, self._header), len(self._header)
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         super().__exit__(kind, *error)
@@ -307,4 +313,4 @@ class PartStore:
 
     def file_of(self, part: str) -> str:
         """The path of a part."""
-        return self.path if part == GATHERED else f"{self.folder}/{part}"
+        return os.path.realpath(self.path) if part == GATHERED else f"{self.folder}/{part}"

@@ -154,6 +154,7 @@ def batch(
         tokens=_read_tokens(tokens) if tokens else None,
         grid=to_grid(grid),
         skip_rows=skip_rows,
+        read=tuple(path for path in (weights, tokens) if path and path != "-"),
     )
     outputs = [output, attention]
     if dry_run:
@@ -172,7 +173,7 @@ def batch(
     if summary.one_row and loaded.config.can_forget_text:
         note(f"{summary.one_row:,} of the pairs: {ONE_ROW}", quiet)
     came = summary.fused or summary.skipped or summary.failures or summary.missed or retry_failed
-    if manifest == "-" and not came:
+    if manifest == "-" and not came and not shard and limit != 0:
         raise InputError("no pairs came", where="<stdin>", wanted="lines with id,image,text")
     code = explain(summary, request, allow_missing, quiet)
     if code:
@@ -210,8 +211,8 @@ def _check_outputs(output: str, attention: str | None, suffix: str, weights: str
         _check_output(path, inputs)
     if attention:
         one, other = os.path.realpath(output) + "/", os.path.realpath(attention) + "/"
-        state = os.path.realpath(state_folder(output)) + "/"
-        if one.startswith(other) or other.startswith((one, state)):
+        state, kept = (os.path.realpath(state_folder(path)) + "/" for path in (output, attention))
+        if one.startswith((other, kept)) or other.startswith((one, state)):
             raise UsageError("attention would lie among the results", where=attention, hint="write to another place")
 
 

@@ -130,7 +130,8 @@ def find_pairs(
             inputs.see(place)
     if sources.manifest is not None:
         path = sources.manifest
-        manifest = Manifest(path, os.path.dirname(path), sources.image_key, sources.text_key)
+        folder = os.path.dirname(path) if os.path.isfile(path) else ""  # pipes have names of their own, /dev/fd/63
+        manifest = Manifest(path, folder, sources.image_key, sources.text_key)
         return from_manifest(manifest, path, shard, inputs)
     image_place = sources.images or ""
     text_place = sources.texts or image_place

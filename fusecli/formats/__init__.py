@@ -13,7 +13,7 @@ from types import ModuleType
 
 from fusecli.errors import FileError, UsageError
 from fusecli.formats import npy, safetensors
-from fusecli.formats.sink import FileSink, Replacing, Sink, is_stream, open_sink, write_whole
+from fusecli.formats.sink import FileSink, Replacing, Sink, is_stream, keep_mode, open_sink, write_whole
 from fusecli.formats.source import (
     FLOATS,
     FileSource,
@@ -42,6 +42,7 @@ __all__ = [
     "has_names",
     "is_stream",
     "itemsize",
+    "keep_mode",
     "npy",
     "open_sink",
     "open_source",

@@ -135,9 +135,14 @@ def _whole_file(path: str) -> Iterator[Sink]:
         hint = None if os.path.lexists(folder) else f"mkdir -p {shlex.quote(folder)}"
         raise OutputError("no such folder", where=path, found=folder, hint=hint)
     with _Unnamed(target, os.path.join(folder, f".fusecli-{os.urandom(6).hex()}.tmp")) as fd:
-        with contextlib.suppress(OSError):  # who was kept from reading the old file is kept from the new one
-            os.fchmod(fd, stat.S_IMODE(os.stat(target).st_mode) & 0o777)
+        keep_mode(fd, target)
         yield FileSink(path, fd)
+
+
+def keep_mode(fd: int, target: str) -> None:
+    """Who was kept from reading the file ``target``, if there is one, is kept from reading what replaces it."""
+    with contextlib.suppress(OSError):
+        os.fchmod(fd, stat.S_IMODE(os.stat(target).st_mode) & 0o777)
 
 
 class Replacing:
