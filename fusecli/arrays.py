@@ -61,14 +61,7 @@ def spelled(dtype: Any) -> str:
 
 @lru_cache(maxsize=64)  # asked several times for each pair of a batch
 def compute_dtype(*dtypes: str) -> str:
-    """What arrays of ``dtypes`` are computed in: ``"float64"`` if one is wider than 32 bits, else ``"float32"``.
-
-    Raises:
-        ValuesError: one is not a floating dtype.
-    """
-    for name in dtypes:
-        if name not in FLOAT_NAMES:
-            raise ValuesError("features are not floats", found=name, wanted="a float dtype")
+    """What arrays of ``dtypes`` are computed in: ``"float64"`` if one is wider than 32 bits, else ``"float32"``."""
     return "float64" if any(name in WIDE for name in dtypes) else "float32"
 
 
@@ -210,9 +203,10 @@ def rows_of(shape: Sequence[int], where: str) -> tuple[int, int]:
     axes = tuple(shape[1:] if len(shape) == 3 and shape[0] == 1 else shape)
     axes = (1, *axes) if len(axes) == 1 else axes
     if len(axes) != 2:
-        raise ShapeError("wrong number of axes", where=where, found=str(list(shape)), wanted="[rows, width]")
+        hint = "many pairs in one file are for fusecli batch" if len(axes) == 3 else None
+        raise ShapeError("wrong number of axes", where=where, found=str(list(shape)), wanted="[rows, width]", hint=hint)
     if 0 in axes:
-        raise ShapeError("no rows in it", where=where, found=str(list(shape)), wanted="at least [1, 1]")
+        raise ShapeError("nothing in it", where=where, found=str(list(shape)), wanted="at least [1, 1]")
     return axes
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any, cast
@@ -26,15 +27,17 @@ from fusecli.weights import OPTIONS, Config, Weights, require_heads, tensor_shap
 FORMAT = 1
 
 
-def load(
-    path: str | os.PathLike[str], num_heads: int | None = None, *, tell: Callable[[str], None] = lambda line: None
-) -> Weights:
+def _warn(line: str) -> None:
+    warnings.warn(line, stacklevel=5)
+
+
+def load(path: str | os.PathLike[str], num_heads: int | None = None, *, tell: Callable[[str], None] = _warn) -> Weights:
     """Read a checkpoint: ours, or a bare ``state_dict`` in ``.safetensors`` or a file of `torch.save`.
 
     Args:
         path: the file.
         num_heads: heads of a bare ``state_dict``, which does not say (default 8).
-        tell: is called with a line for the user when the number of heads had to be assumed.
+        tell: is called with a line for the user when the number of heads had to be assumed; else it is a warning.
 
     Raises:
         FileError: the file cannot be read, or is none of these.
@@ -45,9 +48,7 @@ def load(
     return load_from(open_source(path), path, num_heads, tell)
 
 
-def load_from(
-    source: Source, path: str, num_heads: int | None, tell: Callable[[str], None] = lambda line: None
-) -> Weights:
+def load_from(source: Source, path: str, num_heads: int | None, tell: Callable[[str], None]) -> Weights:
     """The same as `load`, for a file that is open."""
     if is_pt(source):
         return _bare(read_pt(source, path), path, num_heads, tell)
@@ -75,15 +76,24 @@ def load_from(
 
 
 def _config(saved: str, path: str) -> Config:
-    known = {field.name for field in fields(Config)}
     try:
         options = json.loads(saved)
         version = options.pop("format")
+        lacking = [name for name in ("method", "num_heads") if name not in options]
+        unknown = sorted(set(options) - {field.name for field in fields(Config)})
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise CheckpointError("metadata make no sense", where=path, found=saved[:80]) from None
-    if type(version) is not int or version != FORMAT or not set(options) <= known:
-        found = f"format {version}, options {', '.join(sorted(options))}"
+        raise CheckpointError("malformed metadata", where=path, found=saved[:80]) from None
+    if "kind" in options:
+        raise CheckpointError("holds attention, not weights", where=path, wanted="a checkpoint")
+    if type(version) is not int or version != FORMAT:
+        found = f"format {version}"
         raise CheckpointError("made by another version of fusecli", where=path, found=found, wanted=f"format {FORMAT}")
+    if unknown:
+        raise CheckpointError("unknown options in its metadata", where=path, found=", ".join(unknown))
+    if lacking == ["num_heads"] and "num_heads" not in OPTIONS.get(options["method"], ()):
+        lacking = []
+    if lacking:
+        raise CheckpointError("its metadata lack what decides its numbers", where=path, wanted=", ".join(lacking))
     try:
         return Config(**options)
     except UsageError as error:
@@ -158,8 +168,9 @@ def stored_as(weights: Weights, dtype: str) -> Weights:
     with np.errstate(over="ignore"):  # what does not fit is looked for
         tensors = {name: to_dtype(tensor, dtype) for name, tensor in weights.tensors.items()}
     for name, tensor in tensors.items():
-        if first_nonfinite(to_numpy(tensor)) is not None:
-            raise OutputError(f"weights do not fit {dtype}", where=name, hint="--dtype float32")
+        if (bad := first_nonfinite(to_numpy(tensor))) is not None:
+            found, hint = f"{float(weights.tensors[name][bad]):.4g}", "float64" if dtype == "float32" else "float32"
+            raise OutputError(f"weights do not fit {dtype}", where=name, found=found, hint=f"--dtype {hint}")
     return Weights(weights.config, tensors)
 
 

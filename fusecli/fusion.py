@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, overload
 
 from fusecli.arrays import (
+    FLOAT_NAMES,
     Array,
     cast,
     compute_dtype,
@@ -23,7 +24,7 @@ from fusecli.arrays import (
     to_numpy,
     unwarned,
 )
-from fusecli.errors import ShapeError, UsageError
+from fusecli.errors import ShapeError, UsageError, ValuesError
 from fusecli.methods import BY_NAME, FusedRows, Method, View, adds_one_row
 from fusecli.weights import Config, Weights
 
@@ -152,8 +153,10 @@ def fuse(weights: Weights, image: Array, text: Array, *, need_weights: bool = Fa
     Raises:
         ShapeError: an array has other axes, no rows or the wrong width.
         ValuesError: an array is not of a floating dtype.
-        UsageError: the method has no attention to return.
+        UsageError: the method has no attention to return, or ``weights`` are none.
     """
+    if not isinstance(weights, Weights):
+        raise UsageError("no weights", found=type(weights).__name__, hint="fusecli.load(path)")
     if need_weights:
         require_attention(weights.config)
     text = as_rows(plain(text), "text", weights.text_dim)
@@ -174,7 +177,10 @@ def as_rows(x: Array, what: str, width: int) -> Array:
 
     Raises:
         ShapeError: other axes, no rows, another width; the message calls the array ``what``.
+        ValuesError: it is not of a floating dtype.
     """
+    if (dtype := dtype_name(x)) not in FLOAT_NAMES:
+        raise ValuesError("not floats", where=f"{what} features", found=dtype, wanted=", ".join(FLOAT_NAMES))
     shape = rows_of(x.shape, f"{what} features")
     if shape[1] != width:
         raise ShapeError(

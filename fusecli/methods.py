@@ -154,7 +154,7 @@ class CrossAttention:
     def attend(self, text: Array, need_weights: bool) -> tuple[Array, Array | None]:
         """``A [n, D]``, or ``[D]`` if all rows are that, and the attention if asked for."""
         if self.row is not None:
-            return self.row, ones((self._heads, len(text), 1), self.row) if need_weights else None
+            return self.row, ones((self._heads, text.shape[0], 1), self.row) if need_weights else None
         query = text if self._text_proj is None else linear(text, *self._text_proj)  # [n, D]
         return attention.attend(query, self._side, need_weights=need_weights)
 
@@ -171,7 +171,7 @@ class Attention:
         """See `Method`."""
         fused, attended = self._attention.attend(text, need_weights)
         if self._attention.row is not None:
-            fused = filled((len(text), self._dim), fused)
+            fused = filled((text.shape[0], self._dim), fused)
         if self._residual:
             fused += text
         return FusedRows(fused, attended)

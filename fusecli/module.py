@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fusecli.arrays import compute_dtype, dtype_name
 from fusecli.attention import attend, prepare
 from fusecli.fusion import as_rows
 from fusecli.maps import unfolded
@@ -51,18 +50,16 @@ class ImageTextFusion(nn.Module):
             ShapeError: an array has other axes, no rows or the wrong width.
             ValuesError: an array is not of a floating dtype.
         """
-        # The result takes the text's dtype: integers would cut it off.
-        compute_dtype(dtype_name(image_feat), dtype_name(text_feat))
         rows = as_rows(image_feat, "image", _width(self.image_proj, image_feat))
         text = as_rows(text_feat, "text", _width(self.text_proj, text_feat))
-        heads, dtype = self.attention, self.attention.out_proj.weight.dtype
+        attention, dtype = self.attention, self.attention.out_proj.weight.dtype
         # Layers are called, and parameters taken by name: what has been put in their place works here too.
         query = self.text_proj(text.to(_dtype(self.text_proj, dtype))).to(dtype)  # [N, D]
         memory = self.image_proj(rows.to(_dtype(self.image_proj, dtype))).to(dtype)  # [M, D]
-        in_proj = heads.in_proj_weight, _bias(heads.in_proj_bias, heads.in_proj_weight)
-        out_proj = heads.out_proj.weight, _bias(heads.out_proj.bias, heads.out_proj.weight)
-        maps = unfolded(in_proj, out_proj, heads.num_heads)
-        fused, _ = attend(query, prepare(memory, maps, heads.num_heads, DIRECT))
+        in_proj = attention.in_proj_weight, _bias(attention.in_proj_bias, attention.in_proj_weight)
+        out_proj = attention.out_proj.weight, _bias(attention.out_proj.bias, attention.out_proj.weight)
+        maps = unfolded(in_proj, out_proj, attention.num_heads)
+        fused, _ = attend(query, prepare(memory, maps, attention.num_heads, DIRECT))
         return fused.to(text_feat.dtype)  # type: ignore[no-any-return]
 
 

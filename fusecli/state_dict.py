@@ -35,10 +35,11 @@ def article_names(tensors: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
         found = ", ".join(repr(mark) for mark in marks[:5])
         raise CheckpointError("more than one fusion, by prefix", found=found, wanted="one", hint="save one of them")
     prefix = marks[0] if marks else ""
+    others = [name for name in names if not name.startswith(prefix)]
+    if others:
+        found, hint = ", ".join(others[:5]), f"torch.save(model.{prefix.rstrip('.')}.state_dict(), path)"
+        raise CheckpointError("holds more than the fusion", found=found, wanted=f"{prefix}… alone", hint=hint)
     named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    if len(named) < len(tensors):
-        twice = next(name for name in tensors if prefix + name in tensors)
-        raise CheckpointError("two tensors of one name", where=twice, found=prefix + twice, wanted="one of them")
     _stack_thirds(named)
     for layers in (["text_proj."], ["image_proj."], ["attention.in_proj_", "attention.out_proj."]):
         if not any(f"{layer}bias" in named for layer in layers):
@@ -92,12 +93,14 @@ def read_pt(source: Source, path: str) -> dict[str, NumpyArray]:
         with warnings.catch_warnings(action="ignore"):  # of what may fail, and then does
             found: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for a bad file
-        told, hint = str(error).split("\n")[0], "torch.save(model.state_dict(), path)"
-        if "Unsupported operand" in str(error):
-            told, hint = "a pickle protocol that is not loaded safely", f"{hint}, without pickle_protocol"
+        found, hint = "a damaged file", "torch.save(model.state_dict(), path)"
+        if "TorchScript" in str(error):
+            found = "a TorchScript archive"
+        elif "Unsupported operand" in str(error):
+            found, hint = "a pickle protocol that is not loaded safely", f"{hint}, without pickle_protocol"
         elif "Weights only load failed" in str(error):
-            told = "objects other than tensors, which are never loaded"
-        raise FileError("not a PyTorch checkpoint of tensors", where=path, found=told, hint=hint) from None
+            found = "objects other than tensors, which are never loaded"
+        raise FileError("not a PyTorch checkpoint of tensors", where=path, found=found, hint=hint) from error
     for _ in range(MAX_WRAPPERS):  # one may be in itself
         inner = [found[name] for name in WRAPPERS if isinstance(found, dict) and isinstance(found.get(name), dict)]
         found = inner[0] if inner else found

@@ -228,6 +228,9 @@ class Weights:
         """Numbers in all tensors together."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
+    def __repr__(self) -> str:
+        return f"Weights({', '.join(f'{name}={value!r}' for name, value in self.facts().items())})"
+
     def facts(self) -> dict[str, Any]:
         """Method, options and widths, as ``--json`` and ``inspect`` have them."""
         widths = {"dim": self.dim, "text_dim": self.text_dim, "image_dim": self.image_dim}

@@ -133,13 +133,44 @@ def test_a_damaged_checkpoint_names_the_tensor(stored: Any, name: str, ours: boo
         '{"format":1,"method":"magic"}',
         '{"format":1,"x":1}',
     ]
-    + [f'{{"format":1,"num_heads":{heads}}}' for heads in ("0", "true", '"8"', "5")],
+    + [f'{{"format":1,"method":"attention","num_heads":{heads}}}' for heads in ("0", "true", '"8"', "5")],
 )
 def test_metadata_that_make_no_sense_are_refused(stored: Any, text: str) -> None:
     path, tensors, _ = stored
     save_file(tensors, path, {OURS: text})
     with pytest.raises(CheckpointError, match=path.name):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"format":1,"method":"attention"}', "wanted num_heads"),
+        ('{"format":1,"num_heads":8}', "wanted method"),
+        ('{"format":1,"kind":"attention","ids":["a"]}', "holds attention, not weights"),
+        ('{"format":1,"method":"attention","num_heads":8,"x":1}', "unknown options in its metadata: found x"),
+        ('{"format":9,"method":"attention","num_heads":8,"x":1}', "another version"),
+    ],
+)
+def test_what_metadata_do_not_say_is_not_assumed(stored: Any, text: str, told: str) -> None:
+    path, tensors, _ = stored
+    save_file(tensors, path, {OURS: text})
+    with pytest.raises(CheckpointError, match=told):
+        load(path)
+
+
+def test_heads_that_are_assumed_are_a_warning(stored: Any) -> None:
+    path, tensors, _ = stored
+    save_file(tensors, path)
+    with pytest.warns(UserWarning, match="num-heads") as caught:
+        load(path)
+    assert caught[0].filename == __file__
+
+
+def test_weights_are_shown_in_a_line() -> None:
+    shown = repr(init(32, 4))
+    assert "method='attention', num_heads=4" in shown
+    assert len(shown) < 200
 
 
 def test_heads_that_contradict_the_checkpoint_are_refused(stored: Any) -> None:
@@ -191,7 +222,10 @@ def _in_itself(state: Any) -> Any:
     ("spoil", "told"),
     [
         (_in_itself, "holds no state_dict"),
-        (lambda state: {**{f"m.{k}": v for k, v in state.items()}, "image_proj.bias": torch.ones(16)}, "of one name"),
+        (
+            lambda state: {**{f"m.{k}": v for k, v in state.items()}, "head.bias": torch.ones(16)},
+            "more than the fusion",
+        ),
         (lambda state: {f"{set}.{k}": v for set in ("model", "ema") for k, v in state.items()}, "more than one fusion"),
         (lambda state: {**state, **{f"attention.{third}_proj_weight": torch.ones(16, 16) for third in "qkv"}}, "twice"),
         (lambda state: {"net": state}, "'net'"),

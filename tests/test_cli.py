@@ -468,6 +468,31 @@ def test_an_empty_name_is_no_file(run: Run, pair: Any) -> None:
     assert b"--output: is empty" in run("fuse", "regions.npy", "txt.npy", "-o", "", code=2).stderr
 
 
+def test_which_reader_has_gone_is_told(run: Run, pair: Any, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.npy")
+    np.save(tmp_path / "long.npy", np.ones((4000, 768), np.float32))
+    command = [*FUSECLI, "fuse", "img.npy", "long.npy", "-o", "-", "-a", "a.npy", "-q"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as child:
+        (tmp_path / "a.npy").open("rb").close()
+        assert child.stderr
+        assert b"error: a.npy: its reader has gone" in child.stderr.read()
+        assert child.wait(60) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (("fuse", "img.npy", "txt.npy", "-o", "."), "is a directory"),
+        (("init", "-o", "x.pt"), "hint: -o x.safetensors"),
+        (("init", "-o", "-"), "hint: -o fusion.safetensors"),
+        (("convert", "junk.pt", "-o", "w.safetensors"), "hint: torch.save(model.state_dict(), path)"),
+    ],
+)
+def test_the_way_out_is_told(run: Run, tmp_path: Path, pair: Any, command: tuple[str, ...], told: str) -> None:
+    (tmp_path / "junk.pt").write_bytes(b"junk, and no weights")
+    assert told in run(*command, code=None).stderr.decode()
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -204,6 +204,15 @@ def test_absurd_header_lengths_do_not_allocate(tmp_path: Path) -> None:
             open_tensors(str(tmp_path / name))
 
 
+def test_more_data_than_the_header_says_are_refused(tmp_path: Path) -> None:
+    with (tmp_path / "x.npy").open("wb") as file:
+        np.save(file, np.ones((3, 2), np.float32))
+        file.write(b"x")
+    for at_once in (0, 4096):
+        with pytest.raises(FileError, match=r"longer than its header says: found 25 bytes of data, wanted 24"):
+            open_tensors(str(tmp_path / "x.npy"), at_once=at_once)
+
+
 def test_what_is_no_feature_file_is_called_by_its_name(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=np.ones(3))
     np.array([{}], dtype=object).dump(tmp_path / "p.npy")

@@ -184,3 +184,12 @@ def test_a_subclass_may_have_layers_of_its_own_and_hooks_are_heard() -> None:
     module.text_proj.register_forward_hook(lambda *_: heard.append(1))
     assert module(*_pair(3, 5, 16, 16)).shape == (5, 3)
     assert heard == [1]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own
+def test_it_is_exported_for_any_number_of_rows() -> None:
+    module, rows = ImageTextFusion(32, 4), torch.export.Dim("rows", min=2, max=4096)
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    exported = torch.export.export(module, _pair(7, 5, 32, 32), dynamic_shapes=({0: rows}, {0: tokens})).module()
+    image, text = _pair(11, 9, 32, 32)
+    torch.testing.assert_close(exported(image, text), module(image, text))

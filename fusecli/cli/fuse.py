@@ -152,19 +152,17 @@ def _fuse(weights: Weights, pair: Pair, form: Output, device: str, outputs: list
     import numpy as np
 
     from fusecli.arrays import to_device
-    from fusecli.formats import is_stream
     from fusecli.pipeline import fuse_pair
 
     mover = None if device == "cpu" else to_device(device)
     try:
         with np.errstate(all="ignore"):  # what overflows is found by looking
             return fuse_pair(weights, pair, form, mover)
-    except BrokenPipeError:
+    except BrokenPipeError as error:
         if None in outputs:
             raise
         # Whoever stops reading one result has not said that the other is not wanted.
-        where = next((path for path in outputs if path and is_stream(path)), outputs[-1])
-        raise OutputError("nobody reads it any more, so nothing was finished", where=where) from None
+        raise OutputError("its reader has gone, so the results are incomplete", where=error.filename) from None
 
 
 def _metadata(

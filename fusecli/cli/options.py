@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any
@@ -165,7 +167,8 @@ def require_safetensors(output: str) -> None:
     """Raise `UsageError` for a checkpoint of another name."""
     from fusecli.formats import has_names
 
-    if not output:
+    if not output or output == "-":
         raise UsageError("no file name", where="--output", hint="-o fusion.safetensors")
     if not has_names(output):
-        raise UsageError("checkpoints are .safetensors files", where=output, hint=f"-o {output}.safetensors")
+        hint = f"-o {shlex.quote(os.path.splitext(output)[0])}.safetensors"
+        raise UsageError("checkpoints are .safetensors files", where=output, hint=hint)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
-from fusecli.errors import FileError, UsageError
+from fusecli.errors import FileError, OutputError, UsageError
 from fusecli.formats import npy, safetensors
 from fusecli.formats.sink import FileSink, Replacing, Sink, is_stream, keep_mode, open_sink, write_whole
 from fusecli.formats.source import (
@@ -64,10 +64,13 @@ def sniff(source: Source, what: str = "feature file") -> str:
     Raises:
         FileError: the file is empty, or of no known format.
     """
-    start = read_bytes(source, 0, 9)
+    start, wanted = read_bytes(source, 0, 9), ".npy or .safetensors"
+    for_features, for_weights = "features: numpy.save", "torch.save(model.state_dict(), path)"
+    if what == "checkpoint":
+        wanted = ".safetensors or a file of torch.save"
     if not start:
-        what = "has ended, no array came" if source.name == "<stdin>" else "is empty"
-        raise FileError(what, where=source.name, wanted=".npy or .safetensors")
+        what = "ended before an array arrived" if source.name == "<stdin>" else "is empty"
+        raise FileError(what, where=source.name, wanted=wanted)
     if npy.MAGIC.startswith(start[:6]):
         return "npy"
     # A header that could not be so long is some text, with a brace where it happens to be.
@@ -76,10 +79,12 @@ def sniff(source: Source, what: str = "feature file") -> str:
         return "safetensors"
     found, hint = f"first bytes {start!r}", None
     if start.startswith(b"PK\x03\x04"):
-        found, hint = "a zip archive (.npz or .pt)", "features: numpy.save; weights: fusecli convert"
+        found, hint = "a zip archive (.npz or .pt)", f"{for_features}; weights: fusecli convert"
     elif start[:1] == b"\x80":
         found, hint = "a pickle", "load it where it was made, and save the array with numpy.save"
-    raise FileError(f"not a {what}", where=source.name, found=found, wanted=".npy or .safetensors", hint=hint)
+    if what == "checkpoint":
+        hint = for_weights
+    raise FileError(f"not a {what}", where=source.name, found=found, wanted=wanted, hint=hint)
 
 
 def open_tensors(path: str, *, regular: bool = False, at_once: int = 0) -> dict[str, Stored]:
@@ -109,9 +114,12 @@ def format_of(path: str, wanted: str | None = None) -> ModuleType:
 
     Raises:
         UsageError: the suffix is unknown.
+        OutputError: it is a directory.
     """
     if wanted is not None:
         return FORMATS[wanted]
+    if os.path.isdir(path):
+        raise OutputError("is a directory", where=path, wanted="a file name")
     suffix = os.path.splitext(path)[1].lower()
     for module in FORMATS.values():
         if suffix in module.SUFFIXES:

@@ -72,6 +72,10 @@ def _check_length(source: Source, offset: int, shape: tuple[int, ...], dtype: st
             found=f"{size - offset} bytes of data",
             wanted=f"{nbytes} for {list(shape)} {dtype}",
         )
+    if size > end:
+        hint = "save one array a file"
+        found, wanted = f"{size - offset} bytes of data", f"{nbytes} for {list(shape)} {dtype}"
+        raise FileError("longer than its header says", where=source.name, found=found, wanted=wanted, hint=hint)
 
 
 def header(name: str, shape: tuple[int, ...], dtype: str, metadata: Mapping[str, str], second: object = None) -> bytes:

@@ -76,9 +76,13 @@ class StreamSink:
             self._send(memoryview(self._held.pop(self._at)))
 
     def _send(self, view: memoryview) -> None:
-        while view:
-            done = os.write(self._fd, view)
-            view, self._at = view[done:], self._at + done
+        try:
+            while view:
+                done = os.write(self._fd, view)
+                view, self._at = view[done:], self._at + done
+        except OSError as error:
+            error.filename = self.name
+            raise
 
 
 def _as_bytes(data: bytes | NumpyArray) -> memoryview:
@@ -122,6 +126,8 @@ def open_sink(path: str) -> Iterator[Sink]:
     except BrokenPipeError:
         raise
     except OSError as error:
+        if error.errno == errno.EBADF:
+            raise OutputError("is closed", where=shown) from error
         hint = {errno.ENOSPC: "free some space, or write elsewhere"}.get(error.errno or 0)
         raise OutputError("cannot be written", where=shown, found=error.strerror or str(error), hint=hint) from error
 
