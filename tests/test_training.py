@@ -238,7 +238,14 @@ def test_ids_without_label_are_listed_or_passed_over(run: Run, lesson: list[str]
     told = _train(run, "--labels", "labels.csv", code=3)
     assert f"7 ids without label: {sorted(lesson[-7:])[0]}" in told
     assert f"1 id without text: {lesson[0]}" in told
+    assert "labelled" not in told  # that one has been told of
     _train(run, "--labels", "labels.csv", "--allow-missing", "--epochs", 1)
+
+
+def test_labels_may_have_blanks_behind_commas(run: Run, lesson: list[str], tmp_path: Path) -> None:
+    text = (tmp_path / "labels.csv").read_text()
+    (tmp_path / "labels.csv").write_text(text.replace(",", ", "))
+    _train(run, "--labels", "labels.csv", "--epochs", 1)
 
 
 def test_labels_of_other_ids_are_shown_beside_those_of_the_pairs(run: Run, lesson: list[str], tmp_path: Path) -> None:

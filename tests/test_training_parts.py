@@ -15,11 +15,11 @@ import torch
 import fusecli
 from fusecli import checkpoint
 from fusecli.errors import TrainingError
-from fusecli.training import loop, table
+from fusecli.training import loop, recipe, table
 from fusecli.training.data import batches, part_of, read
 from fusecli.training.loop import _rate
 from fusecli.training.match import Match, Moments, _moments, canonical
-from fusecli.training.objective import Classes
+from fusecli.training.objective import Classes, Measured, Numbers
 from fusecli.training.represent import Fusion, Means
 
 D = 16
@@ -104,6 +104,28 @@ def test_intervals() -> None:
     assert -0.2 < low < 0 < high < 0.2
 
 
+def test_intervals_of_what_is_explained_are_those_of_a_ratio(rng: np.random.Generator) -> None:
+    targets = torch.from_numpy(rng.standard_normal(60)).float()
+    objective = Numbers(targets, list(range(60)), 0.0)
+    part = list(range(60))
+    guess = table.row("mean", objective.guess(part, part), objective.shares(part))
+    assert (guess.score, guess.low, guess.high) == (0, 0, 0)
+    outputs = objective.targets[:, None] + 0.5 * torch.randn(60, 1, generator=torch.Generator().manual_seed(0))
+    found = table.row("fit", objective.measured(outputs, objective.targets).scores, objective.shares(part))
+    squares = (outputs[:, 0] - objective.targets).square().numpy(), objective.targets.square().numpy()
+    drawn = rng.integers(0, 60, (20_000, 60))
+    ratios = 1 - squares[0][drawn].sum(1) / squares[1][drawn].sum(1)
+    np.testing.assert_allclose([found.low, found.high], np.quantile(ratios, [0.025, 0.975]), atol=0.02)
+
+
+def test_noise_explains_nothing(tmp_path: Path, rng: np.random.Generator) -> None:
+    data, _ = _drawn(tmp_path, 60)
+    objective = Numbers(torch.from_numpy(rng.standard_normal(60)), data.parts["train"], 0.0)
+    means = Means(data, text=True, image=True)
+    measured, _ = objective.judge(means, data)
+    assert measured.loss < 1.1 * objective.targets[data.parts["validation"]].square().mean()
+
+
 def test_equal_scores_are_no_hits(tmp_path: Path) -> None:
     data, _ = _drawn(tmp_path, 30)
 
@@ -149,6 +171,18 @@ def test_best_weights_are_kept_when_a_later_epoch_diverges(tmp_path: Path, monke
         loop.fit(Fusion(fusecli.init(8, 2)), loop.Lesson(objective, data, settings), keeper, listener, 100.0)
     assert "epoch 2, step 1 of " in str(error.value)
     assert kept == [1]
+
+
+def test_patience_is_for_epochs_that_learn_nothing(tmp_path: Path) -> None:
+    data, _ = _drawn(tmp_path, 60)
+    objective = Classes(torch.arange(60) % 2, ["a", "b"], 0.0, 0.0, None)
+    losses = iter([0.9, 0.8, 0.7, 0.75, 0.71, 0.6])
+    objective.judge = lambda *_: (Measured(next(losses), torch.zeros(1)), {})  # type: ignore[method-assign]
+    settings = loop.Settings(epochs=9, batch_size=16, lr=0.0, weight_decay=0.0, patience=2, seed=0, device="cpu")
+    quiet: Any = SimpleNamespace(best=print, state=id, step=lambda *_: None, epoch=id)
+    # None of it betters what it began with.
+    progress = loop.fit(Fusion(fusecli.init(8, 2)), loop.Lesson(objective, data, settings), quiet, quiet, 0.5)
+    assert (progress.epoch, progress.best_epoch) == (5, 0)
 
 
 def test_a_head_is_made_of_canonical_correlations(rng: np.random.Generator) -> None:
@@ -201,3 +235,10 @@ def test_a_head_minds_no_unit(rng: np.random.Generator, scale: float) -> None:
     data: Any = SimpleNamespace(parts={"train": list(range(40)), "validation": list(range(40, 60))})
     one, other = (Classes(targets, list("abc"), 0.0, 0.0, None)._fitted(y, data)[0].loss for y in (x, scale * x))
     assert other == pytest.approx(one, rel=1e-3)
+
+
+def test_training_may_begin_with_what_has_seen_no_pairs(tmp_path: Path) -> None:
+    data, _ = _drawn(tmp_path, 30)
+    for gate, may in (("sigmoid", True), ("tanh", False)):  # shut, nothing behind it would learn
+        beginning = recipe.drawn(True, None, 0, {"method": "gated", "num_heads": 2, "gate": gate}, data)
+        assert any(start is beginning.untrained for start in beginning.starts) == may

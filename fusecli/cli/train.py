@@ -319,7 +319,7 @@ def _usable(pairs: Pairs, labels: dict[str, str] | None, allow_missing: bool, qu
     }
     ids: list[str] = pairs.ids
     if labels is not None:
-        there = set(ids)
+        there = {*ids, *(outcome.id for outcome in pairs.known)}
         lacking["without label"] = [id for id in ids if id not in labels]
         lacking["labelled, without a pair"] = [id for id in labels if id not in there]
         ids = [id for id in ids if id in labels]

@@ -33,7 +33,9 @@ def read_labels(path: str, column: str = "label") -> dict[str, str]:
             lines = iter(file)
             head = next(lines, "")
             tabs = "id" in (name.strip('"') for name in head.rstrip("\r\n").split("\t"))
-            reader = csv.DictReader(chain([head], lines), delimiter="\t" if tabs else ",", strict=True)
+            reader = csv.DictReader(
+                chain([head], lines), delimiter="\t" if tabs else ",", strict=True, skipinitialspace=True
+            )
             columns = reader.fieldnames or []
             _require_columns(columns, column, path)
             for record in reader:

@@ -59,6 +59,8 @@ class Progress:
     epoch: int = 0  # done
     best_epoch: int = 0
     best_loss: float = math.inf
+    lowest_epoch: int = 0  # with the lowest loss so far, whether that betters what was begun with or not
+    lowest_loss: float = math.inf
     log: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -123,7 +125,7 @@ def fit(
         if not math.isfinite(progress.best_loss):
             raise ValuesError("features give no finite numbers", hint="scale them down")
         keeper.state(run.state())
-    while progress.epoch < settings.epochs and progress.epoch - progress.best_epoch < settings.patience:
+    while progress.epoch < settings.epochs and progress.epoch - progress.lowest_epoch < settings.patience:
         record, judged = run.epoch(listener)
         if progress.best_epoch == progress.epoch:
             keeper.best(fusion, judged, progress)
@@ -178,6 +180,8 @@ class _Run:
             "seconds": round(time.perf_counter() - began, 3),
         }
         progress.log.append(record)
+        if measured.loss < progress.lowest_loss:
+            progress.lowest_epoch, progress.lowest_loss = progress.epoch, measured.loss
         if measured.loss < progress.best_loss:
             progress.best_epoch, progress.best_loss = progress.epoch, measured.loss
         return record, judged

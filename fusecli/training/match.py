@@ -121,6 +121,10 @@ class Match:
         count = len(self._pooled(part))
         return torch.full((count,), 1 / count)
 
+    def shares(self, part: list[int]) -> torch.Tensor | None:
+        """See `Objective`."""
+        return None
+
     def checksum(self) -> str:
         """See `Objective`: there are no labels."""
         return ""

@@ -64,6 +64,9 @@ class Objective(Protocol):
     def guess(self, part: list[int], train: list[int]) -> torch.Tensor:
         """Scores of the best answer that looks at no features."""
 
+    def shares(self, part: list[int]) -> torch.Tensor | None:
+        """How much there is to explain by each pair, 1 on average, where a score says how much of it was."""
+
     def checksum(self) -> str:
         """Of the labels of all pairs."""
 
@@ -82,8 +85,6 @@ def vectors(represent: Representation, data: Data, wanted: list[int]) -> torch.T
 
 #: Share of a pair's vector that the head does not see in training.
 HEAD_DROPOUT = 0.5
-#: Strengths of the penalty on squared weights that a head is tried with; the validation part chooses.
-PENALTIES = (1e-3, 1e-2, 3e-2, 1e-1)
 #: Iterations that a head is given: more hardly change anything.
 ITERATIONS = 50
 #: What a channel varies by at least, as a share of how large it is and of what the others vary by; and at all.
@@ -112,6 +113,8 @@ class Supervised:
 
     margin = 0.02  # a hundred pairs tell no less from chance
     outputs: int
+    #: Strengths of the penalty on squared weights that a head is tried with; the validation part chooses.
+    penalties: tuple[float, ...] = (1e-3, 1e-2, 3e-2, 1e-1)
 
     def __init__(self, targets: torch.Tensor, text_dropout: float) -> None:
         self.targets, self._text_dropout = targets, text_dropout
@@ -129,6 +132,10 @@ class Supervised:
         batch = replace(batch, texts=batch.texts * shown.to(batch.texts.device))
         x = F.dropout(fusion.own(batch), HEAD_DROPOUT)
         return self.loss_of(_applied(head, x), self.targets[batch.which].to(x.device))
+
+    def shares(self, part: list[int]) -> torch.Tensor | None:
+        """See `Objective`."""
+        return None
 
     def checksum(self) -> str:
         """See `Objective`."""
@@ -165,8 +172,8 @@ class Supervised:
             return measured, {"head.weight": nn.Parameter(weight), "head.bias": nn.Parameter(bias)}
 
         room = MOST_HELD // (x.shape[1] * self.outputs * HELD_EACH)
-        with ThreadPoolExecutor(max(1, min(cores(), len(PENALTIES), room))) as pool:
-            return min(pool.map(under, PENALTIES), key=lambda pair: pair[0].loss)
+        with ThreadPoolExecutor(max(1, min(cores(), len(self.penalties), room))) as pool:
+            return min(pool.map(under, self.penalties), key=lambda pair: pair[0].loss)
 
     def _minimise(self, head: Head, x: torch.Tensor, targets: torch.Tensor, penalty: float) -> None:
         optimizer = torch.optim.LBFGS(list(head.values()), max_iter=ITERATIONS, line_search_fn="strong_wolfe")
@@ -245,6 +252,7 @@ class Numbers(Supervised):
     """
 
     name, score_name, guess_name, outputs = "regression", "R²", "mean", 1
+    penalties = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # up to where nothing but the mean is left
 
     def __init__(self, targets: torch.Tensor, train: list[int], text_dropout: float) -> None:
         # In float64: points in time, say, are all alike in float32 before their mean is taken off.
@@ -262,7 +270,12 @@ class Numbers(Supervised):
 
     def guess(self, part: list[int], train: list[int]) -> torch.Tensor:
         """See `Objective`: the mean."""
-        return 1 - self.targets[part].square() / self.targets[part].square().mean()
+        return 1 - self.shares(part)
+
+    def shares(self, part: list[int]) -> torch.Tensor:
+        """See `Objective`."""
+        squares = self.targets[part].square()
+        return squares / squares.mean()
 
     def facts(self) -> dict[str, Any]:
         """See `Objective`."""

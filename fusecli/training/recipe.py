@@ -81,7 +81,9 @@ def drawn(labelled: bool, feature_dim: int | None, seed: int, options: Mapping[s
             return Beginning(untrained, [untrained if labelled else draw(checkpoint.orthogonal)])
         # Without labels it is only the image that is to be told: of all shares the largest suits best.
         shares = SHARES if labelled else SHARES[-1:]
-        return Beginning(untrained, laid_apart(draw(checkpoint.orthogonal), data, shares))
+        starts = laid_apart(draw(checkpoint.orthogonal), data, shares)
+        shut = untrained.config.gate == "tanh"  # so that nothing behind it would be learned
+        return Beginning(untrained, [untrained, *starts] if labelled and not shut else starts)
     except UsageError as error:
         error.hint = error.hint or ("leave out --feature-dim" if feature_dim else None)
         raise

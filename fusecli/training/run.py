@@ -148,7 +148,9 @@ def train(output: str, beginning: Beginning, lesson: Lesson, reporter: Reporter,
     if not progress.best_epoch:  # what training does not better is left as it was
         keeper.best(start.fusion, start.judged[1], progress)
     trained, head = keeper.result(device)
-    rows = compare(objective, lesson.data, device, beginning.untrained, trained, head, reporter.comparing)
+    untrained = next((one for one in starts if one.weights is beginning.untrained), _Start(beginning.untrained, lesson))
+    after = Fusion(trained, device, learned=False), head
+    rows = compare(objective, lesson.data, lambda: (untrained.fusion, untrained.judged[1]), after, reporter.comparing)
     result = Result(progress, objective.score_name, rows, checkpoint.fingerprint(trained))
     keeper.log(result.facts())
     keeper.end()

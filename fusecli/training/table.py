@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 
 from fusecli.training.data import Data
 from fusecli.training.objective import Head, Objective
-from fusecli.training.represent import Fusion, Means, Representation
-from fusecli.weights import Weights
+from fusecli.training.represent import Means, Representation
 
 RESAMPLED = 2000
 #: Of a standard normal distribution, for an interval of 95%.
@@ -21,6 +21,10 @@ Z = 1.959964
 
 #: The two lines that the verdict is about.
 SIDE_BY_SIDE, TRAINED = "both side by side", "this fusion, trained"
+
+
+#: What stands for a pair, and the head that suits it.
+Judged: TypeAlias = tuple[Representation, Head]
 
 
 @dataclass(frozen=True)
@@ -32,17 +36,23 @@ class Row:
     low: float
     high: float
     scores: torch.Tensor  # of each held-out pair
+    shares: torch.Tensor | None = None  # see `Objective.shares`
 
     def facts(self) -> dict[str, Any]:
         """As JSON has it."""
         return {"features": self.name, "score": self.score, "low": self.low, "high": self.high}
 
 
-def row(name: str, scores: torch.Tensor) -> Row:
+def row(name: str, scores: torch.Tensor, shares: torch.Tensor | None = None) -> Row:
     """A line from the scores of the held-out pairs, with its 95% interval.
 
-    For scores of 0 and 1 Wilson's (1927, equation 1), else the percentiles of means of pairs drawn with replacement.
+    For scores of 0 and 1 Wilson's (1927, equation 1), else percentiles for pairs drawn with replacement.
     """
+    if shares is not None:
+        left = 1 - scores  # unexplained
+        low, high = resampled(left, shares)
+        explained = [round(1 - x, 6) + 0.0 for x in (float(left.mean() / shares.mean()), high, low)]  # no -0.0
+        return Row(name, explained[0], explained[1], explained[2], scores, shares)
     mean, n = float(scores.mean()), len(scores)
     if ((scores == 0) | (scores == 1)).all():
         middle = (mean + Z * Z / (2 * n)) / (1 + Z * Z / n)
@@ -51,10 +61,13 @@ def row(name: str, scores: torch.Tensor) -> Row:
     return Row(name, mean, *resampled(scores), scores)
 
 
-def resampled(scores: torch.Tensor) -> tuple[float, float]:
-    """The middle 95% of the means of as many scores drawn with replacement."""
+def resampled(values: torch.Tensor, shares: torch.Tensor | None = None) -> tuple[float, float]:
+    """The middle 95% of the means of as many values drawn with replacement, over the means of their shares."""
     generator = torch.Generator().manual_seed(0)
-    means = scores[torch.randint(len(scores), (RESAMPLED, len(scores)), generator=generator)].mean(1)
+    drawn = torch.randint(len(values), (RESAMPLED, len(values)), generator=generator)
+    means = values[drawn].mean(1)
+    if shares is not None:
+        means = means / shares[drawn].mean(1).clamp_min(torch.finfo(means.dtype).tiny)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975])).tolist()
     return low, high
 
@@ -62,10 +75,8 @@ def resampled(scores: torch.Tensor) -> tuple[float, float]:
 def compare(
     objective: Objective,
     data: Data,
-    device: str,
-    untrained: Weights,
-    trained: Weights,
-    head: Head,
+    untrained: Callable[[], Judged],
+    trained: Judged,
     tell: Callable[[str], None] = lambda name: None,
 ) -> list[Row]:
     """The table: everything gets the same kind of head, trained in the same way on the same pairs.
@@ -73,35 +84,38 @@ def compare(
     Args:
         objective: what was to be learned.
         data: the pairs.
-        device: where the fusion is computed.
-        untrained: the weights before.
-        trained: the weights after.
-        head: that of the trained weights.
+        untrained: gives the fusion before, with the head that suits it.
+        trained: the fusion after, and its head.
         tell: is told which line is being computed.
     """
+
+    def of_means(text: bool, image: bool) -> Judged:
+        means = Means(data, text=text, image=image)
+        return means, objective.judge(means, data)[1]
+
     train, test = data.parts["train"], data.parts["held-out"]
-    others: list[tuple[str, Callable[[], Representation]]] = [
-        ("text only", lambda: Means(data, text=True, image=False)),
-        ("image only", lambda: Means(data, text=False, image=True)),
-        (SIDE_BY_SIDE, lambda: Means(data, text=True, image=True)),
-        ("this fusion, untrained", lambda: Fusion(untrained, device, learned=False)),
+    shares = objective.shares(test)
+    rows = [row(objective.guess_name, objective.guess(test, train), shares)]
+    lines: list[tuple[str, Callable[[], Judged]]] = [
+        ("text only", partial(of_means, True, False)),
+        ("image only", partial(of_means, False, True)),
+        (SIDE_BY_SIDE, partial(of_means, True, True)),
+        ("this fusion, untrained", untrained),
+        (TRAINED, lambda: trained),
     ]
-    rows = [row(objective.guess_name, objective.guess(test, train))]
-    for name, make in others:
+    for name, judged in lines:
         tell(name)
-        represent = make()
-        _, fitted = objective.judge(represent, data)
-        rows.append(row(name, objective.measure(fitted, represent, data, test).scores))
-    fusion = Fusion(trained, device, learned=False)
-    return [*rows, row(TRAINED, objective.measure(head, fusion, data, test).scores)]
+        represent, head = judged()
+        rows.append(row(name, objective.measure(head, represent, data, test).scores, shares))
+    return rows
 
 
 def verdict(rows: list[Row]) -> str:
     """In words, whether the fusion beats both sides without it."""
-    scores = {row.name: row.scores for row in rows}
+    scores, shares = {row.name: row.scores for row in rows}, rows[0].shares
     gain = scores[TRAINED] - scores[SIDE_BY_SIDE]
     if gain.mean() <= 0:
         return "the fusion does not beat side by side here"
-    low, high = resampled(gain)
+    low, high = resampled(gain, shares)
     told = f"the fusion beats side by side by {float(gain.mean()):.3f} (95% interval {low:+.3f} to {high:+.3f})"
     return told if low > 0 else f"{told}, which may be chance"
