@@ -102,7 +102,9 @@ def plain(x: Array) -> Array:
         ValuesError: it has a mask, which would be lost.
     """
     if getattr(x, "mask", None) is not None:
-        raise ValuesError("a masked array", wanted="an array of numbers", hint="leave out those rows, or x.filled(0)")
+        raise ValuesError(
+            "masked arrays are not taken", wanted="an array of numbers", hint="leave out those rows, or x.filled(0)"
+        )
     return x if is_torch(x) else np.asarray(x)
 
 

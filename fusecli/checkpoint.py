@@ -93,7 +93,7 @@ def _config(saved: str, path: str) -> Config:
     if lacking == ["num_heads"] and "num_heads" not in OPTIONS.get(options["method"], ()):
         lacking = []
     if lacking:
-        raise CheckpointError("its metadata lack what decides its numbers", where=path, wanted=", ".join(lacking))
+        raise CheckpointError("incomplete metadata", where=path, wanted=", ".join(lacking))
     try:
         return Config(**options)
     except UsageError as error:
@@ -121,7 +121,7 @@ def _located(error: FusecliError, path: str) -> CheckpointError:
 def _bare(tensors: Mapping[str, Array], path: str, num_heads: int | None, tell: Callable[[str], None]) -> Weights:
     if num_heads is None:
         num_heads = 8
-        tell(f"{path} does not say its number of heads: 8 assumed; pass --num-heads if it has others")
+        tell(f"{path} does not say its number of heads: assuming 8; pass --num-heads if that is wrong")
     config = Config(num_heads=num_heads)
     try:
         named = article_names(tensors)

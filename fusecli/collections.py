@@ -274,7 +274,7 @@ class Stacked:
             raise ShapeError("not a stack of features", where=path, found=found, wanted="[B, D] or [B, M, D]")
         if stored.fortran:
             hint = "numpy.save(path, numpy.ascontiguousarray(x))"
-            raise FileError("a stack in Fortran order has no rows to read", where=path, wanted="C order", hint=hint)
+            raise FileError("a stack in Fortran order cannot be read by rows", where=path, wanted="C order", hint=hint)
         return cls(stored, stamp)
 
     def __iter__(self) -> Iterator[str]:
@@ -321,7 +321,7 @@ def open_collection(
         return Folder.open(path.rstrip("/") or "/", key, pattern, without)
     if key is not None:
         hint = "leave out --image-key and --text-key, or give a folder"
-        raise UsageError("one file of many pairs has no key for each of them", where=path, found=key, hint=hint)
+        raise UsageError("a packed or stacked file takes no key", where=path, found=key, hint=hint)
     if sniff(open_source(path, regular=True)) == "safetensors":
         return Packed.open(path, pattern)
     if pattern is not None:

@@ -72,12 +72,14 @@ def read_tokens(path: str) -> Tokens:
     binary = b"\0" in read_bytes(source, 0, 4096)
     raw = b"" if binary else read_bytes(source, 0, MAX_BYTES)
     if not raw or len(raw) == MAX_BYTES:
-        found = "more than 256 MB" if raw else "bytes that are no UTF-8 text" if binary else None
+        found = "more than 256 MB" if raw else "bytes that are not UTF-8 text" if binary else None
         raise FileError("no tokens in it", where=source.name, found=found, wanted="a JSON list, or one token a line")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise FileError("no UTF-8", where=source.name, found=f"byte {error.start}", wanted="tokens as text") from None
+        raise FileError(
+            "not valid UTF-8", where=source.name, found=f"byte {error.start}", wanted="tokens as text"
+        ) from None
     first = text.strip().split("\n", 1)[0]
     # A token may be a brace or a bracket: what begins a line of JSON, or a list, has a quote behind it.
     if re.match(r'\{\s*"', first) or isinstance(_json_of(first), dict):
@@ -114,7 +116,7 @@ def _by_id(text: str, where: str) -> dict[str, list[str]]:
             raise FileError("bad line", where=f"{where}, line {number}", found=repr(line[:80]), wanted=wanted)
         id = str(record["id"])
         if id in found:
-            raise FileError("an id comes twice", where=f"{where}, line {number}", found=repr(id))
+            raise FileError("duplicate id", where=f"{where}, line {number}", found=repr(id))
         found[id] = record["tokens"]
     return found
 

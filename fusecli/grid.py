@@ -67,7 +67,7 @@ def no_grid(
 ) -> ShapeError:
     """The error that says which grids ``m`` rows would fit, beside ``skip`` rows before it if that was given."""
     hint = hint or ", or ".join(fitting(m, skip))
-    return ShapeError("the image rows are no such grid", where=where, found=f"M = {m}", wanted=wanted, hint=hint)
+    return ShapeError("the image rows do not form that grid", where=where, found=f"M = {m}", wanted=wanted, hint=hint)
 
 
 def fitting(m: int, given: int | None = None, most: int = 4) -> list[str]:

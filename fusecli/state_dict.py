@@ -57,7 +57,7 @@ def _stack_thirds(named: dict[str, NumpyArray]) -> None:
         return
     if "attention.in_proj_weight" in named:
         found = "in_proj_weight and q/k/v_proj_weight"
-        raise CheckpointError("query, key and value twice", where="attention", found=found, wanted="one of them")
+        raise CheckpointError("query, key and value given twice", where="attention", found=found, wanted="one of them")
     parts = [named.pop(name) for name in thirds]
     if len({part.shape for part in parts}) > 1 or parts[0].ndim != 2:
         found = ", ".join(str(list(part.shape)) for part in parts)
@@ -128,8 +128,8 @@ def _plain(tensor: Any, where: str) -> NumpyArray:
     dtype = dtype_name(tensor)
     strided = tensor.layout is import_torch().strided
     if not strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta or dtype not in FLOAT_NAMES:
-        found = f"{dtype}, {'without numbers' if tensor.is_meta else tensor.layout}"
-        raise CheckpointError("not a plain tensor of floats", where=where, found=found)
+        found = f"{dtype} on meta" if tensor.is_meta else dtype if strided else f"{dtype}, {tensor.layout}"
+        raise CheckpointError("not a plain floating-point tensor", where=where, found=found)
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise CheckpointError("claims more numbers than the file holds", where=where, found=str(list(tensor.shape)))
     tensor = tensor.resolve_neg().detach()

@@ -204,7 +204,7 @@ class Weights:
                 raise _misshapen(name, self.tensors[name], str(list(shape)))
             if dtype_name(self.tensors[name]) not in FLOAT_NAMES:
                 found = dtype_name(self.tensors[name])
-                raise CheckpointError("tensor is not of floats", where=name, found=found, wanted="a float dtype")
+                raise CheckpointError("not a floating-point tensor", where=name, found=found, wanted="a float dtype")
 
     @property
     def dim(self) -> int:

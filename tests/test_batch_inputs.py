@@ -58,7 +58,7 @@ def test_a_manifest_cannot_write_over_its_inputs(run: Run, few: Path, manifest: 
     lines = ["id,image,text,image_key", *(line if line.count(",") > 2 else f"{line}," for line in manifest)]
     (few / "m.csv").write_text("\n".join(lines) + "\n")
     before = {path: path.read_bytes() for path in few.rglob("*") if path.is_file()}
-    assert b"would replace what is read" in batch(run, "--manifest", "m.csv", *places, code=2).stderr
+    assert b"would replace an input" in batch(run, "--manifest", "m.csv", *places, code=2).stderr
     if len(manifest) == 1:  # of a stream nothing is known ahead
         code = 1 if "both.safetensors" in places else 4  # one file for all: then nothing can be finished
         batch(run, "--manifest", "-", *places, code=code, input="\n".join(lines).encode())
@@ -181,7 +181,7 @@ def test_whatever_way_leads_to_an_input_it_stays(run: Run, few: Path, way: str) 
     options = _into(few, way)
     before = {path: path.read_bytes() for path in few.rglob("*") if path.is_file()}
     for more in ([], ["--dry-run"]):
-        assert b"would replace what is read" in batch(run, *options, *more, code=2).stderr
+        assert b"would replace an input" in batch(run, *options, *more, code=2).stderr
     after = {path: path.read_bytes() for path in few.rglob("*") if path.is_file() and ".fusecli" not in path.parts}
     assert after == before
 
@@ -190,7 +190,7 @@ def test_weights_among_the_results_are_not_replaced(run: Run, few: Path) -> None
     (few / "out").mkdir()
     (few / "w.safetensors").rename(few / "out" / "b.safetensors")
     options = ("-w", "out/b.safetensors", "--suffix", ".safetensors")
-    assert b"would replace what is read" in run("batch", "img", "txt", "-o", "out", *options, code=2).stderr
+    assert b"would replace an input" in run("batch", "img", "txt", "-o", "out", *options, code=2).stderr
 
 
 def test_a_stream_does_not_end_in_a_file_that_it_was_read_from(run: Run, few: Path) -> None:

@@ -243,7 +243,7 @@ def test_a_picture_is_whole_or_not_there(run: Run, tmp_path: Path, suffix: str) 
     plant(tmp_path / "a.npy", [0, 1], 4)
     (tmp_path / "p.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
     done = run("show", "a.npy", "--image", "p.jpg", "-o", f"m.{suffix}", code=3)
-    assert "no picture that can be read" in done.stderr.decode()
+    assert "not a readable picture" in done.stderr.decode()
     assert sorted(os.listdir(tmp_path)) == ["a.npy", "p.jpg"]
     run("show", "a.npy", "-o", f"m.{suffix}", "-q")
     assert (tmp_path / f"m.{suffix}").stat().st_size > 2000
@@ -337,7 +337,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "not finite": (["nan.npy"], "not finite"),
     "axes": (["flat.npy"], "[H, N, M]"),
     "integers": (["ints.npy"], "int64"),
-    "no grid": (["m7.npy", "-o", "m.png"], "--grid 2x3"),
+    "not a grid": (["m7.npy", "-o", "m.png"], "--grid 2x3"),
     "no such grid": (["m63.npy", "--grid", "8x8"], "--grid 7x9"),
     "tokens": (["m63.npy", "--tokens", "four"], "4 tokens"),
     "head": (["m63.npy", "--head", "2"], "--head 1"),

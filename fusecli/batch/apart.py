@@ -82,7 +82,7 @@ def require_apart(ids: Sequence[str], inputs: set[str], targets: Iterable[tuple[
         for target in [os.path.realpath(output)] if suffix is None else _files(ids, output, suffix):
             if target in inputs:
                 hint = "write to another place"
-                raise UsageError("a result would replace what is read", where=target, hint=hint)
+                raise UsageError("a result would replace an input", where=target, hint=hint)
 
 
 def _files(ids: Sequence[str], output: str, suffix: str) -> Iterator[str]:

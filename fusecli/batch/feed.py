@@ -94,7 +94,7 @@ class _Lines:
         if entry.id in self.entries:
             where = f"{self._reader.name}, line {entry.line}"
             found = f"{entry.id}, also in line {self.entries[entry.id].line}"
-            self._fail(FileError("an id twice", where=where, found=found))
+            self._fail(FileError("duplicate id", where=where, found=found))
             return None
         self.entries[entry.id] = entry
         self.rows.append(entry.id)

@@ -248,7 +248,7 @@ def _require_same(old: dict[str, Any], new: dict[str, Any], output: str) -> None
     raise UsageError(
         f"was begun with other weights or options: {', '.join(changes)}",
         where=output,
-        hint="write to another output, or start afresh with --overwrite",
+        hint="write to another output, or start over with --overwrite",
     )
 
 
@@ -266,7 +266,7 @@ def require_unclaimed(folder: str, attended: str | None) -> None:
     Raises:
         UsageError: the attention of another output goes to one of them, or other features to where attention is to go.
     """
-    hint = "write to another place, or start afresh with --overwrite"
+    hint = "write to another place, or start over with --overwrite"
     for place, mine in ((folder, None), (attended, os.path.realpath(folder))):
         other = place and _owner(place)
         if other and other != mine:

@@ -115,9 +115,9 @@ def _require_fitting(request: Request, job: Job, history: History, pairs: Pairs 
     if not request.overwrite:
         require_unclaimed(folder, attended)
     require_same_run(history.runs, request.run_facts(), request.output)
-    hint = "write to another output, or start afresh with --overwrite"
+    hint = "write to another output, or start over with --overwrite"
     if not history.runs and next(history.ids(), None) is not None:
-        raise UsageError("the ledger does not say what its results were made with", where=folder, hint=hint)
+        raise UsageError("the ledger does not say which weights and options its results had", where=folder, hint=hint)
     stacked = any(isinstance(store, PartStore) and is_stack(store) for store in _stores(job))
     if not stacked or isinstance(pairs, Manifest) or request.shard:
         return

@@ -88,7 +88,7 @@ def require_safe(id: str, root: str) -> None:
     parts = id.split("/")
     if not all(parts) or {".", ".."} & set(parts) or parts[0] == STATE or "\0" in id or len(id) > MAX_ID:
         raise OutputError(
-            "the id is no path below the output", where=root, found=repr(id), wanted="names with / between them"
+            "the id is not a path below the output", where=root, found=repr(id), wanted="names with / between them"
         )
 
 
@@ -97,14 +97,14 @@ def _require_name(id: str, path: str, gate: bool) -> None:
     try:
         id.encode()
     except UnicodeEncodeError:
-        raise OutputError("the id is no UTF-8", where=path, found=repr(id), hint="write to a folder") from None
+        raise OutputError("the id is not valid UTF-8", where=path, found=repr(id), hint="write to a folder") from None
     if not path.endswith(safetensors.SUFFIXES):
         return
     if id == safetensors.METADATA:
-        raise OutputError("the id is a name that the format keeps for itself", where=path, found=id)
+        raise OutputError("the id is a name that the format reserves", where=path, found=id)
     if gate and id.endswith(GATE):
         hint = "write the attention to a folder"
-        raise OutputError("the id is what the gate of another pair would be called", where=path, found=id, hint=hint)
+        raise OutputError("the id clashes with the name of another pair's gate", where=path, found=id, hint=hint)
 
 
 @dataclass

@@ -95,7 +95,7 @@ def fuse_task(
     """Fuse a pair and write it; ``row`` and ``result`` as in `Pair`, ``before`` what has been spent on it."""
     for store in (job.fused, job.attention):
         if store and store.is_input(task.id, task.image.path, task.text.path, *job.read):
-            outcome = failed(task.id, OutputError("the result would replace what it is made from", where=task.id))
+            outcome = failed(task.id, OutputError("the result would replace an input", where=task.id))
             return outcome._replace(stop=isinstance(store, PartStore))  # the one file would be written all the same
     pieces: list[Piece] = []
     dumps: list[Piece] = []

@@ -78,7 +78,7 @@ def batch(
     residual: Residual = False,
     manifest: Annotated[
         str | None,
-        typer.Option(metavar="FILE|-", help="CSV, TSV or JSON lines with id,image,text; - takes lines as they come."),
+        typer.Option(metavar="FILE|-", help="CSV, TSV or JSON lines with id,image,text; - reads lines as they arrive."),
     ] = None,
     image_pattern: ImagePattern = None,
     text_pattern: TextPattern = None,
@@ -92,18 +92,18 @@ def batch(
         int | None, typer.Option("--workers", "-j", min=1, max=1024, help="Number of processes.  [default: all cores]")
     ] = None,
     shard: Annotated[
-        str | None, typer.Option(metavar="I/N", help="Do the I-th of N parts, from 1: for job arrays.")
+        str | None, typer.Option(metavar="I/N", help="Fuse the I-th of N parts, from 1: for job arrays.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=0, metavar="N", help="Do at most N pairs.")] = None,
+    limit: Annotated[int | None, typer.Option(min=0, metavar="N", help="Fuse at most N pairs.")] = None,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Do only the pairs that failed, or lacked a side, before.")
+        bool, typer.Option("--retry-failed", help="Retry only pairs that failed or lacked a side.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start afresh: do all pairs again.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over: fuse all pairs again.")] = False,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Do not count ids with only one side as failures.")
     ] = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first pair that fails.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")] = False,
     num_heads: NumHeads = None,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -114,7 +114,7 @@ def batch(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Fuse many pairs; start it again to go on where it was.
+    """Fuse many pairs; run it again to resume.
 
     fusecli batch images/ texts/ -o fused/
     """
@@ -174,7 +174,7 @@ def batch(
         note(f"{summary.one_row:,} of the pairs: {ONE_ROW}", quiet)
     came = summary.fused or summary.skipped or summary.failures or summary.missed or retry_failed
     if manifest == "-" and not came and not shard and limit != 0:
-        raise InputError("no pairs came", where="<stdin>", wanted="lines with id,image,text")
+        raise InputError("no pairs arrived", where="<stdin>", wanted="lines with id,image,text")
     code = explain(summary, request, allow_missing, quiet)
     if code:
         raise typer.Exit(code)
@@ -188,8 +188,8 @@ def _refuse_contradictions(given: dict[str, Any]) -> None:
     if given["overwrite"] and given["retry_failed"]:
         raise UsageError("--overwrite forgets what has failed", where="--retry-failed", hint="leave one of them out")
     if given["overwrite"] and given["shard"]:
-        hint = f"rm -r {given['output']}, then start the parts"
-        raise UsageError("a part cannot start all parts afresh", where="--overwrite", hint=hint)
+        hint = f"rm -r {given['output']}, then start the shards"
+        raise UsageError("one shard cannot restart all of them", where="--overwrite", hint=hint)
     if given["dry_run"] and given["manifest"] == "-":
         raise UsageError("lines that have not come yet cannot be planned", where="--dry-run")
     if given["dry_run"] and given["device"] != "cpu":
@@ -255,7 +255,7 @@ def _shard(text: str | None) -> Shard | None:
     number, _, count = text.partition("/")
     if not (len(text) < 20 and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         hint = "--shard $SLURM_ARRAY_TASK_ID/8 with --array=1-8"
-        raise UsageError("no such part", where="--shard", found=text, wanted="I/N, I from 1 to N", hint=hint)
+        raise UsageError("not a valid shard", where="--shard", found=text, wanted="I/N, I from 1 to N", hint=hint)
     return Shard(int(number), int(count))
 
 

@@ -122,7 +122,7 @@ def to_grid(text: str | None) -> tuple[int, int] | None:
     try:
         return parse_grid(text) if text is not None else None
     except ValueError:
-        raise UsageError("no grid", where="--grid", found=text, wanted="height x width", hint="--grid 7x9") from None
+        raise UsageError("not a grid", where="--grid", found=text, wanted="height x width", hint="--grid 7x9") from None
 
 
 def given_options(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -153,14 +153,14 @@ def method_options(method: MethodName, parameters: dict[str, Any]) -> dict[str, 
 def refuse_stdin_twice(tokens: str | None, *others: str | None) -> None:
     """Raise `UsageError` if tokens would come on standard input, and one of the ``others`` too."""
     if tokens == "-" and "-" in others:
-        raise UsageError("standard input brings something else already", where="--tokens -", hint="name a file")
+        raise UsageError("standard input is used already", where="--tokens -", hint="name a file")
 
 
 def require_names(given: Mapping[str, str | None]) -> None:
     """Raise `UsageError` for an empty name among those ``given`` by option: often a variable that is not set."""
     for where, name in given.items():
         if name == "":
-            raise UsageError("is empty", where=where, hint="leave it out, or look whether a variable is set")
+            raise UsageError("is empty", where=where, hint="leave it out, or check that the variable is set")
 
 
 def require_safetensors(output: str) -> None:

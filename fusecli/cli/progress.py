@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 #: Seconds between lines where there is no terminal, and between two looks of the bar.
 EVERY = 10.0
-INTERRUPTED = "interrupted; start the same command again to go on"
+INTERRUPTED = "interrupted; run the same command again to continue"
 REDRAW = 0.1
 
 
@@ -201,5 +201,5 @@ def _code(summary: Summary, request: Request, allow_missing: bool, quiet: bool) 
     if summary.stopped:
         note(f"stopped at the first failure: {summary.stopped.facts['message']}", quiet)
     if request.shard and not summary.failures:
-        note("this part is done; a run without --shard sees what all parts have done", quiet)
+        note("this shard is done; a run without --shard sees what all of them have done", quiet)
     return 4 if summary.failures or (summary.missed and not allow_missing) else 0

@@ -27,10 +27,10 @@ def check_attention_options(attention: str | None, given: dict[str, Any]) -> Non
         if value is None or value is False:
             continue
         if attention is None:
-            raise UsageError("needs attention to be written", where=f"--{name}", hint="add --attention OUT")
+            raise UsageError("requires --attention", where=f"--{name}", hint="add --attention OUT")
         if name in ("tokens", "grid", "skip-rows") and not has_names(attention):
             hint = f"write .safetensors, or give --{name} to fusecli show"
-            raise UsageError("only .safetensors has room for it", where=f"--{name}", found=attention, hint=hint)
+            raise UsageError("only .safetensors can store it", where=f"--{name}", found=attention, hint=hint)
         if value == "bfloat16" and not has_names(attention):
             hint = "write .safetensors, or take float16"
             raise UsageError(".npy cannot name bfloat16", where=f"--{name}", found=attention, hint=hint)

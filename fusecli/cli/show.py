@@ -55,7 +55,7 @@ def show(
         str | None,
         typer.Option("--output", "-o", metavar="OUT", help="A .png, .svg or .html, or a folder for a report of many."),
     ] = None,
-    id: Annotated[str | None, typer.Option("--id", metavar="ID", help="This pair of many.")] = None,
+    id: Annotated[str | None, typer.Option("--id", metavar="ID", help="Show only this pair.")] = None,
     tokens: Annotated[
         str | None,
         typer.Option(
@@ -64,9 +64,11 @@ def show(
     ] = None,
     token: Annotated[
         list[str] | None,
-        typer.Option("--token", metavar="TOKEN", help="This token alone, by its word or number; repeatable."),
+        typer.Option("--token", metavar="TOKEN", help="Show only this token, by word or number; repeatable."),
     ] = None,
-    head: Annotated[int | None, typer.Option("--head", metavar="N", help="This head alone, counted from 0.")] = None,
+    head: Annotated[
+        int | None, typer.Option("--head", metavar="N", help="Show only this head, counted from 0.")
+    ] = None,
     heads: Annotated[Heads, typer.Option("--heads", help="Each head by itself, or their mean.")] = Heads.mean,
     grid: GridSize = None,
     skip_rows: SkipRows = None,
@@ -125,7 +127,7 @@ def _check_options(given: dict[str, Any]) -> None:
     folder = bool(output) and _is_folder(output)
     if given["image"] and (not output or folder):
         hint = "--images FOLDER, with a picture for each id" if folder else "add -o map.html, map.png or map.svg"
-        raise UsageError("nothing to lay a picture under", where="--image", hint=hint)
+        raise UsageError("no map to draw the picture under", where="--image", hint=hint)
     if given["images"] and not folder:
         raise UsageError("pictures of many pairs, for a report", where="--images", hint="add -o report/")
     if given["fit"] and not (given["image"] or given["images"]):
@@ -139,7 +141,9 @@ def _check_options(given: dict[str, Any]) -> None:
     }
     for name, value in alone.items():
         if folder and value:
-            raise UsageError("a report shows all there is", where=name, hint="leave it out, or write -o map.html")
+            raise UsageError(
+                "not for a report, which shows everything", where=name, hint="leave it out, or write -o map.html"
+            )
     if output == "-":
         raise UsageError("pictures and pages go to files", where="-o", hint="-o map.html")
     refuse_stdin_twice(given["tokens"], attention)

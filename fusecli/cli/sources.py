@@ -95,7 +95,9 @@ def check_sources(sources: Sources) -> None:
         try:
             matcher("{id}" if pattern is None else pattern)
         except ValueError:
-            raise UsageError("no pattern", where=f"--{side}-pattern", found=pattern, wanted="{id} in it once") from None
+            raise UsageError(
+                "not a pattern", where=f"--{side}-pattern", found=pattern, wanted="{id} in it once"
+            ) from None
 
 
 def refuse_inside(output: str, folders: Iterable[str]) -> None:

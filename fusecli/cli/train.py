@@ -118,7 +118,7 @@ def train(
         bool | None,
         typer.Option(
             "--layer-norm/--no-layer-norm",
-            help="Bring text and image to one scale first (layer norm).  [default: with all methods but attention]",
+            help="Normalise text and image first (layer norm).  [default: with all methods but attention]",
         ),
     ] = None,
     epochs: Annotated[
@@ -166,11 +166,11 @@ def train(
     image_key: ImageKey = None,
     text_key: TextKey = None,
     allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="Pass over ids without image, text or label.")
+        bool, typer.Option("--allow-missing", help="Skip ids without image, text or label.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume a stopped run.")] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start afresh, in place of a run that was stopped.")
+        bool, typer.Option("--overwrite", help="Start over instead of resuming a stopped run.")
     ] = False,
     device: Device = "cpu",
     json: Json = False,
@@ -237,11 +237,11 @@ def train(
     except KeyboardInterrupt:
         go_on = _stamp(state) not in (None, before if overwrite else None)
         how = "--resume in place of --overwrite" if overwrite else "--resume"
-        note(f"interrupted; {f'start the same command with {how} to go on' if go_on else 'nothing is kept'}", quiet)
+        note(f"interrupted; {f'run the same command with {how} to continue' if go_on else 'nothing is kept'}", quiet)
         raise typer.Exit(130) from None
     kept = len(result.rows[0].scores)
     if kept < FEW:
-        note(f"only {kept} held-out pairs: the table says little", quiet)
+        note(f"only {kept} held-out pairs: too few for a reliable table", quiet)
     if json:
         emit({"output": output, **result.facts()})
     else:
@@ -291,7 +291,7 @@ def _check(sources: Sources, output: str, labels: str | None, weights: str | Non
     refuse_inside(output, filter(os.path.isdir, sources.paths()))
     for path in outputs:
         if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
-            raise OutputError("no place for a file", where=path, hint="name a file in a folder that exists")
+            raise OutputError("cannot be a file", where=path, hint="name a file in a folder that exists")
 
 
 def _check_labels(given: dict[str, Any]) -> None:
@@ -299,7 +299,9 @@ def _check_labels(given: dict[str, Any]) -> None:
     of_classes = ("class_weights", "label_smoothing")
     require_names({"--labels": given["labels"]})
     if given["labels"] and given["objective"]:
-        raise UsageError("labels are to be told, not matched", where="--objective", hint="leave out either")
+        raise UsageError(
+            "--objective match is for training without labels", where="--objective", hint="leave out either"
+        )
     for name in ("label_column", "task", "text_dropout", *of_classes):
         where = f"--{name.replace('_', '-')}"
         if given[name] is not None and given["labels"] is None:
@@ -332,7 +334,9 @@ def _usable(pairs: Pairs, labels: dict[str, str] | None, allow_missing: bool, qu
         if some:
             note(f"{len(some):,} {'id' if len(some) == 1 else 'ids'} {what}: {shown(some[:FIRST], len(some))}", quiet)
     if told and not allow_missing:
-        raise InputError("not every id has all", found=", ".join(told), hint="--allow-missing passes over them")
+        raise InputError(
+            "some ids lack an image, a text or a label", found=", ".join(told), hint="--allow-missing skips them"
+        )
     if not ids:
         raise InputError("no pair is left to train on", found=", ".join(told) or "no pairs")
     return ids

@@ -59,7 +59,7 @@ def init(
     self_attention: SelfAttention = False,
     dropout: Dropout = None,
     layer_norm: Annotated[
-        bool, typer.Option("--layer-norm", help="Bring text and image to one scale first (layer norm).")
+        bool, typer.Option("--layer-norm", help="Normalise text and image first (layer norm).")
     ] = False,
     json: Json = False,
     quiet: Quiet = False,

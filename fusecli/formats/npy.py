@@ -54,7 +54,7 @@ def _parse(header: bytes, latin: bool) -> tuple[tuple[int, ...], str, bool, bool
             raise ValueError
         dtype = np.dtype(descr)
     except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError):
-        raise FileError("the header makes no sense", found=repr(text[:80])) from None
+        raise FileError("malformed header", found=repr(text[:80])) from None
     require_sane(shape, None)
     if dtype.hasobject:
         what = "holds pickled Python objects, which are never loaded"

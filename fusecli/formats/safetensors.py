@@ -81,7 +81,7 @@ def read_index(source: Source) -> Index:
         if isinstance(error, FileError):
             raise
         raise FileError(
-            "the header is no JSON object of tensors and strings", where=source.name, found=repr(text[:60])
+            "the header is not a JSON object of tensors and strings", where=source.name, found=repr(text[:60])
         ) from None
     _check_layout(source, index)
     return index
@@ -96,7 +96,7 @@ def _header_text(source: Source) -> tuple[str, int]:
     try:
         return data.decode(), 8 + length
     except ValueError:
-        raise FileError("the header is no UTF-8", where=source.name, found=repr(data[:60])) from None
+        raise FileError("the header is not valid UTF-8", where=source.name, found=repr(data[:60])) from None
 
 
 def _members(text: str) -> Iterator[tuple[str, Any]]:
@@ -140,7 +140,7 @@ def _entry(source: Source, name: str, value: Any) -> tuple[Kind, int, int]:
         if not all(type(n) is int and 0 <= n < 2**62 for n in (*shape, first, last)):
             raise ValueError
     except (ValueError, TypeError, KeyError):
-        raise FileError("the header makes no sense", where=where, found=repr(value)[:80]) from None
+        raise FileError("malformed header", where=where, found=repr(value)[:80]) from None
     require_sane(shape, where)
     bits = OTHER_BITS.get(code)
     wanted = last - first

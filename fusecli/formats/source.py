@@ -153,7 +153,7 @@ def open_source(path: str, *, regular: bool = False, at_once: int = 0) -> Source
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_NONBLOCK if regular or at_once else 0))
     except FileNotFoundError:
         if not path:
-            raise FileError("a file without a name", hint="look whether a variable is set") from None
+            raise FileError("empty file name", hint="check that the variable is set") from None
         raise FileError("no such file", where=path) from None
     except (OSError, ValueError) as error:
         raise FileError("cannot be opened", where=path, found=reason(error)) from error
@@ -317,7 +317,7 @@ def require_sane(shape: Any, where: str | None) -> None:
     if sane:
         sane = math.prod(n for n in shape if n) < 2**58  # in bytes NumPy counts to 2**63, empty axes or not
     if not sane:
-        raise FileError("the header makes no sense", where=where, found=f"shape {shape!r}"[:80])
+        raise FileError("malformed header", where=where, found=f"shape {shape!r}"[:80])
 
 
 def as_bytes(x: NumpyArray) -> memoryview:

@@ -161,7 +161,7 @@ def caption(words: list[str]) -> str:
 
 def _no_attention(where: str, found: str) -> ValuesError:
     wanted, hint = "weights [H, N, M] or [N, M]", "write them with fusecli fuse … --attention FILE"
-    return ValuesError("is no attention", where=where, found=found, wanted=wanted, hint=hint)
+    return ValuesError("not attention weights", where=where, found=found, wanted=wanted, hint=hint)
 
 
 class _Found(NamedTuple):
@@ -265,7 +265,7 @@ def open_dumps(path: str, *, regular: bool = False) -> Dumps:
 def _of_stack(path: str, stored: Stored, about: About) -> Dumps:
     """``[B, H, N, M]``: a pair a row."""
     if stored.fortran:
-        raise FileError("a stack in Fortran order has no rows to read", where=path, wanted="C order")
+        raise FileError("a stack in Fortran order cannot be read by rows", where=path, wanted="C order")
     size = stored.nbytes // stored.shape[0]
 
     def row(id: str) -> _Found:

@@ -43,16 +43,16 @@ def load_picture(path: str) -> Image.Image:
         with open(path, "rb") as file, Image.open(file, formats=_formats()) as opened:
             opened.draft("RGB", (2 * LONGEST, 2 * LONGEST))  # JPEG can be read at a half, a quarter, an eighth
             if opened.mode == "F":
-                raise ValueError("floats, whose white nobody knows")
+                raise ValueError("a picture of floats, whose range is unknown")
             opened.thumbnail((2 * LONGEST, 2 * LONGEST))
             return _upright(opened)
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        raise FileError("no picture that can be read", where=path, wanted="PNG, JPEG, WebP, …") from None
+        raise FileError("not a readable picture", where=path, wanted="PNG, JPEG, WebP, …") from None
     except Exception as error:  # decoders raise whatever they stumble over
         found = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise FileError("no picture that can be read", where=path, found=found, wanted="PNG, JPEG, WebP, …") from None
+        raise FileError("not a readable picture", where=path, found=found, wanted="PNG, JPEG, WebP, …") from None
 
 
 def _formats() -> list[str]:

@@ -221,7 +221,7 @@ def _require_free(output: str, overwrite: bool) -> None:
     if not os.path.lexists(output) or (os.path.isdir(output) and not os.listdir(output)):
         return
     if not _is_report(output):
-        raise UsageError("is no report alone, and is not touched", where=output, hint="write to a new folder")
+        raise UsageError("holds more than a report, and is left as it is", where=output, hint="write to a new folder")
     if not overwrite:
         raise UsageError("there is a report already", where=output, hint="--overwrite, or write to a new folder")
 

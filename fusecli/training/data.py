@@ -266,7 +266,7 @@ def require_enough(data: Data, least: int = 2) -> None:
     if min(counts.values()) < least:
         found = ", ".join(f"{count} for {part}" for part, count in counts.items())
         raise InputError(
-            f"too few pairs to learn from and to check with: {len(data.ids)}",
+            f"too few pairs to train and validate on: {len(data.ids)}",
             found=found,
             wanted=f"{least} of each at least",
             hint="more pairs, or other --validation and --held-out shares",

@@ -81,13 +81,13 @@ class Files:
             wanted = ", ".join(f"{name} {self._facts[name]}" for name in other)
             hint = "the same options as before, or --overwrite"
             raise UsageError(
-                "the run to go on with is another one", where=self._state, found=found, wanted=wanted, hint=hint
+                "the unfinished run had other data or options", where=self._state, found=found, wanted=wanted, hint=hint
             )
         return state
 
     def damaged(self) -> FileError:
         """What to say of a state that cannot be used."""
-        return FileError("not the state of a training", where=self._state, hint="start afresh with --overwrite")
+        return FileError("not the state of a training", where=self._state, hint="start over with --overwrite")
 
     def _require_best(self, progress: dict[str, Any]) -> None:
         """See that the best weights so far, and their head, are still there."""
@@ -125,7 +125,7 @@ class Files:
         return (about if isinstance(about, dict) else {}), head
 
     def _changed(self, path: str) -> FileError:
-        return FileError("is not what the run has put there", where=path, hint="start afresh with --overwrite")
+        return FileError("was changed since the run wrote it", where=path, hint="start over with --overwrite")
 
     def result(self, device: str) -> tuple[Weights, Head]:
         """The best weights and their head.

@@ -48,14 +48,14 @@ def read_labels(path: str, column: str = "label") -> dict[str, str]:
                 if not id or not label:
                     raise FileError("an id or a label is missing", where=f"{path}, line {reader.line_num}")
                 if id in labels:
-                    raise FileError("an id twice", where=f"{path}, line {reader.line_num}", found=id)
+                    raise FileError("duplicate id", where=f"{path}, line {reader.line_num}", found=id)
                 labels[id] = label
     except FileNotFoundError:
         raise FileError("no such file", where=path) from None
     except OSError as error:
         raise FileError("cannot be read", where=path, found=error.strerror) from None
     except csv.Error as error:
-        raise FileError("no table", where=path, found=str(error), wanted="CSV with id,label") from None
+        raise FileError("not a table", where=path, found=str(error), wanted="CSV with id,label") from None
     return labels
 
 
@@ -68,7 +68,7 @@ def _require_columns(columns: Sequence[str], column: str, path: str) -> None:
         if wanted not in columns:
             raise FileError("no such column", where=path, found=found, wanted=wanted, hint=hint)
         if columns.count(wanted) > 1:
-            raise FileError("a column twice", where=path, found=found, wanted=f"one column {wanted}")
+            raise FileError("duplicate column", where=path, found=found, wanted=f"one column {wanted}")
 
 
 def objective(
@@ -148,5 +148,5 @@ def numbers(labels: dict[str, str], data: Data, text_dropout: float, where: str)
     if far.max() > FARTHEST:
         at = int(far.argmax())
         id, found = data.ids[at], f"{targets[at]:g}, where the others are about {mean:g}"
-        raise InputError("a label far out", where=f"{where}, id {id}", found=found, hint="leave the pair out")
+        raise InputError("outlier label", where=f"{where}, id {id}", found=found, hint="leave the pair out")
     return Numbers(targets, data.parts["train"], text_dropout)

@@ -112,11 +112,11 @@ def begin(output: str, resume: bool, overwrite: bool) -> None:
         UsageError: there is one, or none to go on with.
     """
     if resume and overwrite:
-        raise UsageError("to go on and to start afresh", where="--resume --overwrite", hint="leave out either")
+        raise UsageError("exclude each other", where="--resume --overwrite", hint="leave out either")
     state = beside(output, STATE)
     there = os.path.exists(state)
     if resume and not there:
-        raise UsageError("no unfinished run to go on with", where=state, hint="leave out --resume to start afresh")
+        raise UsageError("no unfinished run to resume", where=state, hint="leave out --resume to start over")
     if there and not resume and not overwrite:
         raise UsageError("there is an unfinished run", where=state, hint="--resume or --overwrite")
 
