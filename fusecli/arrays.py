@@ -131,7 +131,7 @@ def unwarned(x: Array) -> AbstractContextManager[object]:
 
 @contextmanager
 def lasting(x: Array) -> Iterator[None]:
-    """Here what is made of tensors such as ``x`` can be kept: made in torch's inference mode, it is of no use later."""
+    """Leaves torch's inference mode, so that what is kept from here on can be used where gradients are wanted."""
     if is_torch(x) and (torch := sys.modules["torch"]).is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():
             yield

@@ -179,15 +179,14 @@ def attend(text: Array, side: ImageSide, *, need_weights: bool = False) -> tuple
     if side.plan.scores is side.plan.values is Order.DIRECT:
         return (_attend_at_once if is_torch(text) else _attend_by_heads)(text, side, need_weights)
     scores = side.keys.scores(text)  # [H, N, M]
-    exact = partial(_exact_scores, text, side)
-    weights, total = _softmax(scores, side.keys.order, text, exact)  # [H, N, M], [H, N, 1]
-    divided: Array = None
-    if need_weights or side.plan.values is Order.IMAGE:
-        divided = weights / total  # not in place: autograd still needs the exponentials
+    weights, total = _softmax(scores, side.keys.order, text, partial(_exact_scores, text, side))
     if side.plan.values is Order.IMAGE:
-        weights, total = divided, None
+        weights = weights / total  # not in place: autograd still needs the exponentials
+        n, columns = text.shape[0], side.values.shape[1]
+        flat = weights.swapaxes(0, 1).reshape(n, columns)  # [N, H*M]
+        return _finish(flat, side.values.mT, side), weights if need_weights else None
     # Asking for the weights does not change the result.
-    return _mix(weights, total, side), divided if need_weights else None
+    return _mix(weights, total, side), weights / total if need_weights else None
 
 
 def _exact_scores(text: Array, side: ImageSide) -> Array:
@@ -245,27 +244,23 @@ def _masked(scores: Array, mask: Array | None) -> Array:
 
 
 #: Products that are summed at once, where rounding counts.
-SUMMED = 192
+SUM_CHUNK = 192
 
 
-def _mix(weights: Array, total: Array | None, side: ImageSide) -> Array:
-    """``out [N, D]`` from weights ``[H, N, M]``, still to be divided by ``total [H, N, 1]`` if given."""
+def _mix(weights: Array, total: Array, side: ImageSide) -> Array:
+    """``out [N, D]`` from weights ``[H, N, M]``, still to be divided by ``total [H, N, 1]``."""
     heads, n, m = weights.shape
-    if side.plan.values is Order.IMAGE:
-        flat = weights.swapaxes(0, 1).reshape(n, heads * m)
-        return _finish(flat, side.values.mT, side)
     if side.plan.values is Order.TEXT:
         seen = dot(weights.reshape(heads * n, m), side.image).reshape(heads, n, -1)  # [H, N, Di]
         # The reference averages the rounding of M projected rows; here one row carries it all, so the long sum
         # over Di is taken in parts. With a few tokens the products are small ones, which round less by themselves.
         value = _by_head(side.maps.value, heads).mT  # [H, Di, d]
-        step = value.shape[1] if n <= THIN else SUMMED
+        step = value.shape[1] if n <= THIN else SUM_CHUNK
         parts = (slice(at, at + step) for at in range(0, value.shape[1], step))
         mixed = sum(dot(seen[..., part], value[:, part]) for part in parts)  # [H, N, d]
     else:
         mixed = dot(weights, side.values)  # [H, N, d]
-    if total is not None:
-        mixed /= total
+    mixed /= total
     beside = mixed.swapaxes(0, 1).reshape(mixed.shape[1], -1)  # [H, N, d] -> [N, D]
     return _finish(beside, side.maps.out.mT, side)
 

@@ -7,19 +7,19 @@ key, ``fusecli``, with canonical JSON. The bare ``state_dict`` of the article's 
 from __future__ import annotations
 
 import json
-import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from fusecli.arrays import Array, dtype_name, first_nonfinite, to_numpy
 from fusecli.arrays import cast as to_dtype
+from fusecli.drawing import CONSTANTS, HALF_OPEN, drawn, turned
 from fusecli.errors import CheckpointError, FileError, FusecliError, InputError, OutputError, UsageError, ValuesError
-from fusecli.formats import NumpyArray, Source, open_source, safetensors, sniff, write_whole
+from fusecli.formats import Source, open_source, safetensors, sniff, write_whole
 from fusecli.state_dict import article_names, is_pt, read_pt
 from fusecli.weights import OPTIONS, Config, Weights, require_heads, tensor_shapes
 
@@ -222,13 +222,7 @@ def init(
         raise UsageError("bad seed", found=str(seed), wanted="0 to 2**32 - 1")
     if config.has_attention:  # before anything is drawn
         require_heads(num_heads, feature_dim)
-    bits = np.random.MT19937()
-    # torch seeds its generator likewise
-    bits.state = cast(Any, np.random.RandomState(seed).get_state(legacy=False))
-    shapes = tensor_shapes(config, feature_dim, text_dim, image_dim)
-    tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    for name in _in_order_of_drawing(shapes):
-        tensors[name] = _drawn(bits, name, shapes)
+    tensors = drawn(tensor_shapes(config, feature_dim, text_dim, image_dim), seed)
     if method in ("weighted-sum", "transformer") and text_dim == feature_dim:
         tensors["text_proj.weight"] = np.eye(feature_dim, dtype=np.float32)
         tensors["text_proj.bias"] = np.zeros(feature_dim, np.float32)
@@ -246,21 +240,8 @@ def orthogonal(feature_dim: int = 768, num_heads: int = 8, *, seed: int = 0, **o
     Args and errors as in `init`.
     """
     weights = init(feature_dim, num_heads, seed=seed, **options)
-    tensors = {name: _turned(name, tensor) for name, tensor in weights.tensors.items()}
+    tensors = {name: turned(name, tensor) for name, tensor in weights.tensors.items()}
     return Weights(weights.config, tensors)
-
-
-def _turned(name: str, drawn: NumpyArray) -> NumpyArray:
-    if name in CONSTANTS or name.endswith("norm.weight") or ".norm" in name or ".linear1" in name:
-        return drawn
-    if name.endswith("bias") or ".linear2" in name or name.startswith("gate_proj"):
-        return np.zeros_like(drawn)
-    rows = drawn.shape[0] // 3 if name.endswith("in_proj_weight") else drawn.shape[0]
-    if rows == drawn.shape[1] and name != "image_proj.weight":
-        return np.tile(np.eye(rows, dtype=np.float32), (drawn.shape[0] // rows, 1))
-    u, _, vt = np.linalg.svd(drawn, full_matrices=False)  # the nearest with orthonormal rows or columns
-    nearest: NumpyArray = u @ vt
-    return nearest
 
 
 def _require_widths(feature_dim: int, text_dim: int, image_dim: int) -> None:
@@ -271,54 +252,6 @@ def _require_widths(feature_dim: int, text_dim: int, image_dim: int) -> None:
 def _configured(method: str, num_heads: int, options: Mapping[str, Any]) -> Config:
     heads: dict[str, Any] = {"num_heads": num_heads} if "num_heads" in OPTIONS.get(method, ()) else {}
     return Config(method, **heads, **options)
-
-
-def _in_order_of_drawing(names: Iterable[str]) -> Iterator[str]:
-    """As `torch.nn.MultiheadAttention` does it: its ``out_proj`` comes first."""
-    inner = ""
-    for name in names:
-        if name.endswith("in_proj_weight"):
-            inner = name
-            continue
-        yield name
-        if name.endswith("out_proj.bias"):
-            yield inner
-
-
-def _drawn(bits: np.random.MT19937, name: str, shapes: Mapping[str, tuple[int, ...]]) -> NumpyArray:
-    shape = shapes[name]
-    if name in CONSTANTS or name.endswith("in_proj_bias"):
-        return np.full(shape, CONSTANTS.get(name, 0.0), np.float32)
-    if "norm" in name:
-        return np.full(shape, name.endswith("weight"), np.float32)
-    if name.endswith("in_proj_weight"):  # Xavier-uniform
-        return _uniform(bits, shape, np.sqrt(6 / (shape[0] + shape[1])))
-    # torch.nn.Linear: U(±1/sqrt(fan_in)) for weight and bias. MultiheadAttention then sets the bias of its
-    # out_proj to zero.
-    drawn = _uniform(bits, shape, 1 / np.sqrt(shapes[name.replace("bias", "weight")][1]))
-    return np.zeros_like(drawn) if name.endswith("out_proj.bias") else drawn
-
-
-#: Where a number alone starts.
-CONSTANTS = {"alpha": 0.5, "gamma": 0.0}
-#: γ of a tanh gate that is half open, as a sigmoid is by itself.
-HALF_OPEN = math.atanh(0.5)
-
-
-def _uniform(bits: np.random.MT19937, shape: tuple[int, ...], bound: float) -> NumpyArray:
-    # at::uniform_real_distribution<float>: the low 24 bits of each draw, as a multiple of 2**-24, times the
-    # width, plus the lower end, rounded once (a fused multiply-add; float64 holds the product exactly).
-    low, high = np.float32(-bound), np.float32(bound)
-    drawn = np.empty(int(np.prod(shape)), np.float32)
-    for part in np.split(drawn, range(DRAWN_AT_ONCE, drawn.size, DRAWN_AT_ONCE)):
-        raw = bits.random_raw(part.size) & np.uint64(2**24 - 1)
-        part[:] = raw * 2.0**-24 * np.float64(high - low) + np.float64(low)
-    return drawn.reshape(shape)
-
-
-#: Numbers that are drawn together: on the way they are 64 bits wide, and a matrix of them would be the most
-#: memory that a small fusion takes.
-DRAWN_AT_ONCE = 2**16
 
 
 def identity(feature_dim: int = 768, num_heads: int = 1, *, method: str = "attention", **options: Any) -> Weights:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from array import array
 from bisect import bisect_left
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple, Protocol
@@ -84,7 +84,7 @@ class Folder:
 
     root: str
     key: str | None = None
-    _suffixes: dict[str, str] = field(default_factory=dict)  # id: what follows it, or all that do with | between
+    _found: dict[str, str] = field(default_factory=dict)  # id: what follows it, or all that do with | between
     _links: list[str] = field(default_factory=list)
 
     @classmethod
@@ -112,17 +112,17 @@ class Folder:
         return _Patterned(root, key, {id: found[id] for id in sorted(found)}, links)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._suffixes)
+        return iter(self._found)
 
     def __len__(self) -> int:
-        return len(self._suffixes)
+        return len(self._found)
 
     def __contains__(self, id: object) -> bool:
-        return id in self._suffixes
+        return id in self._found
 
     def place(self, id: str) -> Place:
         """See `Collection`."""
-        suffix = self._suffixes[id]
+        suffix = self._found[id]
         if "|" in suffix:
             found = " and ".join(f"{id}{each}" for each in sorted(suffix.split("|")))
             raise FileError("two files for one id", where=self.root, found=found, wanted="one of them")
@@ -130,7 +130,7 @@ class Folder:
 
     def paths(self) -> Iterator[str]:
         """See `Collection`."""
-        for id, suffix in self._suffixes.items():
+        for id, suffix in self._found.items():
             for each in suffix.split("|"):
                 yield f"{self.root}/{id}{each}"
 
@@ -143,10 +143,10 @@ class _Patterned(Folder):
     """A tree where a pattern tells the ids: their paths are kept whole."""
 
     def place(self, id: str) -> Place:
-        return Place(f"{self.root}/{self._suffixes[id]}", key_for(self._suffixes[id], self.key))
+        return Place(f"{self.root}/{self._found[id]}", key_for(self._found[id], self.key))
 
     def paths(self) -> Iterator[str]:
-        return (f"{self.root}/{path}" for path in self._suffixes.values())
+        return (f"{self.root}/{path}" for path in self._found.values())
 
 
 def _walk(root: str, without: Container[str], links: list[str]) -> Iterator[str]:
@@ -178,8 +178,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def matcher(pattern: str) -> _Match:
-    """What finds the id in a path under a pattern such as ``{id}.image.npy``.
+def matcher(pattern: str) -> Callable[[str], str | None]:
+    """What finds the id in a path under a pattern such as ``{id}.image.npy``, and gives None where there is none.
 
     Raises:
         ValueError: ``{id}`` is not in it just once.
@@ -187,20 +187,14 @@ def matcher(pattern: str) -> _Match:
     before, mark, after = pattern.partition("{id}")
     if not mark or "{id}" in after:
         raise ValueError(pattern)
-    return _Match(before, after)
 
-
-@dataclass(frozen=True)
-class _Match:
-    before: str
-    after: str
-
-    def __call__(self, path: str) -> str | None:
-        """The id in ``path``, or None."""
-        enough = len(path) > len(self.before) + len(self.after)
-        if enough and path.startswith(self.before) and path.endswith(self.after):
-            return path[len(self.before) : len(path) - len(self.after)]
+    def match(path: str) -> str | None:
+        enough = len(path) > len(before) + len(after)
+        if enough and path.startswith(before) and path.endswith(after):
+            return path[len(before) : len(path) - len(after)]
         return None
+
+    return match
 
 
 @dataclass

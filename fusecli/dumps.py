@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusecli.errors import FileError, ShapeError
+from fusecli.errors import FileError, ShapeError, listed
 from fusecli.formats import Source, Stored, open_source, read_bytes, safetensors, sniff
 from fusecli.grid import Grid, grid_of
 
@@ -58,8 +58,7 @@ class Tokens:
     def require(self, id: str) -> None:
         """Raise `FileError` where the file has no words for a pair."""
         if self.of(id) is None:
-            found = ", ".join(list(self.many)[:5]) + (", …" if len(self.many) > 5 else "")
-            raise FileError("no tokens for this pair", where=self.path, found=found, wanted=id)
+            raise FileError("no tokens for this pair", where=self.path, found=listed(self.many), wanted=id)
 
 
 def read_tokens(path: str) -> Tokens:

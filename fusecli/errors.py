@@ -20,6 +20,8 @@ They become words for the user in one place, ``fusecli.cli``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class FusecliError(Exception):
     """Root of the tree.
@@ -115,6 +117,13 @@ class ValuesError(InputError, ValueError):
 
 class CheckpointError(InputError, ValueError):
     """A checkpoint lacks a tensor, has one too many, or one of the wrong shape."""
+
+
+def listed(names: Iterable[str], most: int = 5, count: int | None = None) -> str:
+    """The first of some names, long ones cut, and that there are more, if there are; ``count`` of them in all."""
+    known = list(names)
+    shown = ", ".join(_clip(name, 60) for name in known[:most])
+    return shown + (", …" if max(count or 0, len(known)) > most else "")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

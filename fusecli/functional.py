@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from fusecli.arrays import Array, cast, dtype_name, is_torch, ones, padded
+from fusecli.arrays import Array, cast, dtype_name, is_torch, namespace, ones, padded
 
 
 def exp_and_sums(x: Array) -> tuple[Array, Array]:
@@ -105,7 +105,7 @@ def rows_apart(x: Array, weight: Array) -> Array:
 def linear(x: Array, weight: Array, bias: Array) -> Array:
     """``x [..., rows, K] @ weightᵀ + bias`` with ``weight [D, K]``: ``[..., rows, D]``, as `torch.nn.Linear`."""
     if is_torch(x):
-        return sys.modules["torch"].nn.functional.linear(x, weight, bias)
+        return namespace(x).nn.functional.linear(x, weight, bias)
     y = dot(x, weight.mT)
     y += bias
     return y
@@ -117,7 +117,7 @@ def layer_norm(x: Array, weight: Array = None, bias: Array = None) -> Array:
     Ba, Kiros and Hinton 2016, equation 4; eps and the biased variance as in `torch.nn.LayerNorm`.
     """
     if is_torch(x):
-        return sys.modules["torch"].nn.functional.layer_norm(x, x.shape[-1:], weight, bias, LAYER_NORM_EPS)
+        return namespace(x).nn.functional.layer_norm(x, x.shape[-1:], weight, bias, LAYER_NORM_EPS)
     y = x - x.mean(-1, keepdims=True)
     y /= np.sqrt(np.square(y).mean(-1, keepdims=True) + LAYER_NORM_EPS)
     if weight is not None:
@@ -140,7 +140,7 @@ def sigmoid(x: Array) -> Array:
 def gelu(x: Array) -> Array:
     """``x Φ(x)``, Φ the standard normal distribution, exact (Hendrycks and Gimpel 2016, equation 1)."""
     if is_torch(x):
-        return sys.modules["torch"].nn.functional.gelu(x)
+        return namespace(x).nn.functional.gelu(x)
     if x.dtype == np.float64:
         return x * (0.5 + 0.5 * np.frompyfunc(math.erf, 1, 1)(x * math.sqrt(0.5)).astype(np.float64))
     # NumPy has no erf, and calling Python's for each number takes longer than the matrix products around it. So

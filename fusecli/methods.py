@@ -62,7 +62,7 @@ class View:
         """What every token gets from the only image row, ``[D]``, where that can be told before any text is seen."""
         if self.row is not None or self.m > 1 or self.training or self.mask is not None:
             return self.row
-        if not one_row_is_enough(self.weights) or needs_grad(self.template):  # the text's is zero, but there is one
+        if not one_row_is_enough(self.weights) or needs_grad(self.template):  # the text's gradient is zero, but wanted
             return None
         return single(self.weights, self._given[0], lambda x, weight: weight @ x)
 
@@ -203,10 +203,9 @@ class Gated:
                 gate += dot(answer, self._by_image.mT)
             gate = sigmoid(gate)
         fused = text + gate * answer
-        return FusedRows(fused, attended, self._mean(gate, text.shape[:-1]) if need_weights else None)
-
-    def _mean(self, gate: Array, shape: tuple[int, ...]) -> Array:
-        return filled(shape, gate) if self._tanh is not None else gate.mean(-1)
+        if not need_weights:
+            return FusedRows(fused)
+        return FusedRows(fused, attended, gate.mean(-1) if self._tanh is None else filled(text.shape[:-1], gate))
 
 
 class Pooled:

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Sequence
 
 from fusecli.arrays import first_nonfinite
-from fusecli.errors import FileError, ShapeError, UsageError, ValuesError
+from fusecli.errors import FileError, ShapeError, UsageError, ValuesError, listed
 from fusecli.formats import NumpyArray, Stored, open_tensors
 
 #: Names that encoders and dataset tools give their tensors, the most telling first.
@@ -45,12 +45,11 @@ def choose(tensors: dict[str, Stored], path: str, side: str, key: str | None) ->
 def _choose(tensors: dict[str, Stored], path: str, side: str, key: str | None) -> Stored:
     if key is None and len(tensors) == 1:
         return next(iter(tensors.values()))
-    names = sorted(tensors)
-    listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    found = listed(sorted(tensors), 10) or "no tensors"
     if key is not None and "" not in tensors:
         if key in tensors:
             return tensors[key]
-        raise FileError("no such tensor", where=f"{path}[{key}]", found=listed or "no tensors")
+        raise FileError("no such tensor", where=f"{path}[{key}]", found=found)
     if key is not None:
         raise FileError("a .npy has one array without a name", where=path, hint=f"leave out --{side}-key")
     for known in (KNOWN_NAMES[side], SHARED_NAMES):
@@ -60,7 +59,7 @@ def _choose(tensors: dict[str, Stored], path: str, side: str, key: str | None) -
     raise FileError(
         f"cannot tell which tensor holds the {side}",
         where=path,
-        found=listed or "no tensors",
+        found=found,
         hint=f"name it with --{side}-key",
     )
 

@@ -48,9 +48,9 @@ def takes_gate(weights: Weights, path_or_suffix: str) -> bool:
     return weights.config.method == "gated" and has_names(path_or_suffix)
 
 
-def gate_of(shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """Name and shape of the mean gates that belong to attention of ``shape``, ``[H, N, M]`` or ``[N, M]``."""
-    return "gate", (shape[-2],)
+def gate_of(attention: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the mean gates that belong to attention of a shape, ``[H, N, M]`` or ``[N, M]``."""
+    return (attention[-2],)
 
 
 def to_file(
@@ -60,7 +60,7 @@ def to_file(
 
     @contextmanager
     def opener(name: str, shape: tuple[int, ...], dtype: str) -> Iterator[tuple[Sink, int]]:
-        second = gate_of(shape) if gate else None
+        second = ("gate", gate_of(shape)) if gate else None
         header: bytes = format_of(path, format).header(name, shape, dtype, metadata or {}, second)
         with open_sink(path) as sink:
             sink.put(0, header)
@@ -224,16 +224,16 @@ class _Blocks:
 
     def __init__(self, weights: Weights, pair: Pair, output: Output, to_device: Mover) -> None:
         began = perf_counter()
-        self._to_device, self._text, self._output, row = to_device, pair.text, output, pair.row
-        compute = compute_dtype(pair.image.dtype, pair.text.dtype)
-        rows = self._moved(cast(read_finite(pair.image, output.finite), compute)) if row is None else row
+        self._to_device, self._text, self._output = to_device, pair.text, output
+        compute, row = compute_dtype(pair.image.dtype, pair.text.dtype), pair.row  # [D], None if it is not known
+        image = self._moved(cast(read_finite(pair.image, output.finite), compute)) if row is None else None
         read = perf_counter()
-        if row is None and len(rows) == 1 and one_row_is_enough(weights):
-            row = single_rows(weights, rows)[0]
-        if row is not None and adds_one_row(weights):
-            rows = row = to_numpy(row)
-            self._to_device = None
-        self._prepared = prepared = Prepared(View(weights, rows, rows, pair.text.shape[0], compute, row=row))
+        if image is not None and len(image) == 1 and one_row_is_enough(weights):
+            row = single_rows(weights, image)[0]
+        if row is not None and adds_one_row(weights):  # nothing is left to do for a GPU
+            row, self._to_device = to_numpy(row), None
+        template = image if row is None else row
+        self._prepared = prepared = Prepared(View(weights, image, template, pair.text.shape[0], compute, row=row))
         looked = perf_counter()
         self._blocks = list(prepared.blocks(COPIED_ROWS if prepared.only_adds else FUSED_ROWS))
         self._first = read_finite(pair.text, output.finite, self._blocks[0])
@@ -256,7 +256,7 @@ class _Blocks:
             return
         from concurrent.futures import ThreadPoolExecutor  # 10 ms that small texts do not need
 
-        bad: list[tuple[int, BaseException]] = []  # what is told of is the first that one thread would have met
+        bad: list[tuple[int, BaseException]] = []  # the one raised is the first that a single thread would have met
 
         def every(start: int) -> Seconds:
             seconds = Seconds()

@@ -11,7 +11,7 @@ import numpy as np
 
 from fusecli import arrays
 from fusecli.arrays import FLOAT_NAMES, compute_dtype, dtype_name, import_torch, to_numpy
-from fusecli.errors import CheckpointError, FileError
+from fusecli.errors import CheckpointError, FileError, listed
 from fusecli.formats import NumpyArray, Source, read_bytes
 
 #: How PyTorch's files begin: a zip archive or, before PyTorch 1.6, a pickle; and the number that comes first in that.
@@ -37,7 +37,7 @@ def article_names(tensors: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
     prefix = marks[0] if marks else ""
     others = [name for name in names if not name.startswith(prefix)]
     if others:
-        found, hint = ", ".join(others[:5]), f"torch.save(model.{prefix.rstrip('.')}.state_dict(), path)"
+        found, hint = listed(others), f"torch.save(model.{prefix.rstrip('.')}.state_dict(), path)"
         raise CheckpointError("holds more than the fusion", found=found, wanted=f"{prefix}… alone", hint=hint)
     named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     _stack_thirds(named)

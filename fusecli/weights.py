@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from fusecli.arrays import FLOAT_NAMES, Array, cast, dtype_name, is_torch, kind_and_device, lasting, like, needs_grad
-from fusecli.errors import CheckpointError, UsageError
+from fusecli.errors import CheckpointError, UsageError, listed
 from fusecli.maps import Layers, Maps, fold
 
 Kept = TypeVar("Kept")
@@ -100,6 +100,8 @@ def _is_depth(value: Any) -> bool:
     return _is_count(value) and value <= MAX_LAYERS
 
 
+#: Names that are listed of tensors that should be there.
+MOST_TENSORS = 20
 #: More are a damaged file: the tensors of all of them would be listed before one is looked for.
 MAX_LAYERS = 1024
 _COUNT = _is_count, "a whole number from 1"
@@ -120,20 +122,21 @@ def tensor_shapes(config: Config, dim: int, text_dim: int, image_dim: int) -> di
     """The tensors of a fusion and their shapes, in the order of the module."""
     text = _linear("text_proj", dim, text_dim)
     image = _linear("image_proj", dim, image_dim)
-    shapes: dict[str, tuple[int, ...]] = {}
-    if config.method in ("attention", "gated"):
-        shapes = text | image | _multihead("attention", dim)
-    if config.method == "gated":
-        shapes |= _linear("gate_proj", dim, 2 * dim) if config.gate == "sigmoid" else {"gamma": (1,)}
-    elif config.method == "weighted-sum":
-        shapes = text | image | {"alpha": (1,)}
-    elif config.method == "concat":
-        shapes = image | _linear("concat_proj", dim, text_dim + dim)
-    elif config.method == "transformer":
-        shapes = text | image
-        for number in range(config.num_layers):
-            shapes |= _layer(f"layers.{number}", config, dim)
-        shapes |= _norm("norm", dim)
+    match config.method:
+        case "attention":
+            shapes = text | image | _multihead("attention", dim)
+        case "gated":
+            gate = _linear("gate_proj", dim, 2 * dim) if config.gate == "sigmoid" else {"gamma": (1,)}
+            shapes = text | image | _multihead("attention", dim) | gate
+        case "weighted-sum":
+            shapes = text | image | {"alpha": (1,)}
+        case "concat":
+            shapes = image | _linear("concat_proj", dim, text_dim + dim)
+        case _:  # transformer
+            shapes = text | image
+            for number in range(config.num_layers):
+                shapes |= _layer(f"layers.{number}", config, dim)
+            shapes |= _norm("norm", dim)
     return shapes | (_norm("text_norm", text_dim) | _norm("image_norm", image_dim) if config.layer_norm else {})
 
 
@@ -190,12 +193,14 @@ class Weights:
         axes = {name: len(shape) for name, shape in tensor_shapes(self.config, 1, 1, 1).items()}
         for name, wanted in axes.items():
             if name not in self.tensors:
-                raise CheckpointError("tensor is missing", where=name, found=_listed(self.tensors))
+                raise CheckpointError(
+                    "tensor is missing", where=name, found=listed(sorted(self.tensors), MOST_TENSORS) or "nothing"
+                )
             if len(self.tensors[name].shape) != wanted:
                 raise _misshapen(name, self.tensors[name], f"{wanted} axes")
         for name in self.tensors:
             if name not in axes:
-                raise CheckpointError("unexpected tensor", where=name, wanted=_listed(axes))
+                raise CheckpointError("unexpected tensor", where=name, wanted=listed(sorted(axes), MOST_TENSORS))
         if min(self.dim, self.text_dim, self.image_dim) < 1:
             found = f"D={self.dim}, Dt={self.text_dim}, Di={self.image_dim}"
             raise CheckpointError("a width is zero", found=found)
@@ -299,10 +304,6 @@ def layers_of(tensors: Mapping[str, Array], num_heads: int) -> Layers:
         out_proj=take("attention.out_proj."),
         num_heads=num_heads,
     )
-
-
-def _listed(names: Mapping[str, Any]) -> str:
-    return ", ".join(sorted(names)) or "nothing"
 
 
 def _misshapen(name: str, tensor: Array, wanted: str) -> CheckpointError:

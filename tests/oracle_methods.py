@@ -33,8 +33,11 @@ class _Normed(nn.Module):
 
 
 class NormedArticle(_Normed):
-    def __init__(self, dim: int, num_heads: int, text_dim: int, image_dim: int, layer_norm: bool, **_: Any) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, text_dim: int, image_dim: int, layer_norm: bool, residual: bool = False
+    ) -> None:
         super().__init__(text_dim, image_dim, layer_norm)
+        self.residual = residual
         article = Article(dim, num_heads, text_dim, image_dim)
         self.text_proj, self.image_proj, self.attention = article.text_proj, article.image_proj, article.attention
 
@@ -43,7 +46,8 @@ class NormedArticle(_Normed):
         return fused, weights
 
     def fuse(self, image: Any, text: Any) -> Any:
-        return self.attend(image, text)
+        fused, weights = self.attend(image, text)
+        return (text + fused if self.residual else fused), weights
 
 
 class Gated(NormedArticle):

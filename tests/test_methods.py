@@ -28,6 +28,7 @@ from tests.oracle_methods import oracle
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("attention", {}),
+    ("attention", {"residual": True}),
     ("weighted-sum", {}),
     ("concat", {}),
     ("gated", {}),
@@ -35,17 +36,22 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("transformer", {"num_layers": 2}),
     ("transformer", {"self_attention": True, "dim_feedforward": 48}),
 ]
-ADDS_TEXT = ("gated",)
 EVERY = pytest.mark.parametrize(
     ("method", "options"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x)) or "-"
 )
+
+
+def _adds_text(method: str, options: dict[str, Any]) -> bool:
+    return method == "gated" or bool(options.get("residual"))
 
 
 def _hold(
     method: str, options: dict[str, Any], m: int, n: int, dims: tuple[int, int, int], norm: float, seed: int
 ) -> None:
     dim, text_dim, image_dim = dims
-    module, weights = oracle(method, dim, 4, dim if method in ADDS_TEXT else text_dim, image_dim, seed, **options)
+    module, weights = oracle(
+        method, dim, 4, dim if _adds_text(method, options) else text_dim, image_dim, seed, **options
+    )
     rng = np.random.default_rng(seed)
     image = features(rng, m, image_dim, norm, shared=seed % 2)
     text = features(rng, n, weights.text_dim, 3.0)

@@ -346,7 +346,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "heads of a mean": (["mean.npy", "--heads", "all"], "--attention-mean"),
     "token": (["m63.npy", "--token", "red"], "--tokens FILE"),
     "float picture": (["m63.npy", "--grid", "7x9", "--image", "f.tif", "-o", "m.png"], "floats"),
-    "text as picture": (["m63.npy", "--grid", "7x9", "--image", "four", "-o", "m.png"], "no picture"),
+    "text as picture": (["m63.npy", "--grid", "7x9", "--image", "four", "-o", "m.png"], "not a readable picture"),
     "broken list": (["m63.npy", "--tokens", "broken"], "JSON list of strings"),
     "list of numbers": (["m63.npy", "--tokens", "numbers"], "JSON list of strings"),
     "endless tokens": (["m63.npy", "--tokens", "/dev/zero"], "no tokens"),

@@ -194,7 +194,7 @@ def test_heads_of_a_bare_state_dict_can_be_given(run: Run, tmp_path: Path) -> No
     assert "num_heads=5" in run(*command, "bare.safetensors", "--num-heads", 5, code=3).stderr.decode()
     told = run(*command, "w.safetensors", "--num-heads", 4, code=2).stderr.decode()
     assert "--num-heads contradicts" in told
-    assert "8 assumed" in run(*command, "bare.safetensors", code=3).stderr.decode()
+    assert "assuming 8" in run(*command, "bare.safetensors", code=3).stderr.decode()
 
 
 @pytest.mark.parametrize("lacking", ["progress", "facts", "epoch", "log"])

@@ -12,15 +12,14 @@ import json
 import operator
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from itertools import chain, repeat, zip_longest
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, repeat
+from typing import Any
 
 import numpy as np
 
-from fusecli.batch.job import Outcome
 from fusecli.batch.ledger import History
+from fusecli.batch.stacks import Stacked, is_stack
 from fusecli.batch.store import GATHERED, STATE, PartStore, Piece, Store, believed, look_into
 from fusecli.dumps import GATE
 from fusecli.errors import OutputError
@@ -42,8 +41,6 @@ from fusecli.pipeline import gate_of
 BLOCK = 2**22
 
 Result = tuple[str, Piece | None]
-#: What is still there of a pair's result.
-Held = Callable[[str], Piece | None]
 
 
 def read_history(folder: str, stores: Iterable[Store]) -> History:
@@ -53,7 +50,7 @@ def read_history(folder: str, stores: Iterable[Store]) -> History:
         if isinstance(store, PartStore):
             store.look_again()
             # A part that is there was written after the last gathering, which removes them.
-            history.move(gathered(store), store.kind == "attention", store.has if _parts(store) else None)
+            history.move(gathered(store), store.kind, store.has if _parts(store) else None)
     return history
 
 
@@ -62,14 +59,10 @@ def _parts(store: PartStore) -> list[str]:
     return [name for name in names if name.startswith(f"{store.kind}-") and name.endswith(".part")]
 
 
-def _remove_parts(store: PartStore) -> None:
+def remove_parts(store: PartStore) -> None:
+    """Remove what has been gathered, or belongs to no result."""
     for name in _parts(store):
         os.unlink(f"{store.folder}/{name}")
-
-
-def is_stack(store: PartStore) -> bool:
-    """Whether results have rows instead of names."""
-    return not store.path.endswith(safetensors.SUFFIXES)
 
 
 def _temporary(store: PartStore) -> str:
@@ -84,85 +77,6 @@ def remove_left(stores: Iterable[Store], states: Iterable[str | None]) -> None:
     for path in left:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
-
-
-class Feed(Protocol):
-    """What a run has taken its pairs from."""
-
-    streams: bool  # they came in time, and those of runs before it come before them
-
-    @property
-    def ids(self) -> list[str]:
-        """All ids of the run, in order."""
-
-    @property
-    def rows(self) -> list[str]:
-        """The ids that a stack has a row for, ``""`` where nobody knows one."""
-
-
-def gather_what_is_there(store: PartStore, history: History, feed: Feed) -> None:
-    """Write the file of a store anew, if what is there is not what it holds."""
-    attention = store.kind == "attention"
-
-    def held(id: str) -> Piece | None:
-        pieces = history.pieces(id)
-        piece = pieces[attention] if pieces else None
-        return piece if piece and store.has(piece) else None
-
-    stacked = is_stack(store)
-    if not stacked:
-        order = _order(store, history, held, feed)
-    elif feed.streams:
-        order = _rows_with_earlier(store, history, held, feed.rows)
-    else:
-        order = _rows(history, held, feed.rows)
-    mine = partial(_results, held, order, stacked)
-    if not any(piece for _, piece in mine()):
-        _remove_parts(store)  # of pairs that failed half-way
-    elif not is_whole(store) or any(wanted != there for wanted, there in zip_longest(mine(), gathered(store))):
-        gather(store, mine)
-
-
-def _rows(history: History, held: Held, rows: list[str]) -> list[str]:
-    """The rows of a stack: it ends with the last pair of which something is known.
-
-    What was not done before that has a row too, or the numbers of rows would say nothing.
-    """
-    known = history.failed | history.missing
-    last = max((at for at, id in enumerate(rows) if not id or id in known or held(id)), default=-1)
-    return rows[: last + 1]
-
-
-def _rows_with_earlier(store: PartStore, history: History, held: Held, rows: list[str]) -> list[str]:
-    """The rows of a stack that a stream adds to: they stay as they are, and what is new comes behind them.
-
-    Where it is the same stream again, or goes on from there, lines that make no sense have a row as well.
-    """
-    before = [id for id, _ in gathered(store)]
-    before += [id for id in history.ids(but={*before, *rows}) if held(id)]
-    rows = _rows(history, held, rows)
-    same = min(len(before), len(rows))
-    if before[:same] == rows[:same]:
-        return max(before, rows, key=len)
-    there = {"", *before}
-    return before + [id for id in rows if id not in there]
-
-
-def _order(store: PartStore, history: History, held: Held, feed: Feed) -> list[str]:
-    """The ids that a packed file tells of: those of this run, and what is there of runs before it."""
-    known = set(feed.ids)
-    standing = (id for id, _ in gathered(store))
-    before = dict.fromkeys(chain(standing, history.ids(but=known)))  # as they stand, then as they came
-    earlier = [id for id in before if id not in known and held(id)]
-    return earlier + feed.ids if feed.streams else feed.ids + earlier
-
-
-def _results(held: Held, order: list[str], stacked: bool) -> Iterator[Result]:
-    """What a gathered file tells of; only in a stack is there a row for a pair that has no result."""
-    for id in order:
-        piece = held(id)
-        if piece or stacked:
-            yield id, piece
 
 
 def gather(store: PartStore, results: Callable[[], Iterator[Result]]) -> None:
@@ -191,7 +105,7 @@ def gather(store: PartStore, results: Callable[[], Iterator[Result]]) -> None:
         info = os.fstat(fd)
         _write_index(store, results(), [info.st_size, len(header), zlib.crc32(header), info.st_ino], len(hole))
     os.replace(_new_index(store), _index(store))
-    _remove_parts(store)
+    remove_parts(store)
 
 
 def _tensors(results: Iterator[Result], gate: bool) -> Iterator[tuple[str, tuple[int, ...], str]]:
@@ -200,7 +114,7 @@ def _tensors(results: Iterator[Result], gate: bool) -> Iterator[tuple[str, tuple
         if piece:
             yield id, piece.shape, piece.dtype
             if gate:
-                yield id + GATE, gate_of(piece.shape)[1], piece.dtype
+                yield id + GATE, gate_of(piece.shape), piece.dtype
 
 
 @contextlib.contextmanager
@@ -211,49 +125,6 @@ def _named(path: str) -> Iterator[None]:
     except OSError as error:
         error.filename = path
         raise
-
-
-class Stacked:
-    """Sees to it that results have the one shape and dtype that a stack can have."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self.first: tuple[str, tuple[int, ...], str] | None = None  # its id, shape and dtype
-
-    def add(self, id: str, shape: Sequence[int], dtype: str) -> None:
-        """Raise `OutputError` if a result does not stack with the first."""
-        if self.first is None:
-            self.first = id, tuple(shape), dtype
-        first, first_shape, first_dtype = self.first
-        if (tuple(shape), dtype) != (first_shape, first_dtype):
-            raise OutputError(
-                "results of different shapes do not stack",
-                where=self._path,
-                found=f"{list(shape)} {dtype} for {id}",
-                wanted=f"{list(first_shape)} {first_dtype}, as for {first}",
-                hint="write to a folder or to .safetensors",
-            )
-
-
-class Stacks:
-    """Sees to it while a run is under way, so that nobody waits for a stack that cannot be."""
-
-    def __init__(self, stores: Iterable[Store]) -> None:
-        there = (isinstance(store, PartStore) and is_stack(store) for store in stores)
-        self._stacks = [Stacked(store.path) if stack else None for store, stack in zip(stores, there, strict=True)]
-
-    def see(self, outcomes: Iterable[Outcome]) -> None:
-        """Raise `OutputError` if what has just been fused does not stack."""
-        for outcome in outcomes if any(self._stacks) else ():
-            if outcome.status == "fused":
-                told = outcome.facts, outcome.facts.get("attention")
-                self.add(outcome.id, *((facts["shape"], facts["dtype"]) for facts in told if facts))
-
-    def add(self, id: str, *results: tuple[Any, ...] | None) -> None:
-        """The same for the results of one pair, which begin with shape and dtype, as the stores are."""
-        for stacked, result in zip(self._stacks, results, strict=False):
-            if stacked and result:
-                stacked.add(id, *result[:2])
 
 
 def _common(store: PartStore, results: Iterator[Result]) -> tuple[tuple[int, ...], str]:

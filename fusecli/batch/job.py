@@ -121,21 +121,21 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = False
-        self._ear, self._mouth = os.pipe()
+        self._reader, self._writer = os.pipe()
 
     def ask(self) -> None:
         """Begin nothing new."""
         self.asked = True
-        os.write(self._mouth, b"x")
+        os.write(self._writer, b"x")
 
     def fileno(self) -> int:
         """What becomes readable with the wish."""
-        return self._ear
+        return self._reader
 
     def close(self) -> None:
         """Nobody listens any more."""
-        os.close(self._ear)
-        os.close(self._mouth)
+        os.close(self._reader)
+        os.close(self._writer)
 
     @contextlib.contextmanager
     def on_interrupt(self) -> Iterator[None]:

@@ -28,7 +28,18 @@ from fusecli.formats import write_whole
 #: How the line of a run starts.
 BEGAN = b'{"began": '
 
-Pieces: TypeAlias = "tuple[Piece, Piece | None]"
+
+class Pieces(NamedTuple):
+    """What was written for a pair."""
+
+    fused: Piece
+    attention: Piece | None
+
+    def of(self, kind: str) -> Piece | None:
+        """The one of a kind, ``fused`` or ``attention``."""
+        return self.attention if kind == "attention" else self.fused
+
+
 _Kind: TypeAlias = "tuple[tuple[Any, ...], tuple[Any, ...] | None]"
 
 
@@ -73,7 +84,7 @@ class History:
             return None
         fused, attention = kind
         dump = Piece._make((*attention, self._attention_at[at])) if attention else None
-        return Piece._make((*fused, self._at[at])), dump
+        return Pieces(Piece._make((*fused, self._at[at])), dump)
 
     def ids(self, but: Container[str] = ()) -> Iterator[str]:
         """The ids of which something was written, ``but`` some, in the order in which they first came."""
@@ -83,21 +94,19 @@ class History:
                 seen.add(id)
                 yield id
 
-    def move(
-        self, moved: Iterator[tuple[str, Piece | None]], attention: bool, stays: Callable[[Piece], bool] | None
-    ) -> None:
+    def move(self, moved: Iterator[tuple[str, Piece | None]], kind: str, stays: Callable[[Piece], bool] | None) -> None:
         """Record new places of pieces; keep those for which ``stays(piece)`` is true.
 
         Args:
             moved: ids, each with its piece where it lies now.
-            attention: whether they are pieces of attention, not of features.
+            kind: of the pieces, ``fused`` or ``attention``.
             stays: whether a piece is still where it was.
         """
         for id, piece in moved:
             before = self.pieces(id)
-            now = before and before[attention]
+            now = before and before.of(kind)
             if before and piece and not (stays and now and stays(now)):
-                self._add(id, before[0] if attention else piece, piece if attention else before[1])
+                self._add(id, *before._replace(**{kind: piece}))
         self._sort()
 
     def undone(self, id: str) -> bool:

@@ -10,15 +10,17 @@ from functools import partial
 from fusecli.arrays import to_device
 from fusecli.batch.apart import require_apart
 from fusecli.batch.feed import ListFeed, Pairs, StreamFeed
-from fusecli.batch.gather import Stacks, gather_what_is_there, is_stack, is_whole, read_history, remove_left
+from fusecli.batch.gather import is_whole, read_history, remove_left
 from fusecli.batch.job import Job, Outcome, Stop
 from fusecli.batch.ledger import History, Ledger, Lock, claim, require_same_run, require_unclaimed, runs_in
 from fusecli.batch.local import Pool
 from fusecli.batch.manifest import Manifest
+from fusecli.batch.order import gather_what_is_there
 from fusecli.batch.plan import Shard, item_size
 from fusecli.batch.request import Request, is_one_file, named_like
+from fusecli.batch.stacks import Stacks, is_stack
 from fusecli.batch.store import STATE, FolderStore, PartStore, Piece, Store
-from fusecli.batch.summary import Reporter, Summary, Teller, reason_to_stop
+from fusecli.batch.summary import Recorder, Reporter, Summary, reason_to_stop
 from fusecli.batch.worker import work
 from fusecli.errors import OutputError, UsageError
 from fusecli.formats import safetensors
@@ -78,17 +80,17 @@ def _run(request: Request, pairs: Pairs | Manifest, reporter: Reporter, job: Job
             store.begin()
         _begin(ledger, request, history.began)
         stacks = Stacks(_stores(job))
-        teller = Teller(ledger, history.missing, reporter, stacks.see)
+        recorder = Recorder(ledger, history.missing, reporter, stacks.see)
         feed = _feed(request, pairs, history, job, stacks)
         reporter.planned(feed.total)
-        teller.tell(pairs.known if isinstance(pairs, Pairs) else [])
-        _drive(request, job, feed, teller, pool, stop)
+        recorder.record(pairs.known if isinstance(pairs, Pairs) else [])
+        _drive(request, job, feed, recorder, pool, stop)
     finally:
         pool.close()  # or a worker might still write to what is removed
         for store in folders:
             store.end()
         ledger.close()
-    summary = teller.summary
+    summary = recorder.summary
     if not (summary.interrupted or summary.stopped or request.shard):
         del history  # a gathering reads it anew
         _gather(job, folder, feed, summary)
@@ -199,10 +201,10 @@ def _is_there(job: Job, id: str, fused: Piece, attention: Piece | None) -> bool:
     return job.attention is None or (attention is not None and job.attention.holds(id, attention))
 
 
-def _drive(request: Request, job: Job, feed: ListFeed | StreamFeed, teller: Teller, pool: Pool, stop: Stop) -> None:
-    summary, runner = teller.summary, pool.run
+def _drive(request: Request, job: Job, feed: ListFeed | StreamFeed, recorder: Recorder, pool: Pool, stop: Stop) -> None:
+    summary, runner = recorder.summary, pool.run
     if request.fail_fast and summary.failures:
-        summary.stopped = teller.first_failure
+        summary.stopped = recorder.first_failure
         return
     if request.device != "cpu":
         from fusecli.batch import inline, together  # 10 ms that only a GPU needs
@@ -211,13 +213,13 @@ def _drive(request: Request, job: Job, feed: ListFeed | StreamFeed, teller: Tell
     with stop.on_interrupt():
         for outcomes in runner(feed, stop):
             outcomes = [*feed.outcomes(), *outcomes]
-            teller.tell(outcomes)
+            recorder.record(outcomes)
             if not stop.asked and (reason := reason_to_stop(outcomes, request.fail_fast)):
                 summary.stopped = reason
                 stop.ask()
         for outcomes in pool.drain():
-            teller.tell(outcomes)
-        teller.tell(feed.outcomes())
+            recorder.record(outcomes)
+        recorder.record(feed.outcomes())
     summary.interrupted = stop.asked and summary.stopped is None
 
 

@@ -40,7 +40,7 @@ class Piece(NamedTuple):
 
     def nbytes(self, gate: bool = False) -> int:
         """Bytes of the numbers, with those of the ``gate`` behind them if there is one."""
-        behind = math.prod(gate_of(self.shape)[1]) if gate else 0
+        behind = math.prod(gate_of(self.shape)) if gate else 0
         return (math.prod(self.shape) + behind) * itemsize(self.dtype)
 
     def facts(self) -> dict[str, Any]:
@@ -193,7 +193,7 @@ class FolderStore:
 
     def _header(self, id: str, name: str, shape: tuple[int, ...], dtype: str) -> bytes:
         told = self.label.of_one(id, shape) if self.label else {}
-        second = gate_of(shape) if self.gate else None
+        second = ("gate", gate_of(shape)) if self.gate else None
         header: bytes = self._format.header(name, shape, dtype, told, second)
         return header
 

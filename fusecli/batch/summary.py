@@ -68,7 +68,7 @@ class Reporter(Protocol):
 
 
 @dataclass
-class Teller:
+class Recorder:
     """Passes on what happened: to the ledger, to the summary, to the reporter, and to a check that may raise."""
 
     ledger: Ledger
@@ -78,7 +78,7 @@ class Teller:
     summary: Summary = field(default_factory=Summary)
     first_failure: Outcome | None = None
 
-    def tell(self, outcomes: list[Outcome]) -> None:
+    def record(self, outcomes: list[Outcome]) -> None:
         """Something came of these pairs."""
         new = [x for x in outcomes if x.status != "skipped" and not (x.status == "missing" and x.id in self.missing)]
         self.ledger.add(new)

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from fusecli.batch.plan import Shard
     from fusecli.batch.request import Request
     from fusecli.dumps import Tokens
+    from fusecli.weights import Weights
 
 #: Suffixes that tell of a file that is meant, where there would be a folder of that name.
 MISTAKEN = (".npy", ".safetensors", ".safetensor", ".npz", ".pt", ".pth", ".bin", ".h5", ".parquet")
@@ -119,11 +120,9 @@ def batch(
     fusecli batch images/ texts/ -o fused/
     """
     parameters = locals()
-    from fusecli.batch.job import Options
-    from fusecli.batch.request import Request, is_one_file, named_like
+    from fusecli.batch.request import is_one_file, named_like
     from fusecli.batch.run import run
-    from fusecli.cli.progress import INTERRUPTED, Progress, explain
-    from fusecli.machine import cores
+    from fusecli.cli.progress import INTERRUPTED, Progress, report
 
     output, attention = _without_slash(output), attention and _without_slash(attention)
     sources = Sources(images, texts, manifest, image_key, text_key, image_pattern, text_pattern, tokens)
@@ -137,25 +136,7 @@ def batch(
     _refuse_contradictions(parameters | {"output": output})
     loaded = load_weights(weights, num_heads, seed, residual, attention, lambda line: note(line, quiet))
     part = _shard(shard)
-    request = Request(
-        weights=loaded,
-        output=output,
-        attention=attention,
-        suffix=suffix,
-        options=Options(dtype, attention_mean, attention_dtype, allow_nonfinite),
-        facts=sources.seen_from(output),
-        workers=workers or cores(),
-        device=device,
-        shard=part,
-        limit=limit,
-        retry_failed=retry_failed,
-        overwrite=overwrite,
-        fail_fast=fail_fast,
-        tokens=_read_tokens(tokens) if tokens else None,
-        grid=to_grid(grid),
-        skip_rows=skip_rows,
-        read=tuple(path for path in (weights, tokens) if path and path != "-"),
-    )
+    request = _request(parameters | {"output": output, "attention": attention, "shard": part}, loaded, sources)
     outputs = [output, attention]
     if dry_run:
         _tell_plan(request, find_pairs(sources, outputs, part, weights), quiet)
@@ -175,9 +156,30 @@ def batch(
     came = summary.fused or summary.skipped or summary.failures or summary.missed or retry_failed
     if manifest == "-" and not came and not shard and limit != 0:
         raise InputError("no pairs arrived", where="<stdin>", wanted="lines with id,image,text")
-    code = explain(summary, request, allow_missing, quiet)
+    code = report(summary, request, allow_missing, quiet)
     if code:
         raise typer.Exit(code)
+
+
+def _request(given: dict[str, Any], weights: Weights, sources: Sources) -> Request:
+    """What the command's parameters ask for."""
+    from fusecli.batch.job import Options
+    from fusecli.batch.request import Request
+    from fusecli.machine import cores
+
+    as_given = ("output", "attention", "suffix", "device", "shard", "limit", "retry_failed", "overwrite", "fail_fast")
+    options = ("dtype", "attention_mean", "attention_dtype", "allow_nonfinite")
+    return Request(
+        weights=weights,
+        options=Options(**{name: given[name] for name in options}),
+        facts=sources.seen_from(given["output"]),
+        workers=given["workers"] or cores(),
+        tokens=_read_tokens(given["tokens"]) if given["tokens"] else None,
+        grid=to_grid(given["grid"]),
+        skip_rows=given["skip_rows"],
+        read=tuple(given[name] for name in ("weights", "tokens") if given[name] and given[name] != "-"),
+        **{name: given[name] for name in as_given},
+    )
 
 
 def _refuse_contradictions(given: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -92,6 +92,7 @@ def fuse(
 
     fusecli fuse image.npy text.npy -o fused.npy
     """
+    parameters = locals()
     from fusecli import pairs, pipeline
     from fusecli.formats import has_names, is_stream
     from fusecli.machine import cores
@@ -129,21 +130,8 @@ def fuse(
         threads=cores() if device == "cpu" else 1,
     )
     done = _fuse(loaded, pipeline.Pair(stored_image, stored_text), form, device, [output, attention])
-    facts = {
-        "output": output,
-        "shape": [done.n, done.dim],
-        "dtype": done.dtype,
-        "image": [done.m, loaded.image_dim],
-        "text": [done.n, loaded.text_dim],
-        "attention": attention,
-        "weights": weights,
-        "method": loaded.config.method,
-        **loaded.config.options(),
-        "device": device,
-        "seconds": round(time.perf_counter() - started, 4),
-    }
     if json:
-        emit(facts)
+        emit(_facts(parameters | {"output": output, "attention": attention}, loaded, done, started))
     elif output != "-":
         note(f"{output}: [{done.n}, {done.dim}] {done.dtype} from {done.m} image and {done.n} text rows", quiet)
 
@@ -163,6 +151,23 @@ def _fuse(weights: Weights, pair: Pair, form: Output, device: str, outputs: list
             raise
         # Whoever stops reading one result has not said that the other is not wanted.
         raise OutputError("its reader has gone, so the results are incomplete", where=error.filename) from None
+
+
+def _facts(given: dict[str, Any], weights: Weights, done: Fused, started: float) -> dict[str, Any]:
+    """What ``--json`` says, of the parameters ``given`` and of what was done."""
+    return {
+        "output": given["output"],
+        "shape": [done.n, done.dim],
+        "dtype": done.dtype,
+        "image": [done.m, weights.image_dim],
+        "text": [done.n, weights.text_dim],
+        "attention": given["attention"],
+        "weights": given["weights"],
+        "method": weights.config.method,
+        **weights.config.options(),
+        "device": given["device"],
+        "seconds": round(time.perf_counter() - started, 4),
+    }
 
 
 def _metadata(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusecli.cli.console import note, printable
 from fusecli.cli.shared import ONE_ROW
-from fusecli.errors import OutputError
+from fusecli.errors import OutputError, listed
 
 if TYPE_CHECKING:
     from fusecli.batch.job import Outcome
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 EVERY = 10.0
 INTERRUPTED = "interrupted; run the same command again to continue"
 REDRAW = 0.1
+
+
+def _has_bar(quiet: bool) -> bool:
+    return not quiet and sys.stderr is not None and sys.stderr.isatty()
 
 
 class Progress:
@@ -44,7 +48,7 @@ class Progress:
     def planned(self, pairs: int | None) -> None:
         """So many pairs are to be looked at (None: nobody knows)."""
         self._pairs = pairs
-        if self._quiet or sys.stderr is None or not sys.stderr.isatty():
+        if not _has_bar(self._quiet):
             return
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -101,7 +105,7 @@ class Epochs:
         self._task: Any = None
 
     def __enter__(self) -> Epochs:
-        if not self._quiet and sys.stderr is not None and sys.stderr.isatty():
+        if _has_bar(self._quiet):
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -150,7 +154,7 @@ def _without_parts(value: Any) -> Any:
 
 def counted(ids: list[str], quiet: bool) -> Iterator[str]:
     """``ids`` one by one, with a bar on a terminal, and a line now and then elsewhere."""
-    if not quiet and sys.stderr is not None and sys.stderr.isatty():
+    if _has_bar(quiet):
         from rich.console import Console
         from rich.progress import track
 
@@ -165,13 +169,15 @@ def counted(ids: list[str], quiet: bool) -> Iterator[str]:
         yield id
 
 
-def explain(summary: Summary, request: Request, allow_missing: bool, quiet: bool) -> int:
+def report(summary: Summary, request: Request, allow_missing: bool, quiet: bool) -> int:
     """Print the table of what came of a run; returns the exit code."""
     from fusecli.batch.request import state_folder
 
     rows = [("fused", summary.fused, ""), ("skipped", summary.skipped, "done before")]
-    rows += [("failed", count, f"{cause}: {shown(ids, count)}") for cause, (count, ids) in summary.failed.items()]
-    rows += [("no " + side, count, shown(ids, count)) for side, (count, ids) in summary.missing.items()]
+    rows += [
+        ("failed", count, f"{cause}: {listed(ids, count=count)}") for cause, (count, ids) in summary.failed.items()
+    ]
+    rows += [("no " + side, count, listed(ids, count=count)) for side, (count, ids) in summary.missing.items()]
     for name, count, told in rows:
         if count or name == "fused":
             note(f"{name:9} {count:>9,}  {printable(told)}".rstrip(), quiet)
@@ -182,11 +188,6 @@ def explain(summary: Summary, request: Request, allow_missing: bool, quiet: bool
     if summary.failed:
         note(f"details of every pair are in {state_folder(request.output)}/", quiet)
     return _code(summary, request, allow_missing, quiet)
-
-
-def shown(ids: list[str], count: int) -> str:
-    """The first of ``count`` ids, long ones cut."""
-    return ", ".join(id if len(id) < 60 else f"{id[:60]}…" for id in ids) + (", …" if count > len(ids) else "")
 
 
 def _code(summary: Summary, request: Request, allow_missing: bool, quiet: bool) -> int:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fusecli.cli.console import note
 from fusecli.cli.options import require_names
-from fusecli.errors import FileError, InputError, UsageError
+from fusecli.errors import FileError, InputError, UsageError, listed
 
 if TYPE_CHECKING:
     from fusecli.batch.feed import Pairs
@@ -85,8 +86,9 @@ def check_sources(sources: Sources) -> None:
     if sources.manifest is not None and any(patterns.values()):
         hint = "leave out --image-pattern and --text-pattern"
         raise UsageError("a manifest names every id itself", where="--manifest", hint=hint)
-    apart = (sources.image_pattern, sources.text_pattern), (sources.image_key, sources.text_key)
-    if sources.one_place and not any(image != text and None not in (image, text) for image, text in apart):
+    if sources.one_place and not (
+        _told_apart(sources.image_pattern, sources.text_pattern) or _told_apart(sources.image_key, sources.text_key)
+    ):
         hint = "give TEXTS of their own, or --image-pattern '{id}.image.npy' --text-pattern '{id}.text.npy'"
         raise UsageError(
             "images and texts are the same place, with nothing to distinguish them", where=sources.images, hint=hint
@@ -98,6 +100,10 @@ def check_sources(sources: Sources) -> None:
             raise UsageError(
                 "not a pattern", where=f"--{side}-pattern", found=pattern, wanted="{id} in it once"
             ) from None
+
+
+def _told_apart(image: str | None, text: str | None) -> bool:
+    return image is not None and text is not None and image != text
 
 
 def refuse_inside(output: str, folders: Iterable[str]) -> None:
@@ -150,3 +156,35 @@ def find_pairs(
             hint="ids are paths without suffix, names of tensors or numbers of rows; see --image-pattern",
         )
     return from_collections(images, texts, found, inputs)
+
+
+def complete_ids(pairs: Pairs, labels: dict[str, str] | None, allow_missing: bool, quiet: bool) -> list[str]:
+    """The ids that have all there is to have; the others are counted and listed."""
+    for outcome in pairs.known:
+        if outcome.status == "failed":
+            raise InputError(outcome.facts["message"])
+    lacking = {
+        f"without {side}": [outcome.id for outcome in pairs.known if outcome.facts.get("missing") == side]
+        for side in ("image", "text")
+    }
+    ids: list[str] = pairs.ids
+    if labels is not None:
+        there = {*ids, *(outcome.id for outcome in pairs.known)}
+        lacking["without label"] = [id for id in ids if id not in labels]
+        lacking["labelled, without a pair"] = [id for id in labels if id not in there]
+        ids = [id for id in ids if id in labels]
+        if pairs.ids and labels and not ids:
+            found, wanted = f"{next(iter(labels))!r} among the labels", f"ids such as {pairs.ids[0]!r}"
+            hint = "ids are paths without suffix, names of tensors or numbers of rows"
+            raise InputError("no label belongs to a pair", found=found, wanted=wanted, hint=hint)
+    told = [f"{len(some):,} {what}" for what, some in lacking.items() if some]
+    for what, some in lacking.items():
+        if some:
+            note(f"{len(some):,} {'id' if len(some) == 1 else 'ids'} {what}: {listed(some)}", quiet)
+    if told and not allow_missing:
+        raise InputError(
+            "some ids lack an image, a text or a label", found=", ".join(told), hint="--allow-missing skips them"
+        )
+    if not ids:
+        raise InputError("no pair is left to train on", found=", ".join(told) or "no pairs")
+    return ids

@@ -5,9 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fusecli.cli.console import printable
+
+if TYPE_CHECKING:
+    from rich.color import Color
+    from rich.console import Console
+    from rich.segment import Segment
+    from rich.style import Style
+
+    from fusecli.formats import NumpyArray
+    from fusecli.grid import Grid
+    from fusecli.heatmap.view import Look, View
 
 #: Columns and lines that a map may fill; cells of small grids grow until they do.
 COLUMNS, LINES = 32, 16
@@ -24,13 +34,13 @@ LEVELS = (0, 95, 135, 175, 215, 255)
 class Painter:
     """Draws the maps of a `fusecli.heatmap.view.View` on a rich console."""
 
-    def __init__(self, console: Any) -> None:
+    def __init__(self, console: Console) -> None:
         self._console = console
         colours = console.color_system in ("truecolor", "256") and not console.no_color
         self._coloured = colours and _is_unicode(console)
         self._cube = console.color_system == "256"
 
-    def paint(self, view: Any, scale: str) -> None:
+    def paint(self, view: View, scale: str) -> None:
         """All maps, as tiles where the image rows form a grid, as a table of strips where they do not."""
         shares = view.shades(scale)
         if view.dump.grid:
@@ -38,7 +48,7 @@ class Painter:
         else:
             self._strips(view, shares)
 
-    def _tiles(self, view: Any, shares: Any) -> None:
+    def _tiles(self, view: View, shares: NumpyArray) -> None:
         from fusecli.heatmap.shades import pooled
 
         cells, steps = pooled(shares, (COLUMNS, COLUMNS) if self._coloured else (LINES * 2, COLUMNS // 2))
@@ -52,12 +62,12 @@ class Painter:
             tiles = [self._tile(look, cells[start + k], grow, width, view.dump.grid) for k, look in enumerate(looks)]
             self._beside(tiles, width)
 
-    def _tile(self, look: Any, cells: Any, grow: int, width: int, grid: Any) -> list[Any]:
+    def _tile(self, look: Look, cells: NumpyArray, grow: int, width: int, grid: Grid | None) -> list[list[Segment]]:
         map = self._half_blocks(cells, grow) if self._coloured else self._characters(cells, grow)
         told = f"{look.bits:.2f} bits" if look.gate is None else f"{look.bits:.2f} b, gate {look.gate:.2f}"
         return [self._label(look.label, width), *map, self._words(told), self._words(_rows(look, width, grid))]
 
-    def _half_blocks(self, cells: Any, grow: int) -> list[Any]:
+    def _half_blocks(self, cells: NumpyArray, grow: int) -> list[list[Segment]]:
         """Two cells a character: the upper half in the foreground, the lower in the background."""
         import numpy as np
 
@@ -68,11 +78,11 @@ class Painter:
             _runs(list(zip(*pair, strict=True)), self._cube) for pair in steps.reshape(-1, 2, steps.shape[1]).tolist()
         ]
 
-    def _characters(self, cells: Any, grow: int) -> list[Any]:
+    def _characters(self, cells: NumpyArray, grow: int) -> list[list[Segment]]:
         grown = cells.repeat(_half(grow), 0).repeat(_half(grow), 1)
         return [self._words("".join(2 * _character(share) for share in line)) for line in grown.tolist()]
 
-    def _strips(self, view: Any, shares: Any) -> None:
+    def _strips(self, view: View, shares: NumpyArray) -> None:
         from rich.cells import cell_len
 
         from fusecli.heatmap.shades import pooled
@@ -94,16 +104,16 @@ class Painter:
             ]
             self._line(parts)
 
-    def _beside(self, tiles: list[list[Any]], width: int) -> None:
+    def _beside(self, tiles: list[list[list[Segment]]], width: int) -> None:
         for lines in zip(*tiles, strict=True):
             self._line([(line, width) for line in lines])
         self._line([])
 
-    def _line(self, parts: list[tuple[Any, int]]) -> None:
+    def _line(self, parts: list[tuple[list[Segment], int]]) -> None:
         """Parts with their widths, one beside the other."""
         from rich.segment import Segment, Segments
 
-        row: list[Any] = []
+        row: list[Segment] = []
         for at, (part, width) in enumerate(parts):
             row += part
             used = sum(segment.cell_length for segment in part)
@@ -111,13 +121,13 @@ class Painter:
                 row.append(Segment(" " * (max(0, width - used) + GAP)))
         self._console.print(Segments([*row, Segment.line()]), end="", soft_wrap=True)
 
-    def _label(self, text: str, width: int) -> list[Any]:
+    def _label(self, text: str, width: int) -> list[Segment]:
         from rich.segment import Segment
         from rich.style import Style
 
         return [Segment(fitted(shown_on(self._console, text), width), Style(bold=True))]
 
-    def _words(self, text: str) -> list[Any]:
+    def _words(self, text: str) -> list[Segment]:
         from rich.segment import Segment
 
         return [Segment(text)]
@@ -130,13 +140,13 @@ def _half(grow: int) -> int:
     return max(1, grow // 2)  # a character is as high as two of the cells that colours make
 
 
-def shown_on(console: Any, text: str) -> str:
+def shown_on(console: Console, text: str) -> str:
     """``text`` as the console can show it."""
     text = printable(text)
     return text if _is_unicode(console) else text.encode("ascii", "backslashreplace").decode()
 
 
-def _is_unicode(console: Any) -> bool:
+def _is_unicode(console: Console) -> bool:
     return (console.encoding or "").lower().startswith("utf")
 
 
@@ -149,7 +159,7 @@ def fitted(text: str, width: int) -> str:
     return set_cell_size(text, width - 1).rstrip() + ("+" if text.isascii() else "…")
 
 
-def _rows(look: Any, width: int, grid: Any = None) -> str:
+def _rows(look: Look, width: int, grid: Grid | None = None) -> str:
     """``row:share`` of the strongest rows, as many as fit; on a grid ``line,column:share``."""
     text = ""
     for row, weight in look.top:
@@ -173,7 +183,7 @@ def _character(share: float) -> str:
     return RAMP[min(len(RAMP) - 1, round(share * (len(RAMP) - 1)))]
 
 
-def _runs(cells: list[tuple[int, ...]], cube: bool) -> list[Any]:
+def _runs(cells: list[tuple[int, ...]], cube: bool) -> list[Segment]:
     """Segments of equal neighbours; a cell is its step, or the upper and the lower one (-1: nothing there)."""
     from rich.segment import Segment
 
@@ -190,7 +200,7 @@ def _counted(cells: list[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], in
 
 
 @cache
-def _style(cell: tuple[int, ...], cube: bool) -> Any:
+def _style(cell: tuple[int, ...], cube: bool) -> Style:
     from rich.style import Style
 
     found = [_colour(step, cube) if step >= 0 else None for step in cell]
@@ -198,7 +208,7 @@ def _style(cell: tuple[int, ...], cube: bool) -> Any:
 
 
 @cache
-def _colour(step: int, cube: bool) -> Any:
+def _colour(step: int, cube: bool) -> Color:
     """The colour of a step: exact, or of the 6 x 6 x 6 colours among a terminal's 256.
 
     The nearest of all 256 would often be a grey, and neighbours of one ramp would have nothing in common.

@@ -28,7 +28,7 @@ from fusecli.cli.options import (
     require_names,
     require_safetensors,
 )
-from fusecli.cli.progress import Epochs, shown
+from fusecli.cli.progress import Epochs
 from fusecli.cli.sources import (
     ImageKey,
     ImagePattern,
@@ -36,17 +36,17 @@ from fusecli.cli.sources import (
     TextKey,
     TextPattern,
     check_sources,
+    complete_ids,
     find_pairs,
     refuse_inside,
 )
-from fusecli.errors import InputError, OutputError, UsageError
+from fusecli.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
-    from fusecli.batch.feed import Pairs
+    from fusecli.training.recipe import Recipe
     from fusecli.training.run import Result
+    from fusecli.weights import Weights
 
-#: Ids that are shown of many.
-FIRST = 5
 #: Held-out pairs, below which intervals of the table are so wide that it says little.
 FEW = 20
 
@@ -185,9 +185,7 @@ def train(
     from fusecli import checkpoint
     from fusecli.pairs import refuse_same_file
     from fusecli.training import labels as labelled
-    from fusecli.training import recipe
     from fusecli.training.files import files_of
-    from fusecli.training.loop import Settings
     from fusecli.training.run import train_on
 
     for where, rate in {"--lr": lr, "--weight-decay": weight_decay}.items():
@@ -202,35 +200,10 @@ def train(
     state = files_of(output)[-1]
     before = _stamp(state)
     known = labelled.read_labels(labels, label_column or "label") if labels is not None else None
-    ids = _usable(pairs, known, allow_missing, quiet)
+    ids = complete_ids(pairs, known, allow_missing, quiet)
     features = {place.path for id in ids for place in pairs.places(id)}  # behind links, say
     refuse_same_file([output, *files_of(output)], sorted(features))
-    usual = recipe.pace(known is not None, given)
-    chosen = recipe.Recipe(
-        objective=partial(
-            labelled.objective,
-            known,
-            labels,
-            str(task or Task.classify),
-            text_dropout or 0.0,
-            recipe.SMOOTHING if label_smoothing is None else label_smoothing,
-            class_weights is not None,
-        ),
-        beginning=partial(recipe.from_checkpoint, loaded, weights)
-        if loaded
-        else partial(recipe.drawn, known is not None, feature_dim, seed, given),
-        settings=Settings(
-            epochs or usual.epochs,
-            batch_size,
-            usual.lr if lr is None else lr,
-            weight_decay,
-            patience or usual.patience,
-            seed,
-            device,
-        ),
-        validation=validation,
-        held_out=held_out,
-    )
+    chosen = _recipe(parameters, known, given, loaded)
     try:
         with Epochs(quiet) as reporter:
             result = train_on(output, ids, pairs.places, chosen, reporter, resume, overwrite)
@@ -246,6 +219,39 @@ def train(
         emit({"output": output, **result.facts()})
     else:
         _show(result, output, quiet)
+
+
+def _recipe(
+    asked: dict[str, Any], labels: dict[str, str] | None, options: dict[str, Any], weights: Weights | None
+) -> Recipe:
+    """What the command's parameters ask for; ``options`` of the method, or ``weights`` that bring their own."""
+    from fusecli.training import labels as labelled
+    from fusecli.training import recipe
+    from fusecli.training.loop import Settings
+
+    usual, smoothing = recipe.pace(labels is not None, options), asked["label_smoothing"]
+    objective = partial(
+        labelled.objective,
+        labels,
+        asked["labels"],
+        str(asked["task"] or Task.classify),
+        asked["text_dropout"] or 0.0,
+        recipe.SMOOTHING if smoothing is None else smoothing,
+        asked["class_weights"] is not None,
+    )
+    beginning = partial(recipe.drawn, labels is not None, asked["feature_dim"], asked["seed"], options)
+    if weights:
+        beginning = partial(recipe.from_checkpoint, weights, asked["weights"])
+    settings = Settings(
+        asked["epochs"] or usual.epochs,
+        asked["batch_size"],
+        usual.lr if asked["lr"] is None else asked["lr"],
+        asked["weight_decay"],
+        asked["patience"] or usual.patience,
+        asked["seed"],
+        asked["device"],
+    )
+    return recipe.Recipe(objective, beginning, settings, asked["validation"], asked["held_out"])
 
 
 def _stamp(path: str) -> tuple[int, int] | None:
@@ -308,38 +314,6 @@ def _check_labels(given: dict[str, Any]) -> None:
             raise UsageError("there are no labels", where=where, hint="add --labels FILE")
         if given[name] is not None and given["task"] is Task.regression and name in of_classes:
             raise UsageError("numbers have no classes", where=where, hint="leave it out")
-
-
-def _usable(pairs: Pairs, labels: dict[str, str] | None, allow_missing: bool, quiet: bool) -> list[str]:
-    """The ids that have all there is to have; the others are counted and listed."""
-    for outcome in pairs.known:
-        if outcome.status == "failed":
-            raise InputError(outcome.facts["message"])
-    lacking = {
-        f"without {side}": [outcome.id for outcome in pairs.known if outcome.facts.get("missing") == side]
-        for side in ("image", "text")
-    }
-    ids: list[str] = pairs.ids
-    if labels is not None:
-        there = {*ids, *(outcome.id for outcome in pairs.known)}
-        lacking["without label"] = [id for id in ids if id not in labels]
-        lacking["labelled, without a pair"] = [id for id in labels if id not in there]
-        ids = [id for id in ids if id in labels]
-        if pairs.ids and labels and not ids:
-            found, wanted = f"{next(iter(labels))!r} among the labels", f"ids such as {pairs.ids[0]!r}"
-            hint = "ids are paths without suffix, names of tensors or numbers of rows"
-            raise InputError("no label belongs to a pair", found=found, wanted=wanted, hint=hint)
-    told = [f"{len(some):,} {what}" for what, some in lacking.items() if some]
-    for what, some in lacking.items():
-        if some:
-            note(f"{len(some):,} {'id' if len(some) == 1 else 'ids'} {what}: {shown(some[:FIRST], len(some))}", quiet)
-    if told and not allow_missing:
-        raise InputError(
-            "some ids lack an image, a text or a label", found=", ".join(told), hint="--allow-missing skips them"
-        )
-    if not ids:
-        raise InputError("no pair is left to train on", found=", ".join(told) or "no pairs")
-    return ids
 
 
 def _show(result: Result, output: str, quiet: bool) -> None:

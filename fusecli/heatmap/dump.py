@@ -14,7 +14,7 @@ import numpy as np
 
 from fusecli.collections import Folder
 from fusecli.dumps import GATE, About, Tokens, names_of, require_tokens
-from fusecli.errors import FileError, ShapeError, ValuesError
+from fusecli.errors import FileError, ShapeError, ValuesError, listed
 from fusecli.formats import NumpyArray, Stored, open_tensors
 from fusecli.grid import Grid, grid_of
 
@@ -199,8 +199,7 @@ class Dumps:
             raise FileError("holds more than one pair", where=self.path, found=found, wanted="one", hint=hint)
         id = self.ids[0] if id is None else id
         if id not in self._known:
-            found = f"{', '.join(self.ids[:5])}{', …' if len(self.ids) > 5 else ''}"
-            raise FileError("no such pair", where=self.path, found=found, wanted=id)
+            raise FileError("no such pair", where=self.path, found=listed(self.ids), wanted=id)
         return _dump(id, self._find(id), wanted)
 
 
@@ -213,8 +212,8 @@ def _dump(id: str, found: _Found, wanted: Wanted) -> Dump:
     require_tokens(words, n, wanted.tokens.path if wanted.tokens else stored.where)
     size, skip = wanted.size, wanted.skip
     if size is None and skip is None:
-        known = about.grid is None or m - about.grid[0] * about.grid[1] in (about.skip, 0, 1)
-        size, skip = (about.grid, about.skip) if known else (None, None)
+        fits = about.grid is None or m - about.grid[0] * about.grid[1] in (about.skip, 0, 1)
+        size, skip = (about.grid, about.skip) if fits else (None, None)
     grid = grid_of(m, size, skip, stored.where) if m > 1 else None
     shares = gate.read() if gate is not None and gate.shape == (n,) else None
     if gate is not None and shares is not None and not np.isfinite(shares).all():

@@ -24,7 +24,12 @@ from fusecli.heatmap.view import View, require_map
 AIM, MOST = 8_000_000, 200_000_000
 #: Longer side of a panel, in pixels, and the width from which there is room for numbers below it.
 SMALLEST, LARGEST, ROOMY = 48, 256, 90
-LABEL, TOLD, GAP, TITLE, LEGEND = 22, 18, 12, 34, 34
+#: Heights of what stands around panels, and the room between them, in pixels.
+LABEL = 22
+TOLD = 18
+GAP = 12
+TITLE = 34
+LEGEND = 34
 #: How much a map covers the picture under it.
 OPACITY = 0.6
 

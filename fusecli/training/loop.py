@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from fusecli.errors import TrainingError, ValuesError
+from fusecli.errors import FileError, TrainingError, ValuesError
 from fusecli.training.data import Batch, Data, ahead, batches, load
 from fusecli.training.objective import Head, Objective
 from fusecli.training.represent import Fusion
@@ -82,6 +82,9 @@ class Keeper(Protocol):
     def state(self, state: dict[str, Any]) -> None:
         """An epoch is over, and this is enough to go on from it."""
 
+    def damaged(self) -> FileError:
+        """What to say of a state that cannot be used."""
+
 
 class Listener(Protocol):
     """Is told how far a run is."""
@@ -112,14 +115,16 @@ def fit(
         state: of a run to go on with.
 
     Raises:
-        StateError: the state is of another run.
+        FileError: the state is of another run.
         TrainingError: the loss became NaN or Inf; the best weights so far have been kept.
         ValuesError: it was so from the beginning.
     """
     run, settings = _Run(fusion, lesson), lesson.settings
     progress = run.progress
     if state is not None:
-        progress = run.restore(state)
+        if not run.restore(state):
+            raise keeper.damaged()
+        progress = run.progress
     elif loss_before is not None:  # what training does not better is kept as it was
         progress.best_loss = (1 - lesson.objective.margin) * loss_before
         if not math.isfinite(progress.best_loss):
@@ -132,10 +137,6 @@ def fit(
         keeper.state(run.state())
         listener.epoch(record)
     return progress
-
-
-class StateError(Exception):
-    """A saved state is not one of this run."""
 
 
 class _Run:
@@ -237,8 +238,8 @@ class _Run:
             "progress": vars(self.progress),
         }
 
-    def restore(self, state: dict[str, Any]) -> Progress:
-        """Go back to a saved state, and say how far that was; `StateError` if it is none of this run."""
+    def restore(self, state: dict[str, Any]) -> bool:
+        """Go back to a saved state; returns whether it is one of this run."""
         try:
             self._fusion.restore(state["fusion"])
             with torch.no_grad():
@@ -247,9 +248,9 @@ class _Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
             self.progress = Progress(**state["progress"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise StateError(str(error)) from None
-        return self.progress
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            return False
+        return True
 
 
 def _rate(steps: int, step: int) -> float:

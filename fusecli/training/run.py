@@ -18,7 +18,7 @@ from fusecli.errors import TrainingError, UsageError, ValuesError
 from fusecli.machine import cores
 from fusecli.training.data import read, require_enough
 from fusecli.training.files import STATE, Files, begun_with, beside
-from fusecli.training.loop import Lesson, Listener, Progress, StateError, fit
+from fusecli.training.loop import Lesson, Listener, Progress, fit
 from fusecli.training.objective import Head, Measured
 from fusecli.training.recipe import Recipe
 from fusecli.training.represent import Fusion
@@ -139,8 +139,6 @@ def train(output: str, beginning: Beginning, lesson: Lesson, reporter: Reporter,
     try:
         before = start.loss if state is None else None
         progress = fit(Fusion(start.weights, device), lesson, keeper, reporter, before, state)
-    except StateError:
-        raise keeper.damaged() from None
     except (TrainingError, ValuesError):
         keeper.give_up()
         raise

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fusecli.checkpoint import HALF_OPEN
+from fusecli.drawing import HALF_OPEN
 from fusecli.errors import ValuesError
 from fusecli.formats import NumpyArray
 from fusecli.functional import layer_norm, linear
