@@ -1,15 +1,20 @@
-"""What the machine gives: processors, and to be the only one at work in a folder."""
+"""What the machine gives: processors, peace from signals, and to be the only one at work in a folder."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 #: What a container may use of its processors, where one is limited (cgroups, version 2): microseconds of a period, or
 #: "max", and the period.
 CPU_MAX = "/sys/fs/cgroup/cpu.max"
+
+#: Signals that end a process, and of which it learns.
+ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 def cores() -> int:
@@ -19,6 +24,22 @@ def cores() -> int:
         quota, period = map(int, file.read().split())
         allowed = min(allowed, max(1, -(-quota // period)))
     return allowed
+
+
+def listen(number: int, handler: Any) -> Any:
+    """Take a signal, unless whoever started us wants it ignored (``nohup``, ``&`` in a script); returns what did."""
+    before = signal.getsignal(number)
+    return before if before is signal.SIG_IGN else signal.signal(number, handler)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Signals that would end the process wait until this is over: clearing up is not to be left half-way."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

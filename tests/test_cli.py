@@ -395,6 +395,21 @@ def test_a_stopped_run_leaves_no_litter(pair: tuple[Any, Any], tmp_path: Path, n
     assert os.listdir(tmp_path / "out") == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_is_ignored_stays_ignored(pair: tuple[Any, Any], tmp_path: Path, number: int) -> None:
+    os.mkfifo(tmp_path / "late.npy")
+    command = [*FUSECLI, "fuse", "img.npy", "late.npy", "-o", "out.npy", "-q"]
+    before = signal.signal(number, signal.SIG_IGN)  # as nohup does, and a shell for what it starts with &
+    try:
+        child = subprocess.Popen(command, cwd=tmp_path)
+    finally:
+        signal.signal(number, before)
+    with open(tmp_path / "late.npy", "wb") as late:
+        child.send_signal(number)
+        late.write((tmp_path / "txt.npy").read_bytes())
+    assert child.wait(timeout=60) == 0
+
+
 def test_inspect_of_anything_readable(run: Run, tmp_path: Path) -> None:
     np.save(tmp_path / "columns.npy", np.asfortranarray(np.ones((900, 50, 100), np.float32)))
     save_file({"\x1b[31mred": np.ones((2, 3), np.float32), "ids": np.arange(3)}, tmp_path / "x.safetensors")

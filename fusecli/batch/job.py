@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 from fusecli.batch.store import Store
 from fusecli.collections import Place
 from fusecli.errors import FusecliError, InputError, OutputError, is_out_of_memory
+from fusecli.machine import listen
 from fusecli.pipeline import Mover
 from fusecli.weights import Weights
 
@@ -145,7 +146,7 @@ class Stop:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             self.ask()
 
-        before = signal.signal(signal.SIGINT, hear)
+        before = listen(signal.SIGINT, hear)
         try:
             yield
         finally:

@@ -18,6 +18,7 @@ from typing import Any
 
 from fusecli.batch.job import Item, Items, Outcome, Stop, Work, failed
 from fusecli.errors import FusecliError
+from fusecli.machine import ENDING, listen, undisturbed
 
 #: Items that a worker has before it at a time: the next one is there when one is done.
 AHEAD = 2
@@ -61,22 +62,21 @@ class Pool:
         mine, theirs = Pipe()
         sys.stdout.flush()
         main = os.getpid()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Python would swallow it while it forks
-        try:
-            pid = os.fork()
+        # Python would swallow a Ctrl-C while it forks, and a child that is told to end would do so as the main process.
+        with undisturbed():
+            try:
+                pid = os.fork()
+            except OSError as error:
+                mine.close()
+                theirs.close()
+                hint = "use fewer --workers"
+                raise FusecliError("cannot start another process", found=error.strerror, hint=hint) from error
             if pid == 0:
                 mine.close()
                 for other in self._workers:
                     other.pipe.close()  # or it would never see that the main process is gone
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches the whole group; the main process decides
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 _serve(theirs, self._work, self._in_child, main)
-        except OSError as error:
-            hint = "use fewer --workers"
-            raise FusecliError("cannot start another process", found=error.strerror, hint=hint) from error
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            theirs.close()
+        theirs.close()
         self._workers.append(_Worker(pid, mine))
         return self._workers[-1]
 
@@ -182,8 +182,10 @@ def _serve(pipe: Connection, work: Work, in_child: Callable[[], None], main: int
     code = 1
     try:
         _die_with_parent()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches the whole group; the main process decides
         for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
+            listen(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
         in_child()
         _keep_memory()
         gc.freeze()  # what is there stays: do not look through it again and again

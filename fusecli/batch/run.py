@@ -24,6 +24,7 @@ from fusecli.batch.summary import Recorder, Reporter, Summary, reason_to_stop
 from fusecli.batch.worker import work
 from fusecli.errors import OutputError, UsageError
 from fusecli.formats import safetensors
+from fusecli.machine import undisturbed
 from fusecli.pipeline import takes_gate
 
 
@@ -86,10 +87,11 @@ def _run(request: Request, pairs: Pairs | Manifest, reporter: Reporter, job: Job
         recorder.record(pairs.known if isinstance(pairs, Pairs) else [])
         _drive(request, job, feed, recorder, pool, stop)
     finally:
-        pool.close()  # or a worker might still write to what is removed
-        for store in folders:
-            store.end()
-        ledger.close()
+        with undisturbed():
+            pool.close()  # or a worker might still write to what is removed
+            for store in folders:
+                store.end()
+            ledger.close()
     summary = recorder.summary
     if not (summary.interrupted or summary.stopped or request.shard):
         del history  # a gathering reads it anew

@@ -16,6 +16,7 @@ from fusecli import __version__
 from fusecli.cli.console import complain
 from fusecli.cli.light import LightCommand, LightGroup
 from fusecli.errors import FusecliError, is_out_of_memory
+from fusecli.machine import listen
 
 #: What the libraries that NumPy and torch multiply with take the number of their threads from.
 THREADS = (
@@ -75,14 +76,14 @@ def main() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # they are for us, not for users
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)
+        listen(number, _leave)
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     else:
         sys.stdout = io.StringIO()
     try:
         app = _app(sys.argv[1] if len(sys.argv) > 1 else "")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        listen(signal.SIGINT, signal.default_int_handler)
         app(prog_name="fusecli")
     except KeyboardInterrupt:
         sys.exit(130)

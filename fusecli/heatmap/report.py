@@ -7,9 +7,7 @@ import glob
 import math
 import os
 import shutil
-import signal
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -24,7 +22,7 @@ from fusecli.heatmap.page import as_json, filled, page, with_links
 from fusecli.heatmap.picture import SUFFIXES, as_jpeg, fitted, for_page, grey, load_picture, panel_size
 from fusecli.heatmap.shades import colours, entropy, on_grid, shades
 from fusecli.heatmap.view import look_at, require_map
-from fusecli.machine import alone_in
+from fusecli.machine import alone_in, undisturbed
 
 #: What tells a report of ours from other folders, in its index.
 MARK = b'content="fusecli report"'
@@ -94,7 +92,7 @@ def write_report(
     except OSError as error:
         raise OutputError("cannot be written", where=output, found=error.strerror or str(error)) from error
     finally:
-        with _undisturbed():
+        with undisturbed():  # by a second Ctrl-C
             for left in (building, _old(building)):
                 shutil.rmtree(left, ignore_errors=True)
     _remove_litter(hidden)
@@ -107,21 +105,6 @@ def _remove_litter(hidden: str) -> None:
         with contextlib.suppress(OSError), alone_in(left) as alone:
             if alone:
                 shutil.rmtree(left, ignore_errors=True)
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Signals wait: a second Ctrl-C must not leave half of what the first one told us to take away."""
-    waiting: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, lambda got, _: waiting.append(got)) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-        if waiting:
-            signal.raise_signal(waiting[0])
 
 
 def _write_all(
