@@ -1,8 +1,8 @@
 """The one seam between NumPy and torch.
 
-The mathematics is written once, over what both kinds of array share: ``@``, ``.mT``, ``reshape``,
-``swapaxes``, slices. What they do not share is here. Nothing but
-`import_torch` imports torch: a tensor can only come from a program that has imported it already.
+The mathematics is written once, over what both kinds of array share: ``@``, ``.mT``, ``reshape``, ``swapaxes``,
+slices. What they do not share is here. Nothing but `import_torch` imports torch: a tensor can only come from a program
+that has imported it already.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def dtype_name(x: Array) -> str:
 
 @lru_cache(maxsize=64)  # NumPy takes microseconds to spell a dtype, and a small fusion asks several times
 def spelled(dtype: Any) -> str:
-    """The same for a dtype of NumPy or torch, of any byte order."""
+    """A dtype of NumPy or torch, of any byte order, by the name that both share."""
     if not isinstance(dtype, np.dtype):
         return str(dtype).removeprefix("torch.")
     native = dtype.newbyteorder("=")
@@ -103,7 +103,7 @@ def plain(x: Array) -> Array:
     """
     if getattr(x, "mask", None) is not None:
         raise ValuesError(
-            "masked arrays are not taken", wanted="an array of numbers", hint="leave out those rows, or x.filled(0)"
+            "masked arrays are not supported", wanted="an array of numbers", hint="leave out those rows, or x.filled(0)"
         )
     return x if is_torch(x) else np.asarray(x)
 

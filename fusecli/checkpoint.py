@@ -90,9 +90,8 @@ def _config(saved: str, path: str) -> Config:
         raise CheckpointError("made by another version of fusecli", where=path, found=found, wanted=f"format {FORMAT}")
     if unknown:
         raise CheckpointError("unknown options in its metadata", where=path, found=", ".join(unknown))
-    if lacking == ["num_heads"] and "num_heads" not in OPTIONS.get(options["method"], ()):
-        lacking = []
-    if lacking:
+    headless = [name for name, having in OPTIONS.items() if "num_heads" not in having]
+    if lacking and not (lacking == ["num_heads"] and options["method"] in headless):
         raise CheckpointError("incomplete metadata", where=path, wanted=", ".join(lacking))
     try:
         return Config(**options)

@@ -60,22 +60,22 @@ def _uniform(bits: np.random.MT19937, shape: tuple[int, ...], bound: float) -> N
     # at::uniform_real_distribution<float>: the low 24 bits of each draw, as a multiple of 2**-24, times the
     # width, plus the lower end, rounded once (a fused multiply-add; float64 holds the product exactly).
     low, high = np.float32(-bound), np.float32(bound)
-    drawn = np.empty(int(np.prod(shape)), np.float32)
-    for part in np.split(drawn, range(DRAWN_AT_ONCE, drawn.size, DRAWN_AT_ONCE)):
+    numbers = np.empty(int(np.prod(shape)), np.float32)
+    for part in np.split(numbers, range(DRAWN_AT_ONCE, numbers.size, DRAWN_AT_ONCE)):
         raw = bits.random_raw(part.size) & np.uint64(2**24 - 1)
         part[:] = raw * 2.0**-24 * np.float64(high - low) + np.float64(low)
-    return drawn.reshape(shape)
+    return numbers.reshape(shape)
 
 
-def turned(name: str, drawn: NumpyArray) -> NumpyArray:
+def turned(name: str, tensor: NumpyArray) -> NumpyArray:
     """A drawn tensor made to keep lengths and angles: see `fusecli.checkpoint.orthogonal`."""
     if name in CONSTANTS or name.endswith("norm.weight") or ".norm" in name or ".linear1" in name:
-        return drawn
+        return tensor
     if name.endswith("bias") or ".linear2" in name or name.startswith("gate_proj"):
-        return np.zeros_like(drawn)
-    rows = drawn.shape[0] // 3 if name.endswith("in_proj_weight") else drawn.shape[0]
-    if rows == drawn.shape[1] and name != "image_proj.weight":
-        return np.tile(np.eye(rows, dtype=np.float32), (drawn.shape[0] // rows, 1))
-    u, _, vt = np.linalg.svd(drawn, full_matrices=False)  # the nearest with orthonormal rows or columns
+        return np.zeros_like(tensor)
+    rows = tensor.shape[0] // 3 if name.endswith("in_proj_weight") else tensor.shape[0]
+    if rows == tensor.shape[1] and name != "image_proj.weight":
+        return np.tile(np.eye(rows, dtype=np.float32), (tensor.shape[0] // rows, 1))
+    u, _, vt = np.linalg.svd(tensor, full_matrices=False)  # the nearest with orthonormal rows or columns
     nearest: NumpyArray = u @ vt
     return nearest

@@ -91,7 +91,7 @@ class MissingPackageError(FusecliError):
     """A package is needed and not installed."""
 
 
-class UsageError(FusecliError):
+class UsageError(FusecliError, ValueError):
     """What was asked makes no sense: an option, a name, or several together."""
 
     exit_code = 2

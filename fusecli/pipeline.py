@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ def to_file(
 
     @contextmanager
     def opener(name: str, shape: tuple[int, ...], dtype: str) -> Iterator[tuple[Sink, int]]:
+        if os.path.isdir(path):
+            raise OutputError("is a directory", where=path, wanted="a file name")
         second = ("gate", gate_of(shape)) if gate else None
         header: bytes = format_of(path, format).header(name, shape, dtype, metadata or {}, second)
         with open_sink(path) as sink:

@@ -11,7 +11,7 @@ import numpy as np
 
 from fusecli import arrays
 from fusecli.arrays import FLOAT_NAMES, compute_dtype, dtype_name, import_torch, to_numpy
-from fusecli.errors import CheckpointError, FileError, listed
+from fusecli.errors import CheckpointError, FileError, is_out_of_memory, listed
 from fusecli.formats import NumpyArray, Source, read_bytes
 
 #: How PyTorch's files begin: a zip archive or, before PyTorch 1.6, a pickle; and the number that comes first in that.
@@ -38,7 +38,9 @@ def article_names(tensors: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
     others = [name for name in names if not name.startswith(prefix)]
     if others:
         found, hint = listed(others), f"torch.save(model.{prefix.rstrip('.')}.state_dict(), path)"
-        raise CheckpointError("holds more than the fusion", found=found, wanted=f"{prefix}… alone", hint=hint)
+        raise CheckpointError(
+            "holds more than the fusion", found=found, wanted=f"only tensors below {prefix}", hint=hint
+        )
     named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     _stack_thirds(named)
     for layers in (["text_proj."], ["image_proj."], ["attention.in_proj_", "attention.out_proj."]):
@@ -93,6 +95,8 @@ def read_pt(source: Source, path: str) -> dict[str, NumpyArray]:
         with warnings.catch_warnings(action="ignore"):  # of what may fail, and then does
             found: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for a bad file
+        if is_out_of_memory(error):
+            raise
         found, hint = "a damaged file", "torch.save(model.state_dict(), path)"
         if "TorchScript" in str(error):
             found = "a TorchScript archive"

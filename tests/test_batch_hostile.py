@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,8 +21,9 @@ from safetensors.numpy import load_file
 from fusecli import checkpoint
 from fusecli.batch import run as run_module
 from fusecli.batch.job import Outcome, Stop, Task, failed
-from fusecli.batch.ledger import Ledger, runs_in
+from fusecli.batch.ledger import Ledger
 from fusecli.batch.local import Pool
+from fusecli.batch.lock import Lock
 from fusecli.batch.plan import Shard
 from fusecli.batch.request import Request
 from fusecli.batch.store import STATE
@@ -280,13 +282,48 @@ def test_parts_that_begin_at_once_with_other_weights_do_not_mix(tmp_path: Path) 
     weights = [checkpoint.init(8, 1, seed=seed) for seed in (0, 1)]
     shards = Shard(1, 2), Shard(2, 2)
     one, other = (Request(w, str(tmp_path), shard=shard) for w, shard in zip(weights, shards, strict=True))
-    (tmp_path / STATE).mkdir()
-    mine, theirs = (Ledger(str(tmp_path / STATE), str(shard)) for shard in shards)
+    state, lock = tmp_path / STATE, Lock()
+    state.mkdir()
+    mine, theirs = (Ledger(str(state), str(shard)) for shard in shards)
+    lock.take(str(state), str(shards[1]))
     theirs.begin(other.run_facts(), 0)  # after `one` has looked what there is
     with pytest.raises(UsageError, match="other weights"):
         run_module._begin(mine, one, 0)
-    assert [run["weights"] for run in runs_in(str(tmp_path / STATE))] == [other.fingerprint]
-    run_module._begin(theirs, other, 0)
+    assert (state / "ledger-1-of-2.jsonl").read_bytes() == b""
+    lock.release()  # it was killed before anything came of it
+    run_module._begin(mine, one, 0)
+
+
+def test_a_run_of_which_nothing_came_does_not_count(run: Run, few: Path) -> None:
+    batch(run, "img", "txt", "-o", "out", "--limit", 2)
+    ledger = (few / "out" / ".fusecli" / "ledger.jsonl").read_text().splitlines()[0]
+    (few / "out" / ".fusecli" / "ledger-2-of-2.jsonl").write_text(
+        re.sub('"weights": "[^"]*"', '"weights": "x"', ledger) + "\n"
+    )
+    for part in (["--shard", "1/2"], ["--shard", "2/2"], []):
+        batch(run, "img", "txt", "-o", "out", *part)
+    assert len(results(few / "out")) == 6
+
+
+def test_a_folder_called_like_a_file_is_in_nobodys_way(run: Run, few: Path) -> None:
+    (few / "x.npy").mkdir()
+    batch(run, "img", "txt", "-o", "out")
+
+
+@pytest.mark.parametrize("how", ["pipe", "<(...)"])
+def test_paths_in_a_manifest_that_is_a_pipe(run: Run, few: Path, how: str) -> None:
+    lines = (few / "m.csv").read_text()
+    if how == "pipe":  # as of any manifest, from where it lies
+        (few / "sub").mkdir()
+        os.mkfifo(few / "sub" / "m.csv")
+        command = [*FUSECLI, "batch", "--manifest", "sub/m.csv", "-o", "out", "-w", "w.safetensors", "-q"]
+        with subprocess.Popen(command, cwd=few) as child:
+            (few / "sub" / "m.csv").write_text(lines.replace("img/", "../img/").replace("txt/", "../txt/"))
+            assert child.wait(60) == 0
+    else:
+        line = f"{shlex.join(FUSECLI)} batch --manifest <(cat m.csv) -o out -w w.safetensors -q"
+        subprocess.run(["bash", "-c", line], cwd=few, check=True, timeout=60)
+    assert len(results(few / "out")) == 6
 
 
 def test_a_stream_does_not_write_over_the_weights(run: Run, few: Path) -> None:

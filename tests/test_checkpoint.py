@@ -131,6 +131,8 @@ def test_a_damaged_checkpoint_names_the_tensor(stored: Any, name: str, ours: boo
         "{}",
         '{"format":2,"method":"attention"}',
         '{"format":1,"method":"magic"}',
+        '{"format":1,"method":["x"],"num_heads":8}',
+        '{"format":1,"method":{}}',
         '{"format":1,"x":1}',
     ]
     + [f'{{"format":1,"method":"attention","num_heads":{heads}}}' for heads in ("0", "true", '"8"', "5")],

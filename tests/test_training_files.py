@@ -168,7 +168,7 @@ def test_numbers_too_large_to_have_a_spread_are_called_so() -> None:
         numbers({"a": "1e300", "b": "-1e300", "c": "1", "d": "2"}, data, 0.0, "labels.csv")
 
 
-@pytest.mark.parametrize(("scale", "last", "told"), [(1.0, "3e38", "id 69: outlier label"), (1e-170, "", "small")])
+@pytest.mark.parametrize(("scale", "last", "told"), [(1.0, "3e38", "id 69: a label far from"), (1e-170, "", "small")])
 def test_numbers_whose_squares_are_none_are_told_of(scale: float, last: str, told: str) -> None:
     parts = {"train": list(range(51)), "validation": list(range(51, 60)), "held-out": list(range(60, 70))}
     data: Any = SimpleNamespace(ids=[str(k) for k in range(70)], parts=parts)

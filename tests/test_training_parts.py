@@ -110,6 +110,8 @@ def test_intervals_of_what_is_explained_are_those_of_a_ratio(rng: np.random.Gene
     part = list(range(60))
     guess = table.row("mean", objective.guess(part, part), objective.shares(part))
     assert (guess.score, guess.low, guess.high) == (0, 0, 0)
+    few = Numbers(torch.tensor([1.0, 2, 3, 4, 5, 3, 3, 4, 3, 3]), list(range(5)), 0.0)  # three are just their mean
+    assert table.row("mean", few.guess(part[5:10], []), few.shares(part[5:10])).high == 0
     outputs = objective.targets[:, None] + 0.5 * torch.randn(60, 1, generator=torch.Generator().manual_seed(0))
     found = table.row("fit", objective.measured(outputs, objective.targets).scores, objective.shares(part))
     squares = (outputs[:, 0] - objective.targets).square().numpy(), objective.targets.square().numpy()

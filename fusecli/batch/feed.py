@@ -216,7 +216,7 @@ class StreamFeed(_Feed):
         if self._ended and rest:
             lines = [rest]
         for line in lines:
-            if self._left == 0:  # what follows would be known by chance, as far as it has come
+            if self._left == 0:  # how much of the rest has arrived is chance, so none of it is looked at
                 break
             entry = self._lines.take(line.decode("utf-8", "surrogateescape"))
             if entry and (self._wanted is None or self._wanted(entry.id)):

@@ -8,10 +8,10 @@ began, they tell what is done.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
+import shlex
 import time
 from array import array
 from bisect import bisect_right
@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from fusecli.batch.job import Outcome
+from fusecli.batch.lock import is_held
 from fusecli.batch.store import GATHERED, Piece, believed
 from fusecli.errors import OutputError, UsageError
-from fusecli.formats import write_whole
 
 #: How the line of a run starts.
 BEGAN = b'{"began": '
@@ -50,7 +50,8 @@ class History:
     """
 
     def __init__(self) -> None:
-        self.runs: list[dict[str, Any]] = []  # all that decided the results: one, unless parts contradict each other
+        self.runs: list[dict[str, Any]] = []  # what decided the results: one, unless parts contradict each other
+        self._begun: dict[str, Any] | None = None  # of which nothing has come yet
         self.began = 0.0  # when the last run did
         self.failed: set[str] = set()
         self.missing: set[str] = set()
@@ -116,10 +117,12 @@ class History:
     def _take(self, record: dict[str, Any]) -> None:
         run = record.get("run")
         if isinstance(run, dict):
-            if run not in self.runs:
-                self.runs.append(run)
+            self._begun = run
             return
         id, status = record["id"], record["status"]
+        if self._begun is not None:
+            self.runs += [self._begun] if self._begun not in self.runs else []
+            self._begun = None
         if type(id) is not str or "line" in record:
             return
         if status == "fused":
@@ -191,11 +194,24 @@ def _piece(facts: dict[str, Any]) -> Piece:
     return piece
 
 
-def runs_in(folder: str) -> list[dict[str, Any]]:
-    """What decides the results of each run, as the ledgers say it."""
-    parts = chain.from_iterable(map(_runs, Path(folder).glob("ledger*.jsonl")))
-    told = (next(_lines(part), {}).get("run") for part in parts)
-    return [run for run in told if isinstance(run, dict)]
+def runs_beside(mine: str) -> list[dict[str, Any]]:
+    """What decides the results of the runs of other parts than that of the ledger ``mine``, and of its own before.
+
+    Where nothing has come of a run, and it is under way no more, it decides nothing.
+    """
+    found = []
+    for path in sorted(Path(mine).parent.glob("ledger*.jsonl")):
+        other = str(path) != mine
+        for part in _runs(path):
+            lines = _lines(part)
+            run = next(lines, {}).get("run")
+            if isinstance(run, dict) and (next(lines, None) or (other and is_held(_lock_of(path)))):
+                found.append(run)
+    return found
+
+
+def _lock_of(ledger: Path) -> str:
+    return str(ledger.with_name(f"lock{ledger.stem.removeprefix('ledger')}"))
 
 
 class Ledger:
@@ -213,8 +229,11 @@ class Ledger:
         """A run starts, later than the one that began at ``after``, whatever the clock of that machine said."""
         began = max(time.time(), after + 0.001)
         self._write(BEGAN + f'{began:.3f}, "run": {json.dumps(run, sort_keys=True)}}}\n'.encode())
+
+    def show(self) -> None:
+        """Let other machines see what has been written."""
         with contextlib.suppress(OSError):  # not everywhere
-            os.fsync(self._fd)  # for other machines to see
+            os.fsync(self._fd)
 
     def take_back(self) -> None:
         """Nothing has come of the run: it is as if it had never begun."""
@@ -241,106 +260,26 @@ class Ledger:
         os.close(self._fd)
 
 
-def require_same_run(runs: Iterable[dict[str, Any]], new: dict[str, Any], output: str) -> None:
+def require_same_run(runs: Iterable[dict[str, Any]], new: dict[str, Any], output: str, shard: bool = False) -> None:
     """Raise `UsageError` with the difference if an output was begun with other weights or options."""
     for old in runs:
-        _require_same(old, new, output)
+        _require_same(old, new, output, shard)
 
 
-def _require_same(old: dict[str, Any], new: dict[str, Any], output: str) -> None:
+def _require_same(old: dict[str, Any], new: dict[str, Any], output: str, shard: bool) -> None:
     names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     if not names:
         return
     if "method" in names:  # its own options would say nothing more
         names = [name for name in names if name in old and name in new]
     changes = (f"{name} {_shown(old.get(name))} -> {_shown(new.get(name))}" for name in names)
+    over = f"rm -r {shlex.quote(output)}, then start all shards" if shard else "start over with --overwrite"
     raise UsageError(
         f"was begun with other weights or options: {', '.join(changes)}",
         where=output,
-        hint="write to another output, or start over with --overwrite",
+        hint=f"write to another output, or {over}",
     )
-
-
-#: In the folder with the state of attention: the path of that of the features it belongs to, seen from there.
-OWNER = "attention-of"
-
-
-def require_unclaimed(folder: str, attended: str | None) -> None:
-    """See that results meet no other ones.
-
-    Args:
-        folder: with the state of an output.
-        attended: likewise of its attention.
-
-    Raises:
-        UsageError: the attention of another output goes to one of them, or other features to where attention is to go.
-    """
-    hint = "write to another place, or start over with --overwrite"
-    for place, mine in ((folder, None), (attended, os.path.realpath(folder))):
-        other = place and _owner(place)
-        if other and other != mine:
-            raise UsageError("holds the attention of another output", where=place, found=other, hint=hint)
-    if attended and any(Path(attended).glob("ledger*.jsonl")):
-        raise UsageError("holds fused features, not attention", where=attended, hint=hint)
-
-
-def claim(folder: str, attended: str | None) -> None:
-    """Say whose attention is written; arguments as in `require_unclaimed`."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(f"{folder}/{OWNER}")
-    if attended:
-        mine = os.path.relpath(*map(os.path.realpath, (folder, attended)))
-        write_whole(f"{attended}/{OWNER}", os.fsencode(mine))
-
-
-def _owner(folder: str) -> str | None:
-    """The state of the output whose attention lies with ``folder``, as long as that is there."""
-    with contextlib.suppress(OSError, ValueError), open(f"{folder}/{OWNER}", "rb") as file:
-        other = os.path.realpath(f"{os.path.realpath(folder)}/{os.fsdecode(file.read())}")
-        return other if os.path.isdir(other) else None
-    return None
 
 
 def _shown(value: Any) -> str:
     return "not set" if value is None else value if isinstance(value, str) else json.dumps(value)
-
-
-class Lock:
-    """One output has one writer: a lock that the system takes back when the process ends.
-
-    Parts of a divided run share the output and exclude each their own kind; a whole run excludes all.
-    """
-
-    def __init__(self) -> None:
-        self._held: list[int] = []
-
-    def take(self, folder: str, shard: str | None) -> None:
-        """Be the writer of the output whose state lies in ``folder``.
-
-        Raises:
-            OutputError: another run is.
-        """
-        if shard:
-            self._take(f"{folder}/lock-{shard}", fcntl.LOCK_EX)
-        self._take(f"{folder}/lock", fcntl.LOCK_SH if shard else fcntl.LOCK_EX)
-
-    def _take(self, path: str, how: int) -> None:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self._held.append(fd)
-        try:
-            fcntl.flock(fd, how | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.release()
-            folder = os.path.dirname(path)
-            raise OutputError("another run is writing here", where=folder, hint="wait for it, or stop it") from None
-        except OSError:
-            pass  # a file system without locks
-
-    def release(self) -> None:
-        """Close the files that are locked: the lock is free when no process has them open.
-
-        Workers, which inherit them, call it as well.
-        """
-        for fd in self._held:
-            os.close(fd)
-        self._held.clear()

@@ -59,18 +59,11 @@ class Pool:
             raise
 
     def _start(self) -> _Worker:
-        mine, theirs = Pipe()
         sys.stdout.flush()
         main = os.getpid()
         # Python would swallow a Ctrl-C while it forks, and a child that is told to end would do so as the main process.
         with undisturbed():
-            try:
-                pid = os.fork()
-            except OSError as error:
-                mine.close()
-                theirs.close()
-                hint = "use fewer --workers"
-                raise FusecliError("cannot start another process", found=error.strerror, hint=hint) from error
+            mine, theirs, pid = _forked()
             if pid == 0:
                 mine.close()
                 for other in self._workers:
@@ -158,6 +151,23 @@ class Pool:
             self._blamed |= {task.id for task in item}
             self._again.extend([task] for task in item)
         self._again.extend(lost)
+
+
+def _forked() -> tuple[Connection, Connection, int]:
+    """Both ends of a pipe, and what `os.fork` gives.
+
+    Raises:
+        FusecliError: the system has no room for another process.
+    """
+    ends: tuple[Connection, ...] = ()
+    try:
+        mine, theirs = ends = Pipe()
+        return mine, theirs, os.fork()
+    except OSError as error:
+        for end in ends:
+            end.close()
+        hint = "use fewer --workers"
+        raise FusecliError("cannot start another process", found=error.strerror, hint=hint) from error
 
 
 def _die_with_parent() -> None:

@@ -86,7 +86,10 @@ class Manifest:
         except csv.Error:
             columns = []
         used = [name for name in columns if name in (*COLUMNS, *KEYS)]
-        if not set(COLUMNS) <= set(used) or len(set(used)) < len(used):
+        twice = next((name for name in used if used.count(name) > 1), None)
+        if twice:
+            raise FileError("duplicate column", where=f"{self.name}, line {self._line}", found=twice)
+        if not set(COLUMNS) <= set(used):
             raise self._bad(text, f"a header with {','.join(COLUMNS)}, or JSON lines")
         self._columns, self._delimiter = columns, delimiter
 

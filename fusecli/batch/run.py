@@ -12,8 +12,9 @@ from fusecli.batch.apart import require_apart
 from fusecli.batch.feed import ListFeed, Pairs, StreamFeed
 from fusecli.batch.gather import is_whole, read_history, remove_left
 from fusecli.batch.job import Job, Outcome, Stop
-from fusecli.batch.ledger import History, Ledger, Lock, claim, require_same_run, require_unclaimed, runs_in
+from fusecli.batch.ledger import History, Ledger, require_same_run, runs_beside
 from fusecli.batch.local import Pool
+from fusecli.batch.lock import Lock, claim, require_unclaimed
 from fusecli.batch.manifest import Manifest
 from fusecli.batch.order import gather_what_is_there
 from fusecli.batch.plan import Shard, item_size
@@ -73,13 +74,13 @@ def _run(request: Request, pairs: Pairs | Manifest, reporter: Reporter, job: Job
         remove_left(_stores(job), (folder, attended))
     history = read_history(folder, _stores(job))
     _require_fitting(request, job, history, pairs)
-    claim(folder, attended)
     folders = _folders(job)
     ledger = Ledger(folder, _name(request.shard))
     try:
         for store in folders:
             store.begin()
         _begin(ledger, request, history.began)
+        claim(folder, attended)
         stacks = Stacks(_stores(job))
         recorder = Recorder(ledger, history.missing, reporter, stacks.see)
         feed = _feed(request, pairs, history, job, stacks)
@@ -102,13 +103,14 @@ def _run(request: Request, pairs: Pairs | Manifest, reporter: Reporter, job: Job
 def _begin(ledger: Ledger, request: Request, after: float) -> None:
     """Begin a run; of parts that begin at once with other weights or options, all but one stop, or all.
 
-    Each writes what it begins with and then looks what the others have written.
+    Each writes what it begins with, and then looks at what the others have written.
     """
     ledger.begin(request.run_facts(), after)
     if request.shard:
         try:
-            require_same_run(runs_in(request.states()[0]), request.run_facts(), request.output)
-        except UsageError:
+            ledger.show()
+            require_same_run(runs_beside(ledger.path), request.run_facts(), request.output, shard=True)
+        except BaseException:
             ledger.take_back()
             raise
 
@@ -118,7 +120,7 @@ def _require_fitting(request: Request, job: Job, history: History, pairs: Pairs 
     folder, attended = request.states()
     if not request.overwrite:
         require_unclaimed(folder, attended)
-    require_same_run(history.runs, request.run_facts(), request.output)
+    require_same_run(history.runs, request.run_facts(), request.output, request.shard is not None)
     hint = "write to another output, or start over with --overwrite"
     if not history.runs and next(history.ids(), None) is not None:
         raise UsageError("the ledger does not say which weights and options its results had", where=folder, hint=hint)

@@ -34,7 +34,7 @@ class Stacked:
                 where=self._path,
                 found=f"{list(shape)} {dtype} for {id}",
                 wanted=f"{list(first_shape)} {first_dtype}, as for {first}",
-                hint="write to a folder or to .safetensors",
+                hint="write to a folder or to .safetensors; or mend the input, and --overwrite",
             )
 
 

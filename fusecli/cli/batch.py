@@ -193,7 +193,7 @@ def _refuse_contradictions(given: dict[str, Any]) -> None:
         hint = f"rm -r {given['output']}, then start the shards"
         raise UsageError("one shard cannot restart all of them", where="--overwrite", hint=hint)
     if given["dry_run"] and given["manifest"] == "-":
-        raise UsageError("lines that have not come yet cannot be planned", where="--dry-run")
+        raise UsageError("lines that have not arrived yet cannot be planned", where="--dry-run")
     if given["dry_run"] and given["device"] != "cpu":
         cuda_number(given["device"])  # nothing else would look at it
     if given["dtype"] == "bfloat16" and named_like(given["output"], given["suffix"]).endswith(".npy"):

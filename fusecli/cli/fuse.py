@@ -195,7 +195,6 @@ def _tell_of_one_row(config: Config, quiet: bool) -> None:
 
 
 def _check_streams(output: str, attention: str | None, json: bool) -> None:
-
     if output != "-" and _is_our_terminal(output):
         output = "-"
     if "-" in (output, attention) and sys.stdout is not None and sys.stdout.isatty():

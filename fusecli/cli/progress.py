@@ -191,7 +191,6 @@ def report(summary: Summary, request: Request, allow_missing: bool, quiet: bool)
 
 
 def _code(summary: Summary, request: Request, allow_missing: bool, quiet: bool) -> int:
-
     if summary.interrupted:
         note(INTERRUPTED, quiet)
         return 130

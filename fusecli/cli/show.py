@@ -156,7 +156,6 @@ def _is_folder(output: str) -> bool:
 
 
 def _draw(view: View, output: str, image: str | None, fit: str, scale: str, quiet: bool) -> None:
-
     suffix = os.path.splitext(output)[1].lower()
     if suffix in (".html", ".htm"):
         from fusecli.heatmap.page import write_page

@@ -138,7 +138,8 @@ def find_pairs(
             inputs.see(place)
     if sources.manifest is not None:
         path = sources.manifest
-        folder = os.path.dirname(path) if os.path.isfile(path) else ""  # pipes have names of their own, /dev/fd/63
+        system = os.path.realpath(os.path.dirname(path)).startswith(("/dev", "/proc"))  # of <(...): /dev/fd/63
+        folder = "" if system else os.path.dirname(path)
         manifest = Manifest(path, folder, sources.image_key, sources.text_key)
         return from_manifest(manifest, path, shard, inputs)
     image_place = sources.images or ""

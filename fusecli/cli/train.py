@@ -297,7 +297,7 @@ def _check(sources: Sources, output: str, labels: str | None, weights: str | Non
     refuse_inside(output, filter(os.path.isdir, sources.paths()))
     for path in outputs:
         if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
-            raise OutputError("cannot be a file", where=path, hint="name a file in a folder that exists")
+            raise OutputError("is a directory, or in none", where=path, hint="name a file in a folder that exists")
 
 
 def _check_labels(given: dict[str, Any]) -> None:

@@ -96,7 +96,6 @@ def init(
 
 
 def _check_identity(method: MethodName, seed: int | None, widths: tuple[int, int, int]) -> None:
-
     if len(set(widths)) > 1:
         raise UsageError("--identity needs equal widths", found="D={}, Dt={}, Di={}".format(*widths))
     if method is MethodName.transformer:

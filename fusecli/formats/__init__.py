@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
-from fusecli.errors import FileError, OutputError, UsageError
+from fusecli.errors import FileError, UsageError
 from fusecli.formats import npy, safetensors
 from fusecli.formats.sink import FileSink, Replacing, Sink, is_stream, keep_mode, open_sink, write_whole
 from fusecli.formats.source import (
@@ -114,12 +114,9 @@ def format_of(path: str, wanted: str | None = None) -> ModuleType:
 
     Raises:
         UsageError: the suffix is unknown.
-        OutputError: it is a directory.
     """
     if wanted is not None:
         return FORMATS[wanted]
-    if os.path.isdir(path):
-        raise OutputError("is a directory", where=path, wanted="a file name")
     suffix = os.path.splitext(path)[1].lower()
     for module in FORMATS.values():
         if suffix in module.SUFFIXES:

@@ -34,7 +34,7 @@ def read_labels(path: str, column: str = "label") -> dict[str, str]:
             head = next(lines, "")
             tabs = "id" in (name.strip('"') for name in head.rstrip("\r\n").split("\t"))
             reader = csv.DictReader(
-                chain([head], lines), delimiter="\t" if tabs else ",", strict=True, skipinitialspace=True
+                chain([head], lines), delimiter="\t" if tabs else ",", strict=True, skipinitialspace=not tabs
             )
             columns = reader.fieldnames or []
             _require_columns(columns, column, path)
@@ -148,5 +148,7 @@ def numbers(labels: dict[str, str], data: Data, text_dropout: float, where: str)
     if far.max() > FARTHEST:
         at = int(far.argmax())
         id, found = data.ids[at], f"{targets[at]:g}, where the others are about {mean:g}"
-        raise InputError("outlier label", where=f"{where}, id {id}", found=found, hint="leave the pair out")
+        raise InputError(
+            "a label far from all others", where=f"{where}, id {id}", found=found, hint="leave the pair out"
+        )
     return Numbers(targets, data.parts["train"], text_dropout)

@@ -23,10 +23,10 @@ from fusecli.training.objective import Head, Measured
 from fusecli.training.recipe import Recipe
 from fusecli.training.represent import Fusion
 from fusecli.training.start import Beginning
-from fusecli.training.table import Row, compare, verdict
+from fusecli.training.table import Judged, Row, compare, verdict
 from fusecli.weights import Weights
 
-#: A log that says more is damaged.
+#: Threads at most that a log is believed to say of a run that goes on.
 MOST_THREADS = 1024
 
 
@@ -134,7 +134,7 @@ def train(output: str, beginning: Beginning, lesson: Lesson, reporter: Reporter,
     starts = [_Start(weights, lesson) for weights in beginning.starts]
     which = _best(starts, begun.get("start"))
     start = starts[which]
-    keeper = Files(output, objective, _facts(beginning.untrained, lesson))
+    keeper = Files(output, objective, _facts(beginning, lesson))
     state = keeper.begin(resume, which)
     try:
         before = start.loss if state is None else None
@@ -146,26 +146,32 @@ def train(output: str, beginning: Beginning, lesson: Lesson, reporter: Reporter,
     if not progress.best_epoch:  # what training does not better is left as it was
         keeper.best(start.fusion, start.judged[1], progress)
     trained, head = keeper.result(device)
-    untrained = next((one for one in starts if one.weights is beginning.untrained), _Start(beginning.untrained, lesson))
+
+    def untrained() -> Judged:
+        judged = [one for one in starts if one.weights is beginning.untrained]
+        first = judged[0] if judged else _Start(beginning.untrained, lesson)
+        return first.fusion, first.judged[1]
+
     after = Fusion(trained, device, learned=False), head
-    rows = compare(objective, lesson.data, lambda: (untrained.fusion, untrained.judged[1]), after, reporter.comparing)
+    rows = compare(objective, lesson.data, untrained, after, reporter.comparing)
     result = Result(progress, objective.score_name, rows, checkpoint.fingerprint(trained))
     keeper.log(result.facts())
     keeper.end()
     return result
 
 
-def _facts(weights: Weights, lesson: Lesson) -> dict[str, Any]:
+def _facts(beginning: Beginning, lesson: Lesson) -> dict[str, Any]:
     """All that decides what is learned, for the log: a run goes on only if it is the same.
 
-    What it began with follows from ``weights``, that have seen no pairs, and from the pairs; but in its last digits it
+    What it began with follows from weights that have seen no pairs, and from the pairs; but in its last digits it
     also depends on the processor, and a job may go on elsewhere.
     """
-    data = lesson.data
+    data, weights = lesson.data, beginning.untrained
     return {
         "method": weights.config.method,
         **weights.config.options(),
         "weights": checkpoint.fingerprint(weights),
+        "starts": len(beginning.starts),
         "objective": lesson.objective.name,
         **lesson.objective.facts(),
         **{name: value for name, value in asdict(lesson.settings).items() if name != "device"},

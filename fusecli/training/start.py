@@ -4,7 +4,8 @@ A fusion adds what the image says to what the text says, in one space of `D` cha
 apart again. From random projections much of that falls together, and few pairs do not teach it to keep clear. So the
 last matrix on the image's way begins as a turn that brings the direction in which the images of the pairs vary most to
 the one in which their texts vary least, and so on: principal axes (Hotelling 1933) against principal axes in reverse.
-How much varies by the image then, compared with the text, is tried out; the middle of all images adds nothing.
+How much varies by the image then, compared with the text, is tried out, beside weights that have seen no pairs; the
+middle of all images adds nothing.
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ def resampled(values: torch.Tensor, shares: torch.Tensor | None = None) -> tuple
     drawn = torch.randint(len(values), (RESAMPLED, len(values)), generator=generator)
     means = values[drawn].mean(1)
     if shares is not None:
-        means = means / shares[drawn].mean(1).clamp_min(torch.finfo(means.dtype).tiny)
+        total = shares[drawn].mean(1)
+        means = means[total > 0] / total[total > 0]  # where there is nothing to explain, nothing can be said
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975])).tolist()
     return low, high
 
