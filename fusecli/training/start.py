@@ -27,7 +27,7 @@ from fusecli.weights import Weights
 Map = Callable[[NumpyArray], NumpyArray]
 #: How much varies by the image, as shares of how much varies by the text (standard deviations): what is tried. Of 0.125
 #: to 1.4, half as much did best where the texts say nearly all, as much or more where they are blurred.
-SHARES = (0.17, 0.35, 0.7, 1.4)
+SHARES = (0.35, 0.7, 1.4)
 #: What varies less than this share of the whole (squares) is not scaled up further.
 FLAT = 1e-6
 #: What queries are scaled by: the attention begins nearly even, so that all of the image counts.
