@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from fusecli.batch.gather import gather, gathered
 from fusecli.batch.store import PartStore
+from fusecli.formats import open_tensors
 from tests.batches import FEW, D, as_npy, batch, expected, statuses
 from tests.conftest import Run
 
@@ -210,6 +211,15 @@ def test_rows_of_a_stack_stay_where_a_later_stream_adds_to_it(run: Run, few: Pat
 
 
 LINE = {"image": "img/*.npy", "text": "txt/*.npy"}
+
+
+def test_results_of_ids_that_come_back_stand_in_their_places(run: Run, few: Path) -> None:
+    for id, there in (("f", False), ("a", False), ("f", True), ("a", True)):
+        for path in (few / "img").glob(f"{id}.*"):
+            path.rename(few / "img" / (f"{id}.npy" if there else f"{id}.away"))
+        batch(run, "img", "txt", "-o", "o.safetensors", "--allow-missing")
+    tensors = open_tensors(str(few / "o.safetensors"))
+    assert sorted(tensors, key=lambda name: tensors[name].offset) == FEW
 
 
 def test_a_stream_with_a_limit_has_rows_up_to_it(run: Run, few: Path) -> None:

@@ -95,8 +95,10 @@ def _run(request: Request, pairs: Pairs | Manifest, reporter: Reporter, job: Job
             ledger.close()
     summary = recorder.summary
     if not (summary.interrupted or summary.stopped or request.shard):
+        # Results of ids that were away for a while may stand behind the others.
+        moved = not history.missing.isdisjoint(feed.ids)
         del history  # a gathering reads it anew
-        _gather(job, folder, feed, summary)
+        _gather(job, folder, feed, summary, moved)
     return summary
 
 
@@ -227,11 +229,11 @@ def _drive(request: Request, job: Job, feed: ListFeed | StreamFeed, recorder: Re
     summary.interrupted = stop.asked and summary.stopped is None
 
 
-def _gather(job: Job, folder: str, feed: ListFeed | StreamFeed, summary: Summary) -> None:
+def _gather(job: Job, folder: str, feed: ListFeed | StreamFeed, summary: Summary, moved: bool) -> None:
     """Make one file of the parts, where there is something new; rows of a stack also come and go without results."""
     stores = [store for store in _stores(job) if isinstance(store, PartStore)]
     rows = None if feed.streams else feed.rows
-    new = summary.fused or summary.failures or not all(is_whole(store, rows) for store in stores)
+    new = moved or summary.fused or summary.failures or not all(is_whole(store, rows) for store in stores)
     if not stores or not new:
         return
     history = read_history(folder, _stores(job))

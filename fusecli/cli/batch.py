@@ -90,7 +90,10 @@ def batch(
     ] = ".npy",
     dtype: Dtype = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", "-j", min=1, max=1024, help="Number of processes.  [default: all cores]")
+        int | None,
+        typer.Option(
+            "--workers", "-j", metavar="N", min=1, max=1024, help="Number of processes.  [default: all cores]"
+        ),
     ] = None,
     shard: Annotated[
         str | None, typer.Option(metavar="I/N", help="Fuse the I-th of N parts, from 1: for job arrays.")

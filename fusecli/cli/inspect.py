@@ -14,7 +14,9 @@ from fusecli.errors import CheckpointError, FusecliError
 
 def inspect(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Features, checkpoints or attention dumps.")],
-    num_heads: Annotated[int | None, typer.Option(min=1, help="Heads of a checkpoint that does not say.")] = None,
+    num_heads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Heads of a checkpoint that does not say.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one machine-readable object a file on stdout.")] = False,
     debug: Debug = False,
 ) -> None:

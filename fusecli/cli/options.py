@@ -63,10 +63,14 @@ Residual = Annotated[
 ]
 Dtype = Annotated[DtypeName | None, typer.Option(help="Dtype of the output.  [default: the text's]")]
 NumHeads = Annotated[
-    int | None, typer.Option(min=1, help="Number of attention heads, for a checkpoint that does not say.  [default: 8]")
+    int | None,
+    typer.Option(
+        metavar="N", min=1, help="Number of attention heads, for a checkpoint that does not say.  [default: 8]"
+    ),
 ]
 Seed = Annotated[
-    int, typer.Option(min=0, max=2**32 - 1, help="Seed of the random weights that are used without --weights.")
+    int,
+    typer.Option(metavar="N", min=0, max=2**32 - 1, help="Seed of the random weights that are used without --weights."),
 ]
 Device = Annotated[str, typer.Option(metavar="cpu|cuda|cuda:N", help="Where to compute.")]
 AllowNonfinite = Annotated[
@@ -83,17 +87,23 @@ Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable o
 MethodOption = Annotated[MethodName, typer.Option("--method", "-m", help="How to fuse: see Methods in the README.")]
 GateOption = Annotated[Gate | None, typer.Option("--gate", help="Gate of method gated.  [default: sigmoid]")]
 NumLayers = Annotated[
-    int | None, typer.Option(min=1, max=1024, help="Number of layers of method transformer.  [default: 1]")
+    int | None, typer.Option(metavar="N", min=1, max=1024, help="Number of layers of method transformer.  [default: 1]")
 ]
 DimFeedforward = Annotated[
     int | None,
-    typer.Option(min=1, max=2**20, help="Width inside the feed-forward layers of method transformer.  [default: 4 D]"),
+    typer.Option(
+        metavar="N",
+        min=1,
+        max=2**20,
+        help="Width inside the feed-forward layers of method transformer.  [default: 4 D]",
+    ),
 ]
 SelfAttention = Annotated[
     bool, typer.Option("--self-attention", help="Let the text rows of method transformer attend to each other as well.")
 ]
 Dropout = Annotated[
-    float | None, typer.Option(min=0, max=0.99, help="Dropout of method transformer in training.  [default: 0.1]")
+    float | None,
+    typer.Option(metavar="X", min=0, max=0.99, help="Dropout of method transformer in training.  [default: 0.1]"),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

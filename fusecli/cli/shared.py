@@ -64,5 +64,6 @@ def load_weights(
         raise UsageError("only for method attention", where="--residual", found=found, hint="leave it out")
     if residual and loaded.text_dim != loaded.dim:
         found = f"Dt={loaded.text_dim}, D={loaded.dim}"
-        raise UsageError("adds the text to the result, so it needs Dt = D", where="--residual", found=found)
+        hint = f"weights of fusecli init --feature-dim {loaded.text_dim}, with --num-heads that divide it"
+        raise UsageError("adds the text to the result, so it needs Dt = D", where="--residual", found=found, hint=hint)
     return loaded.with_options(residual=True) if residual else loaded

@@ -103,10 +103,11 @@ def train(
         typer.Option("--method", "-m", help="How to fuse: see Methods in the README.  [default: gated]"),
     ] = None,
     feature_dim: Annotated[
-        int | None, typer.Option(min=1, max=2**20, help="D, the width of the fused features.  [default: the text's]")
+        int | None,
+        typer.Option(metavar="N", min=1, max=2**20, help="D, the width of the fused features.  [default: the text's]"),
     ] = None,
     num_heads: Annotated[
-        int | None, typer.Option(min=1, help="H, the number of attention heads.  [default: 8]")
+        int | None, typer.Option(metavar="N", min=1, help="H, the number of attention heads.  [default: 8]")
     ] = None,
     residual: Residual = False,
     gate: GateOption = None,
@@ -122,41 +123,55 @@ def train(
         ),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes over the pairs, at most.  [default: 12 with labels, else 6]")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Passes over the pairs, at most.  [default: 12 with labels, else 6]"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=2, help="Pairs in one step.")] = 64,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=2, help="Pairs in one step.")] = 64,
     lr: Annotated[
         float | None,
         typer.Option(
+            metavar="X",
             min=0,
             help="Highest learning rate (AdamW, warm-up, cosine).  "
             "[default: 0.0003; with labels, for new attention without --residual: 0.001]",
         ),
     ] = None,
-    weight_decay: Annotated[float, typer.Option(min=0, help="Weight decay of weight matrices and of the head.")] = 0.05,
+    weight_decay: Annotated[
+        float, typer.Option(metavar="X", min=0, help="Weight decay of weight matrices and of the head.")
+    ] = 0.05,
     text_dropout: Annotated[
         float | None,
         typer.Option(
-            min=0, max=0.99, help="With labels: share of the pairs whose text is hidden in a step.  [default: 0]"
+            metavar="X",
+            min=0,
+            max=0.99,
+            help="With labels: share of the pairs whose text is hidden in a step.  [default: 0]",
         ),
     ] = None,
     label_smoothing: Annotated[
-        float | None, typer.Option(min=0, max=0.99, help="Smoothing of labels that are classes.  [default: 0.1]")
+        float | None,
+        typer.Option(metavar="X", min=0, max=0.99, help="Smoothing of labels that are classes.  [default: 0.1]"),
     ] = None,
     class_weights: Annotated[
         ClassWeights | None, typer.Option(help="With balanced, rare labels count as much as frequent ones.")
     ] = None,
     patience: Annotated[
         int | None,
-        typer.Option(min=1, help="Stop after so many epochs without progress.  [default: 12 with labels, else 3]"),
+        typer.Option(
+            metavar="N", min=1, help="Stop after so many epochs without progress.  [default: 12 with labels, else 3]"
+        ),
     ] = None,
     validation: Annotated[
-        float, typer.Option(min=0.01, max=0.9, help="Share of the pairs by which the best epoch is chosen.")
+        float,
+        typer.Option(metavar="X", min=0.01, max=0.9, help="Share of the pairs by which the best epoch is chosen."),
     ] = 0.1,
     held_out: Annotated[
-        float, typer.Option(min=0.01, max=0.9, help="Share of the pairs that only the table at the end uses.")
+        float,
+        typer.Option(metavar="X", min=0.01, max=0.9, help="Share of the pairs that only the table at the end uses."),
     ] = 0.2,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of starting weights, order and dropout.")] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Seed of starting weights, order and dropout.")
+    ] = 0,
     manifest: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="CSV, TSV or JSON lines with id,image,text, in place of IMAGES and TEXTS."),

@@ -36,18 +36,23 @@ MAX_WIDTH = 2**20
 def init(
     output: Output,
     method: MethodOption = MethodName.attention,
-    feature_dim: Annotated[int, typer.Option(min=1, max=MAX_WIDTH, help="D, the width of the fused features.")] = 768,
+    feature_dim: Annotated[
+        int, typer.Option(metavar="N", min=1, max=MAX_WIDTH, help="D, the width of the fused features.")
+    ] = 768,
     text_dim: Annotated[
-        int | None, typer.Option(min=1, max=MAX_WIDTH, help="Dt, the width of the text features.  [default: D]")
+        int | None,
+        typer.Option(metavar="N", min=1, max=MAX_WIDTH, help="Dt, the width of the text features.  [default: D]"),
     ] = None,
     image_dim: Annotated[
-        int | None, typer.Option(min=1, max=MAX_WIDTH, help="Di, the width of the image features.  [default: D]")
+        int | None,
+        typer.Option(metavar="N", min=1, max=MAX_WIDTH, help="Di, the width of the image features.  [default: D]"),
     ] = None,
     num_heads: Annotated[
-        int | None, typer.Option(min=1, help="H, the number of attention heads.  [default: 8; 1 with --identity]")
+        int | None,
+        typer.Option(metavar="N", min=1, help="H, the number of attention heads.  [default: 8; 1 with --identity]"),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of the random weights.  [default: 0]")
+        int | None, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Seed of the random weights.  [default: 0]")
     ] = None,
     identity: Annotated[
         bool, typer.Option("--identity", help="Identity projections: no training, for sides that share a space.")
@@ -112,7 +117,9 @@ def convert(
     output: Output,
     num_heads: Annotated[
         int | None,
-        typer.Option(min=1, help="H, the number of attention heads; a state_dict does not say.  [default: 8]"),
+        typer.Option(
+            metavar="N", min=1, help="H, the number of attention heads; a state_dict does not say.  [default: 8]"
+        ),
     ] = None,
     dtype: Annotated[DtypeName | None, typer.Option(help="Dtype of the tensors.  [default: as they are]")] = None,
     json: Json = False,
