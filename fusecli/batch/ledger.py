@@ -67,7 +67,7 @@ class History:
         """Read every ledger in ``folder``; lines that a crash cut short are passed over."""
         history = cls()
         for part in sorted(chain.from_iterable(map(_runs, Path(folder).glob("ledger*.jsonl")))):
-            history.began = part.began
+            history.began, history._begun = part.began, None
             for record in _lines(part):
                 with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError):  # no line of ours
                     history._take(record)
@@ -201,7 +201,7 @@ def runs_beside(mine: str) -> list[dict[str, Any]]:
     """
     found = []
     for path in sorted(Path(mine).parent.glob("ledger*.jsonl")):
-        other = str(path) != mine
+        other = path != Path(mine)
         for part in _runs(path):
             lines = _lines(part)
             run = next(lines, {}).get("run")
