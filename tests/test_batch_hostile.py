@@ -11,6 +11,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -372,3 +373,12 @@ def test_a_full_disk_is_named() -> None:
     with open("/dev/full", "wb") as full, pytest.raises(OSError, match="the output") as caught:
         FileSink("the output", full.fileno()).put(0, b"x" * 99)
     assert caught.value.filename == "the output"
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no folder in memory")
+def test_a_manifest_in_memory_is_a_file_like_any_other(run: Run, few: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        for side in ("img", "txt"):
+            shutil.copytree(few / side, f"{folder}/{side}")
+        shutil.copy(few / "m.csv", folder)
+        batch(run, "--manifest", f"{folder}/m.csv", "-o", "out")

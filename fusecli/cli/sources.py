@@ -102,6 +102,12 @@ def check_sources(sources: Sources) -> None:
             ) from None
 
 
+def _is_descriptor(path: str) -> bool:
+    """Whether a file is one that is open already: ``<(...)`` is ``/dev/fd/63``, which lies nowhere."""
+    folder = os.path.realpath(os.path.dirname(path))
+    return folder in ("/dev", "/dev/fd") or folder.startswith("/proc/")
+
+
 def _told_apart(image: str | None, text: str | None) -> bool:
     return image is not None and text is not None and image != text
 
@@ -138,8 +144,7 @@ def find_pairs(
             inputs.see(place)
     if sources.manifest is not None:
         path = sources.manifest
-        system = os.path.realpath(os.path.dirname(path)).startswith(("/dev", "/proc"))  # of <(...): /dev/fd/63
-        folder = "" if system else os.path.dirname(path)
+        folder = "" if _is_descriptor(path) else os.path.dirname(path)
         manifest = Manifest(path, folder, sources.image_key, sources.text_key)
         return from_manifest(manifest, path, shard, inputs)
     image_place = sources.images or ""
