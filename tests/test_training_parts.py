@@ -73,6 +73,15 @@ def test_batches_hold_every_pair_once_and_none_alone(tmp_path: Path, count: int)
     assert min(map(len, made)) > 1
 
 
+def test_long_pairs_are_judged_in_small_batches() -> None:
+    lengths = [4] * 300 + [3000, 5000, 20_000]
+    rows: Any = SimpleNamespace(length=lambda at: lengths[at])
+    data: Any = SimpleNamespace(images=rows, texts=SimpleNamespace(length=lambda at: 2), cost=lambda at: lengths[at])
+    made = batches(data, range(303), 256, None)
+    assert sum(made, []) == list(range(303))  # noqa: RUF017
+    assert [len(batch) for batch in made] == [256, 44, 2, 1]
+
+
 def test_batches_are_drawn_with_little_padding(tmp_path: Path) -> None:
     data, _ = _drawn(tmp_path)
     train = data.parts["train"]

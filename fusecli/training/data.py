@@ -34,6 +34,10 @@ PARTS = ("train", "validation", "held-out")
 Made = TypeVar("Made")
 
 
+#: Rows, padding included, of a batch that nothing is learned from: 50 MB of 768 channels, and what is made of them.
+MOST_ROWS = 2**14
+
+
 def part_of(id: str, validation: float, held_out: float) -> str:
     """Which part of the data a pair belongs to: by its id alone, the same in every run and whatever else is there."""
     digest = hashlib.blake2b(id.encode("utf-8", "surrogateescape"), digest_size=8).digest()
@@ -189,11 +193,10 @@ def _arrays(places: list[Place], side: str, tell: Callable[[int], None] | None) 
 def batches(data: Data, which: Sequence[int], size: int, generator: torch.Generator | None) -> list[list[int]]:
     """The pairs ``which`` in batches of ``size``, pairs of about the same length together.
 
-    Shuffled with ``generator``; without one, sorted as they are cheapest.
+    Shuffled with ``generator``; without one, sorted as they are cheapest, and fewer where pairs are long.
     """
     if generator is None:
-        order = sorted(which, key=data.cost)
-        return [order[at : at + size] for at in range(0, len(order), size)]
+        return _within_bounds(data, sorted(which, key=data.cost), size)
     shuffled = [which[at] for at in torch.randperm(len(which), generator=generator).tolist()]
     made = []
     for at in range(0, len(shuffled), size * SORTED_BATCHES):
@@ -203,6 +206,20 @@ def batches(data: Data, which: Sequence[int], size: int, generator: torch.Genera
         lone = made.pop()
         made[-1] += lone
     return [made[at] for at in torch.randperm(len(made), generator=generator).tolist()]
+
+
+def _within_bounds(data: Data, order: Sequence[int], size: int) -> list[list[int]]:
+    """``order`` cut into batches of at most ``size`` pairs, and of `MOST_ROWS` rows once they are padded."""
+    made: list[list[int]] = []
+    longest = [0, 0]
+    for at in order:
+        grown = [max(most, rows.length(at)) for most, rows in zip(longest, (data.images, data.texts), strict=True)]
+        if not made or len(made[-1]) == size or (len(made[-1]) + 1) * sum(grown) > MOST_ROWS:
+            made.append([])
+            grown = [data.images.length(at), data.texts.length(at)]
+        made[-1].append(at)
+        longest = grown
+    return made
 
 
 @dataclass(frozen=True)
