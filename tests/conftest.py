@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,11 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile("fusecli", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("fusecli")
+
+# What a shell starts with & or nohup ignores these, and so would the commands that the tests start, as they should.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 Run = Callable[..., subprocess.CompletedProcess[bytes]]
 
