@@ -79,7 +79,6 @@ def _config(saved: str, path: str) -> Config:
     try:
         options = json.loads(saved)
         version = options.pop("format")
-        lacking = [name for name in ("method", "num_heads") if name not in options]
         unknown = sorted(set(options) - {field.name for field in fields(Config)})
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise CheckpointError("malformed metadata", where=path, found=saved[:80]) from None
@@ -91,7 +90,9 @@ def _config(saved: str, path: str) -> Config:
     if unknown:
         raise CheckpointError("unknown options in its metadata", where=path, found=", ".join(unknown))
     headless = [name for name, having in OPTIONS.items() if "num_heads" not in having]
-    if lacking and not (lacking == ["num_heads"] and options["method"] in headless):
+    needed = ["method"] if options.get("method") in headless else ["method", "num_heads"]
+    lacking = [name for name in needed if name not in options]
+    if lacking:
         raise CheckpointError("incomplete metadata", where=path, wanted=", ".join(lacking))
     try:
         return Config(**options)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from fusecli.batch.job import Outcome
-from fusecli.batch.lock import is_held
+from fusecli.batch.lock import is_held, lock_of
 from fusecli.batch.store import GATHERED, Piece, believed
 from fusecli.errors import OutputError, UsageError
 
@@ -201,17 +201,13 @@ def runs_beside(mine: str) -> list[dict[str, Any]]:
     """
     found = []
     for path in sorted(Path(mine).parent.glob("ledger*.jsonl")):
-        other = path != Path(mine)
+        other, shard = path != Path(mine), path.stem.removeprefix("ledger").removeprefix("-")
         for part in _runs(path):
             lines = _lines(part)
             run = next(lines, {}).get("run")
-            if isinstance(run, dict) and (next(lines, None) or (other and is_held(_lock_of(path)))):
+            if isinstance(run, dict) and (next(lines, None) or (other and is_held(lock_of(str(path.parent), shard)))):
                 found.append(run)
     return found
-
-
-def _lock_of(ledger: Path) -> str:
-    return str(ledger.with_name(f"lock{ledger.stem.removeprefix('ledger')}"))
 
 
 class Ledger:

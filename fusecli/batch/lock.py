@@ -72,6 +72,11 @@ def is_held(path: str) -> bool:
     return False
 
 
+def lock_of(folder: str, shard: str | None) -> str:
+    """The file that the run of a part, or a whole run, locks."""
+    return f"{folder}/lock{f'-{shard}' if shard else ''}"
+
+
 class Lock:
     """One output has one writer: a lock that the system takes back when the process ends.
 
@@ -88,8 +93,8 @@ class Lock:
             OutputError: another run is.
         """
         if shard:
-            self._take(f"{folder}/lock-{shard}", fcntl.LOCK_EX)
-        self._take(f"{folder}/lock", fcntl.LOCK_SH if shard else fcntl.LOCK_EX)
+            self._take(lock_of(folder, shard), fcntl.LOCK_EX)
+        self._take(lock_of(folder, None), fcntl.LOCK_SH if shard else fcntl.LOCK_EX)
 
     def _take(self, path: str, how: int) -> None:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

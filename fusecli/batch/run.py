@@ -126,7 +126,7 @@ def _require_fitting(request: Request, job: Job, history: History, pairs: Pairs 
     hint = "write to another output, or start over with --overwrite"
     if not history.runs and next(history.ids(), None) is not None:
         raise UsageError("the ledger does not say which weights and options its results had", where=folder, hint=hint)
-    stacked = any(isinstance(store, PartStore) and is_stack(store) for store in _stores(job))
+    stacked = any(map(is_stack, _stores(job)))
     if not stacked or isinstance(pairs, Manifest) or request.shard:
         return
     for id in history.ids(but=set(pairs.rows)):  # they would have no row any more

@@ -11,9 +11,9 @@ from fusecli.errors import OutputError
 from fusecli.formats import safetensors
 
 
-def is_stack(store: PartStore) -> bool:
-    """Whether results have rows instead of names."""
-    return not store.path.endswith(safetensors.SUFFIXES)
+def is_stack(store: Store) -> bool:
+    """Whether results share a file, and have rows there instead of names."""
+    return isinstance(store, PartStore) and not store.path.endswith(safetensors.SUFFIXES)
 
 
 class Stacked:
@@ -42,8 +42,7 @@ class Stacks:
     """Sees to it while a run is under way, so that nobody waits for a stack that cannot be."""
 
     def __init__(self, stores: Iterable[Store]) -> None:
-        there = (isinstance(store, PartStore) and is_stack(store) for store in stores)
-        self._stacks = [Stacked(store.path) if stack else None for store, stack in zip(stores, there, strict=True)]
+        self._stacks = [Stacked(store.path) if is_stack(store) else None for store in stores]
 
     def see(self, outcomes: Iterable[Outcome]) -> None:
         """Raise `OutputError` if what has just been fused does not stack."""

@@ -269,13 +269,14 @@ def _recipe(
     return recipe.Recipe(objective, beginning, settings, asked["validation"], asked["held_out"])
 
 
-def _stamp(path: str) -> tuple[int, int] | None:
-    """What tells the file that is there from a later one of that name."""
+def _stamp(path: str) -> tuple[int, ...] | None:
+    """What tells the file that is there from a later one of that name; None if there is none."""
+    from fusecli.collections import stamp_of
+
     try:
-        info = os.stat(path)
+        return stamp_of(os.stat(path))
     except OSError:
         return None
-    return info.st_ino, info.st_mtime_ns
 
 
 def _method_options(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -64,10 +64,8 @@ def sniff(source: Source, what: str = "feature file") -> str:
     Raises:
         FileError: the file is empty, or of no known format.
     """
-    start, wanted = read_bytes(source, 0, 9), ".npy or .safetensors"
-    for_features, for_weights = "features: numpy.save", "torch.save(model.state_dict(), path)"
-    if what == "checkpoint":
-        wanted = ".safetensors or a file of torch.save"
+    start, weights = read_bytes(source, 0, 9), what == "checkpoint"
+    wanted = ".safetensors or a file of torch.save" if weights else ".npy or .safetensors"
     if not start:
         what = "ended before an array arrived" if source.name == "<stdin>" else "is empty"
         raise FileError(what, where=source.name, wanted=wanted)
@@ -79,11 +77,11 @@ def sniff(source: Source, what: str = "feature file") -> str:
         return "safetensors"
     found, hint = f"first bytes {start!r}", None
     if start.startswith(b"PK\x03\x04"):
-        found, hint = "a zip archive (.npz or .pt)", f"{for_features}; weights: fusecli convert"
+        found, hint = "a zip archive (.npz or .pt)", "features: numpy.save; weights: fusecli convert"
     elif start[:1] == b"\x80":
         found, hint = "a pickle", "load it where it was made, and save the array with numpy.save"
-    if what == "checkpoint":
-        hint = for_weights
+    if weights:
+        hint = "torch.save(model.state_dict(), path)"
     raise FileError(f"not a {what}", where=source.name, found=found, wanted=wanted, hint=hint)
 
 

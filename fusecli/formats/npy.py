@@ -65,17 +65,10 @@ def _parse(header: bytes, latin: bool) -> tuple[tuple[int, ...], str, bool, bool
 def _check_length(source: Source, offset: int, shape: tuple[int, ...], dtype: str, nbytes: int) -> None:
     end = offset + nbytes
     size = source.size(end)
-    if size < end:
-        raise FileError(
-            "cut short",
-            where=source.name,
-            found=f"{size - offset} bytes of data",
-            wanted=f"{nbytes} for {list(shape)} {dtype}",
-        )
-    if size > end:
-        hint = "save one array a file"
+    if size != end:
         found, wanted = f"{size - offset} bytes of data", f"{nbytes} for {list(shape)} {dtype}"
-        raise FileError("longer than its header says", where=source.name, found=found, wanted=wanted, hint=hint)
+        what, hint = ("cut short", None) if size < end else ("longer than its header says", "save one array a file")
+        raise FileError(what, where=source.name, found=found, wanted=wanted, hint=hint)
 
 
 def header(name: str, shape: tuple[int, ...], dtype: str, metadata: Mapping[str, str], second: object = None) -> bytes:
