@@ -20,6 +20,8 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
 
+os.environ.pop("PYTHONUNBUFFERED", None)  # it would hide what goes wrong as buffers are written at last
+
 Run = Callable[..., subprocess.CompletedProcess[bytes]]
 
 FUSECLI = [sys.executable, "-W", "error", "-m", "fusecli"]

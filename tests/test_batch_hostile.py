@@ -6,7 +6,6 @@ import errno
 import fcntl
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -17,21 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-from fusecli import checkpoint
-from fusecli.batch import run as run_module
 from fusecli.batch.job import Outcome, Stop, Task, failed
-from fusecli.batch.ledger import Ledger
 from fusecli.batch.local import Pool
-from fusecli.batch.lock import Lock
-from fusecli.batch.plan import Shard
-from fusecli.batch.request import Request
-from fusecli.batch.store import STATE
 from fusecli.collections import Place
-from fusecli.errors import FileError, FusecliError, UsageError
+from fusecli.errors import FileError, FusecliError
 from fusecli.formats import FileSink, open_source
-from tests.batches import FEW, D, as_npy, batch, expected, results, statuses
+from tests.batches import FEW, D, batch, results, statuses
 from tests.conftest import FUSECLI, Run
 
 
@@ -39,42 +30,6 @@ def test_retrying_what_never_failed_does_nothing_and_says_so(run: Run, few: Path
     told = run("batch", "img", "txt", "-o", "out", "-w", "w.safetensors", "--retry-failed").stderr
     assert b"done before" not in told
     assert b"fused             0" in told
-
-
-DAMAGE = [
-    '{"run": 5}',
-    '{"id":"a","status":"fused","shape":[3,32],"dtype":"float33"}',
-    '{"id":"a","status":"fused","shape":[3,32],"dtype":"bfloat16"}',
-    '{"id":"a","status":"fused","shape":[-3,-32],"dtype":"float32","part":"whole"}',
-    '{"id":"a","status":"fused","shape":[3,32],"dtype":"float32","part":"../img/a.npy"}',
-    '{"id":"a","status":"fused","shape":[3,32],"dtype":"float32","part":"x","at":99999999999999999999999}',
-    '{"id":["a"],"status":"failed"}',
-    "[" * 50_000,
-]
-
-
-@pytest.mark.parametrize("output", ["out", "out.safetensors"])
-def test_a_damaged_ledger_costs_work_and_nothing_else(run: Run, few: Path, output: str) -> None:
-    batch(run, "img", "txt", "-o", output)
-    state = few / (f"{output}/.fusecli" if output == "out" else f"{output}.fusecli")
-    with open(state / "ledger.jsonl", "a") as file:
-        file.write("\n".join(DAMAGE) + "\n")
-    for index in (
-        "5",
-        "[" * 50_000,
-        '["a",5,"float32",0]',
-        '["a",[3,32],"float32","x"]',
-        '["a",[3,32],"float33",0]',
-        "",
-    ):
-        if output != "out":
-            first, *_ = (state / "fused.index").read_text().splitlines()
-            (state / "fused.index").write_text(f"{first}\n{index}\n")
-        batch(run, "img", "txt", "-o", output)
-    if output == "out":
-        assert results(few / output) == expected(run, few, FEW)
-    else:
-        assert {id: as_npy(x) for id, x in load_file(few / output).items()} == expected(run, few, FEW)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ""])
@@ -100,14 +55,7 @@ def test_attention_of_too_few_axes_is_none_of_ours(run: Run, few: Path, suffix: 
 def test_a_full_standard_output_is_named(run: Run, few: Path) -> None:
     with open("/dev/full", "wb") as full:
         told = batch(run, "img", "txt", "-o", "out", "--json", code=1, stdout=full).stderr
-    assert b"standard output: No space" in told
-
-
-def test_a_ledger_that_does_not_say_its_weights_is_refused(run: Run, few: Path) -> None:
-    batch(run, "img", "txt", "-o", "out")
-    ledger = few / "out" / ".fusecli" / "ledger.jsonl"
-    ledger.write_text(ledger.read_text().partition("\n")[2])
-    assert b"--overwrite" in batch(run, "img", "txt", "-o", "out", code=2).stderr
+    assert b"standard output: cannot be written: found No space" in told
 
 
 def test_long_words_in_both_directions_do_not_block() -> None:
@@ -157,35 +105,6 @@ def test_workers_do_not_outlive_the_main_process(few: Path) -> None:
             return
         time.sleep(0.05)
     pytest.fail("workers live on")
-
-
-@pytest.mark.parametrize("began", ["9999999999", "NaN", "1e999", '"x"'])
-def test_a_clock_that_was_wrong_does_not_make_old_words_the_last(run: Run, few: Path, began: str) -> None:
-    good = (few / "img" / "a.npy").read_bytes()
-    (few / "img" / "a.npy").write_bytes(b"junk")
-    batch(run, "img", "txt", "-o", "o.npy", code=4)
-    ledger = few / "o.npy.fusecli" / "ledger.jsonl"
-    ledger.write_text(re.sub('(?<="began": )[^,]+', began, ledger.read_text()))
-    (few / "img" / "a.npy").write_bytes(good)
-    batch(run, "img", "txt", "-o", "o.npy")
-    assert np.isfinite(np.load(few / "o.npy")).all()
-    assert statuses(batch(run, "img", "txt", "-o", "o.npy", "--json")) == dict.fromkeys(FEW, "skipped")
-    assert (
-        b"6 to do"
-        in run("batch", "img", "txt", "-o", "o.npy", "-w", "w.safetensors", "--dry-run", "--overwrite").stderr
-    )
-
-
-def test_the_last_word_on_a_pair_is_that_of_the_last_run(run: Run, few: Path) -> None:
-    good = (few / "img" / "a.npy").read_bytes()
-    (few / "img" / "a.npy").write_bytes(b"junk")
-    shard = next(part for part in ("1/2", "2/2") if Shard(int(part[0]), 2).has("a"))
-    batch(run, "img", "txt", "-o", "out", "--shard", shard, code=4)
-    (few / "img" / "a.npy").write_bytes(good)
-    batch(run, "img", "txt", "-o", "out")
-    batch(run, "img", "txt", "-o", "out", "--shard", shard)  # its ledger has the older word, and is the newer file
-    told = run("batch", "img", "txt", "-o", "out", "-w", "w.safetensors", "--dry-run").stderr
-    assert b"6 done, 0 failed or incomplete before, 0 to do" in told
 
 
 def test_links_lead_to_one_state(run: Run, few: Path) -> None:
@@ -277,33 +196,6 @@ def test_a_folder_where_a_result_should_go_leaves_no_attention_either(run: Run, 
     (few / "out" / "a.npy" / "z").mkdir(parents=True)
     batch(run, "img", "txt", "-o", "out", "-a", "att", code=4)
     assert sorted(results(few / "att")) == FEW[1:]
-
-
-def test_parts_that_begin_at_once_with_other_weights_do_not_mix(tmp_path: Path) -> None:
-    weights = [checkpoint.init(8, 1, seed=seed) for seed in (0, 1)]
-    shards = Shard(1, 2), Shard(2, 2)
-    one, other = (Request(w, str(tmp_path), shard=shard) for w, shard in zip(weights, shards, strict=True))
-    state, lock = tmp_path / STATE, Lock()
-    state.mkdir()
-    mine, theirs = (Ledger(str(state), str(shard)) for shard in shards)
-    lock.take(str(state), str(shards[1]))
-    theirs.begin(other.run_facts(), 0)  # after `one` has looked what there is
-    with pytest.raises(UsageError, match="other weights"):
-        run_module._begin(mine, one, 0)
-    assert (state / "ledger-1-of-2.jsonl").read_bytes() == b""
-    lock.release()  # it was killed before anything came of it
-    run_module._begin(mine, one, 0)
-
-
-def test_a_run_of_which_nothing_came_does_not_count(run: Run, few: Path) -> None:
-    batch(run, "img", "txt", "-o", "out", "--limit", 2)
-    ledger = (few / "out" / ".fusecli" / "ledger.jsonl").read_text().splitlines()[0]
-    (few / "out" / ".fusecli" / "ledger-2-of-2.jsonl").write_text(
-        re.sub('"weights": "[^"]*"', '"weights": "x"', ledger) + "\n"
-    )
-    for part in (["--shard", "1/2"], ["--shard", "2/2"], []):
-        batch(run, "img", "txt", "-o", "out", *part)
-    assert len(results(few / "out")) == 6
 
 
 def test_a_folder_called_like_a_file_is_in_nobodys_way(run: Run, few: Path) -> None:

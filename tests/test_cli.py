@@ -3,10 +3,8 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,6 @@ from safetensors.numpy import load_file, save_file
 from fusecli import fuse, init, load
 from tests.conftest import FUSECLI, Run
 from tests.oracle import article, features
-
-TTY = "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) >> 8)"
 
 
 def test_one_pair(run: Run, pair: tuple[Any, Any], tmp_path: Path) -> None:
@@ -113,80 +109,6 @@ def test_inspect_says_what_files_are(run: Run, pair: tuple[Any, Any], tmp_path: 
     assert "[16, 768]" in shown
 
 
-# Pipes
-
-
-def test_two_arrays_one_after_the_other_on_stdin(run: Run, pair: tuple[Any, Any], tmp_path: Path) -> None:
-    run("fuse", "regions.npy", "txt.npy", "-o", "out.npy", "-q")
-    both = (tmp_path / "regions.npy").read_bytes() + (tmp_path / "txt.npy").read_bytes()
-    done = run("fuse", "-", "-", "-o", "-", input=both)
-    assert done.stdout == (tmp_path / "out.npy").read_bytes()
-    save_file({"text": pair[1]}, tmp_path / "t.safetensors")
-    both = (tmp_path / "t.safetensors").read_bytes()
-    done = run("fuse", "regions.npy", "-", "-o", "-", "--format", "safetensors", input=both)
-    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), _fused(done.stdout))
-
-
-def _fused(data: bytes) -> Any:
-    from safetensors.numpy import load as load_bytes
-
-    return load_bytes(data)["fused"]
-
-
-def test_process_substitution_and_a_closed_pipe(pair: tuple[Any, Any], tmp_path: Path) -> None:
-    command = " ".join(FUSECLI)
-    shell = f"set -o pipefail; {command} fuse <(cat regions.npy) txt.npy -q -o - | head -c 10; echo $?"
-    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, check=True, timeout=60)
-    assert done.stdout == b"\x93NUMPY\x01\x00v\x00" + b"0\n"
-    assert done.stderr == b""
-
-
-def test_a_closed_pipe_ends_a_long_run_quietly(pair: tuple[Any, Any], tmp_path: Path) -> None:
-    np.save(tmp_path / "long.npy", np.ones((5000, 768), np.float32))
-    command = " ".join(FUSECLI)
-    shell = f"set -o pipefail; {command} fuse img.npy long.npy -q -o - | head -c 10 > /dev/null"
-    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, check=False, timeout=60)
-    assert (done.returncode, done.stderr) == (0, b"")
-
-
-def test_a_fifo_is_written_and_not_replaced(pair: tuple[Any, Any], tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.npy")
-    child = subprocess.Popen([*FUSECLI, "fuse", "img.npy", "txt.npy", "-qo", "pipe.npy"], cwd=tmp_path)
-    fused = np.load(io.BytesIO((tmp_path / "pipe.npy").read_bytes()))
-    assert child.wait(timeout=60) == 0
-    assert fused.shape == (5, 768)
-    assert (tmp_path / "pipe.npy").is_fifo()
-
-
-@pytest.mark.parametrize("places", [("-o", "-"), ("-o", "out.npy", "-a", "-")])
-def test_nothing_goes_into_a_pipe_when_the_last_row_is_bad(
-    run: Run, pair: tuple[Any, Any], tmp_path: Path, places: tuple[str, ...]
-) -> None:
-    text = np.ones((20_000, 768), np.float32)
-    text[-1, -1] = np.inf
-    np.save(tmp_path / "long.npy", text)
-    done = run("fuse", "regions.npy", "long.npy", *places, code=3)
-    assert done.stdout == b""
-    assert b"row 19999, column 767" in done.stderr
-    assert not (tmp_path / "out.npy").exists()
-
-
-def test_two_results_do_not_share_a_pipe(run: Run, pair: tuple[Any, Any], tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "both")
-    for one, other in (("-", "/dev/stdout"), ("both", "both")):
-        assert b"another output" in run("fuse", "img.npy", "txt.npy", "-o", one, "-a", other, code=2).stderr
-    run("fuse", "img.npy", "txt.npy", "-o", "/dev/null", "-a", "/dev/null")
-
-
-def test_attention_of_many_blocks_goes_through_a_pipe(
-    run: Run, pair: tuple[Any, Any], tmp_path: Path, rng: np.random.Generator
-) -> None:
-    np.save(tmp_path / "long.npy", rng.standard_normal((20_000, 768), dtype=np.float32))
-    piped = run("fuse", "regions.npy", "long.npy", "-o", "out.npy", "-a", "-").stdout
-    run("fuse", "regions.npy", "long.npy", "-o", "out.npy", "-a", "att.npy")
-    assert piped == (tmp_path / "att.npy").read_bytes()
-
-
 # Errors
 
 
@@ -265,13 +187,6 @@ def test_usage_errors(run: Run, pair: tuple[Any, Any], tmp_path: Path, arguments
     assert (tmp_path / "txt.npy").read_bytes() == before
 
 
-def test_binary_data_are_kept_off_a_terminal(pair: tuple[Any, Any], tmp_path: Path) -> None:
-    command = [sys.executable, "-c", TTY, *FUSECLI, "fuse", "img.npy", "txt.npy", "-o", "-"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, stdin=subprocess.DEVNULL, check=False, timeout=60)
-    assert done.returncode == 2
-    assert b"terminal" in done.stdout
-
-
 def test_what_cannot_be_written(run: Run, pair: tuple[Any, Any], tmp_path: Path) -> None:
     assert b"mkdir -p" in run("fuse", "img.npy", "txt.npy", "-o", "no/out.npy", code=1).stderr
     assert b"No space" in run("fuse", "img.npy", "txt.npy", "-o", "/dev/full", "-q", code=1).stderr
@@ -291,16 +206,6 @@ def test_cuda_that_is_not_there(run: Run, pair: tuple[Any, Any]) -> None:
 def test_cuda_gives_the_cpus_numbers(run: Run, pair: tuple[Any, Any], tmp_path: Path) -> None:
     run("fuse", "regions.npy", "txt.npy", "-o", "out.npy", "--device", "cuda:0")
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), fuse(init(), *pair), atol=1e-5)
-
-
-def test_ctrl_c_while_waiting_for_a_pipe(pair: tuple[Any, Any], tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "never.npy")  # whoever reads it waits
-    command = [*FUSECLI, "fuse", "img.npy", "never.npy", "-o", "out.npy"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE) as child, open(tmp_path / "never.npy", "wb"):
-        child.send_signal(signal.SIGINT)
-        assert child.wait(timeout=60) == 130
-        assert child.stderr
-        assert b"Traceback" not in child.stderr.read()
 
 
 # Start-up and memory: what can be counted, not timed
@@ -347,22 +252,6 @@ def test_memory_stays_flat_in_the_text(pair: tuple[Any, Any], tmp_path: Path, im
 # What went wrong once
 
 
-def test_a_file_on_stdin_is_read_one_array_after_the_other(run: Run, pair: tuple[Any, Any], tmp_path: Path) -> None:
-    (tmp_path / "both.npy").write_bytes((tmp_path / "regions.npy").read_bytes() + (tmp_path / "txt.npy").read_bytes())
-    with open(tmp_path / "both.npy", "rb") as both:
-        run("fuse", "-", "-", "-o", "out.npy", stdin=both)
-    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), fuse(init(), *pair))
-    with open(tmp_path / "txt.npy", "rb") as text:
-        run("fuse", "regions.npy", "-", "-o", "txt.npy", stdin=text, code=2)
-
-
-@pytest.mark.parametrize("closed", ["2>&-", "2>/dev/full", "2> >(true)"])
-def test_words_that_nobody_hears_do_not_touch_the_result(pair: tuple[Any, Any], tmp_path: Path, closed: str) -> None:
-    shell = f"{' '.join(FUSECLI)} fuse img.npy txt.npy -o - {closed}"
-    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, check=True, timeout=60)
-    assert np.load(io.BytesIO(done.stdout)).shape == (5, 768)
-
-
 def test_results_that_overflow_are_an_error(run: Run, pair: tuple[Any, Any], tmp_path: Path) -> None:
     for rows in (1, 16):
         np.save(tmp_path / "huge.npy", np.sign(pair[0][:rows]) * np.float32(3e38))
@@ -373,41 +262,6 @@ def test_results_that_overflow_are_an_error(run: Run, pair: tuple[Any, Any], tmp
 
 def test_an_empty_name_of_weights_is_no_wish_for_untrained_ones(run: Run, pair: tuple[Any, Any]) -> None:
     assert b"--weights" in run("fuse", "img.npy", "txt.npy", "-o", "out.npy", "-w", "", code=2).stderr
-
-
-def _writes_in(pid: int, folder: Path) -> bool:
-    try:
-        return any(os.readlink(file).startswith(f"{folder}/") for file in Path(f"/proc/{pid}/fd").iterdir())
-    except FileNotFoundError:  # closed meanwhile
-        return False
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
-def test_a_stopped_run_leaves_no_litter(pair: tuple[Any, Any], tmp_path: Path, number: int) -> None:
-    (tmp_path / "out").mkdir()
-    np.lib.format.open_memmap(tmp_path / "long.npy", "w+", np.float32, (400_000, 768)).flush()
-    child = subprocess.Popen([*FUSECLI, "fuse", "regions.npy", "long.npy", "-qo", "out/out.npy"], cwd=tmp_path)
-    while not _writes_in(child.pid, tmp_path / "out"):
-        assert child.poll() is None
-        time.sleep(0.01)
-    child.send_signal(number)
-    assert child.wait(timeout=60) == (-number if number == signal.SIGKILL else 128 + number)
-    assert os.listdir(tmp_path / "out") == []
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_a_signal_that_is_ignored_stays_ignored(pair: tuple[Any, Any], tmp_path: Path, number: int) -> None:
-    os.mkfifo(tmp_path / "late.npy")
-    command = [*FUSECLI, "fuse", "img.npy", "late.npy", "-o", "out.npy", "-q"]
-    before = signal.signal(number, signal.SIG_IGN)  # as nohup does, and a shell for what it starts with &
-    try:
-        child = subprocess.Popen(command, cwd=tmp_path)
-    finally:
-        signal.signal(number, before)
-    with open(tmp_path / "late.npy", "wb") as late:
-        child.send_signal(number)
-        late.write((tmp_path / "txt.npy").read_bytes())
-    assert child.wait(timeout=60) == 0
 
 
 def test_inspect_of_anything_readable(run: Run, tmp_path: Path) -> None:
@@ -483,17 +337,6 @@ def test_an_empty_name_is_no_file(run: Run, pair: Any) -> None:
     assert b"--output: is empty" in run("fuse", "regions.npy", "txt.npy", "-o", "", code=2).stderr
 
 
-def test_which_reader_has_gone_is_told(run: Run, pair: Any, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "a.npy")
-    np.save(tmp_path / "long.npy", np.ones((4000, 768), np.float32))
-    command = [*FUSECLI, "fuse", "img.npy", "long.npy", "-o", "-", "-a", "a.npy", "-q"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as child:
-        (tmp_path / "a.npy").open("rb").close()
-        assert child.stderr
-        assert b"error: a.npy: its reader has gone" in child.stderr.read()
-        assert child.wait(60) == 1
-
-
 @pytest.mark.parametrize(
     ("command", "told"),
     [
@@ -508,37 +351,9 @@ def test_the_way_out_is_told(run: Run, tmp_path: Path, pair: Any, command: tuple
     assert told in run(*command, code=None).stderr.decode()
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("fuse", "-", "txt.npy", "-o", "o.npy", "-a", "a.safetensors"),
-        ("batch", "--manifest", "-", "-o", "out", "-a", "a.safetensors"),
-        ("show", "-"),
-    ],
-)
-def test_standard_input_brings_one_thing(run: Run, pair: Any, command: tuple[str, ...]) -> None:
-    assert b"--tokens -: standard input" in run(*command, "--tokens", "-", code=2, input=b"").stderr
-
-
 def test_a_file_without_a_name_is_called_so(run: Run, pair: Any) -> None:
     for command in (("inspect", ""), ("fuse", "regions.npy", "", "-o", "o.npy")):
         assert b"empty file name" in run(*command, code=3).stderr
-
-
-def test_standard_output_by_its_other_name(run: Run, pair: Any, tmp_path: Path) -> None:
-    command = ("fuse", "regions.npy", "txt.npy", "-q", "-o", "/dev/stdout")
-    assert b"--json" in run(*command, "--json", code=2).stderr
-    with (tmp_path / "log").open("wb") as log:
-        log.write(b"before")
-        log.flush()
-        run(*command, stdout=log)
-        assert (tmp_path / "log").read_bytes().startswith(b"before\x93NUMPY")
-
-
-def test_a_file_that_is_written_anew_keeps_its_mode(run: Run, pair: Any, tmp_path: Path) -> None:
-    (tmp_path / "o.npy").touch(0o600)
-    run("fuse", "regions.npy", "txt.npy", "-o", "o.npy", "-q")
-    assert (tmp_path / "o.npy").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_suffix_may_be_written_large(run: Run, pair: Any, tmp_path: Path) -> None:

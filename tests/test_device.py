@@ -141,7 +141,7 @@ def _job(weights: Weights, folder: Path, device: str) -> Job:
     fused = FolderStore(f"{folder}/out", ".npy", f"{folder}/tmp")
     attention = None
     if weights.config.has_attention:
-        attention = FolderStore(f"{folder}/att", ".npy", f"{folder}/tmp-att")
+        attention = FolderStore(f"{folder}/att", ".npy", f"{folder}/att-tmp")
         attention.begin()
     fused.begin()
     return Job(weights, Options(), fused, attention, _move(device))

@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-import errno
-import gc
 import io
 import json
 import os
-import stat
 import struct
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
-from fusecli.errors import FileError, FusecliError, OutputError, UsageError, ValuesError
+from fusecli.errors import FileError, FusecliError, UsageError, ValuesError
 from fusecli.formats import format_of, npy, open_sink, open_tensors, safetensors
 
 
@@ -221,74 +218,6 @@ def test_what_is_no_feature_file_is_called_by_its_name(tmp_path: Path) -> None:
     for name, words in (("a.npz", "zip"), ("p.npy", "pickle"), ("o.npy", "pickled"), ("none.npy", "no such file")):
         with pytest.raises((FileError, ValuesError), match=words):
             open_tensors(str(tmp_path / name))
-
-
-def test_new_files_follow_the_umask_and_links_stay_links(tmp_path: Path) -> None:
-    (tmp_path / "link.npy").symlink_to("real.npy")
-    old = os.umask(0o027)
-    try:
-        with open_sink(str(tmp_path / "link.npy")) as sink:
-            sink.put(0, b"x")
-    finally:
-        os.umask(old)
-    assert (tmp_path / "link.npy").is_symlink()
-    assert stat.S_IMODE((tmp_path / "real.npy").stat().st_mode) == 0o640
-
-
-@pytest.fixture(params=["unnamed", "refused", "unknown"])
-def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A system that has files without a name, one that has none of them on this file system, one that has none."""
-    if request.param == "unknown":
-        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
-    if request.param == "refused":
-        real = os.open
-
-        def refuse(path: str, flags: int, *rest: Any, **named: Any) -> int:
-            if flags & os.O_TMPFILE == os.O_TMPFILE:
-                raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-            return real(path, flags, *rest, **named)
-
-        monkeypatch.setattr(os, "open", refuse)
-
-
-@pytest.mark.usefixtures("system")
-def test_a_file_appears_whole_and_in_place_of_the_old_one(tmp_path: Path) -> None:
-    path = tmp_path / "x.npy"
-    for data in (b"old", b"new"):
-        with open_sink(str(path)) as sink:
-            sink.put(0, data)
-            assert not path.exists() or path.read_bytes() == b"old"
-        assert path.read_bytes() == data
-        assert os.listdir(tmp_path) == ["x.npy"]
-
-
-@pytest.mark.usefixtures("system")
-def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
-    path = tmp_path / "x.npy"
-    path.write_bytes(b"old")
-    with pytest.raises(OutputError, match="No space left"), open_sink(str(path)) as sink:  # noqa: PT012
-        sink.put(0, b"new")
-        raise OSError(28, "No space left on device")
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["x.npy"]
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc")
-def test_a_file_that_cannot_be_named_leaves_no_descriptor_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object, **named: object) -> None:
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    def write() -> None:
-        with pytest.raises(OutputError), open_sink(str(tmp_path / "x.npy")) as sink:
-            sink.put(0, b"x")
-
-    monkeypatch.setattr(os, "link", refuse)
-    monkeypatch.setattr(os, "rename", refuse)  # where the system has no files without a name
-    gc.collect()
-    before = os.listdir("/proc/self/fd")
-    write()
-    assert os.listdir("/proc/self/fd") == before
-    assert not os.listdir(tmp_path)
 
 
 def test_safetensors_metadata_are_those_of_the_library(tmp_path: Path) -> None:

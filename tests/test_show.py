@@ -538,3 +538,9 @@ def test_a_picture_may_come_through_a_pipe(run: Run, tmp_path: Path, suffix: str
     paint(tmp_path / "p.png", (50, 80))
     run("show", "a.npy", "--image", "/dev/stdin", "-o", f"m.{suffix}", input=(tmp_path / "p.png").read_bytes())
     assert (tmp_path / f"m.{suffix}").stat().st_size > 1000
+
+
+def test_matplotlib_has_nothing_to_say(run: Run, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.full((2, 3, 4), 0.25, np.float32))
+    env = {"HOME": "/dev/null/none", "XDG_CACHE_HOME": "/dev/null/none", "XDG_CONFIG_HOME": "/dev/null/none"}
+    assert run("show", "a.npy", "-o", "a.png", "-q", env=env).stderr == b""

@@ -8,6 +8,7 @@ began, they tell what is done.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import json
 import math
 import os
@@ -64,9 +65,13 @@ class History:
 
     @classmethod
     def read(cls, folder: str) -> History:
-        """Read every ledger in ``folder``; lines that a crash cut short are passed over."""
+        """Read every ledger in ``folder``; lines that a crash cut short are passed over.
+
+        Raises:
+            OutputError: one cannot be read.
+        """
         history = cls()
-        for part in sorted(chain.from_iterable(map(_runs, Path(folder).glob("ledger*.jsonl")))):
+        for part in sorted(chain.from_iterable(map(_runs, _ledgers(folder)))):
             history.began, history._begun = part.began, None
             for record in _lines(part):
                 with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError):  # no line of ours
@@ -149,6 +154,25 @@ class History:
         self._order = array("q", sorted(range(len(self._ids)), key=self._ids.__getitem__))  # stable: the last is last
 
 
+def _ledgers(folder: str) -> list[Path]:
+    # `Path.glob` would pass over a folder that cannot be read.
+    with _reading(folder):
+        try:
+            names = os.listdir(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    return [Path(folder, name) for name in sorted(fnmatch.filter(names, "ledger*.jsonl"))]
+
+
+@contextlib.contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        hint = "what was done before is written there; see that you may read it, or write to another output"
+        raise OutputError("cannot be read", where=str(path), found=error.strerror, hint=hint) from error
+
+
 class _Part(NamedTuple):
     """What one run wrote to a ledger."""
 
@@ -161,7 +185,7 @@ class _Part(NamedTuple):
 def _runs(path: Path) -> list[_Part]:
     """The parts of a ledger, by the lines that begin them; each began after those before it, whatever a clock said."""
     parts, at, start, began = [], 0, 0, 0.0
-    with open(path, "rb") as file:
+    with _reading(path), open(path, "rb") as file:
         for line in file:
             if line.startswith(BEGAN):
                 parts.append(_Part(began, path, start, at))
@@ -200,7 +224,7 @@ def runs_beside(mine: str) -> list[dict[str, Any]]:
     Where nothing has come of a run, and it is under way no more, it decides nothing.
     """
     found = []
-    for path in sorted(Path(mine).parent.glob("ledger*.jsonl")):
+    for path in _ledgers(os.path.dirname(mine)):
         other, shard = path != Path(mine), path.stem.removeprefix("ledger").removeprefix("-")
         for part in _runs(path):
             lines = _lines(part)

@@ -97,7 +97,10 @@ class Lock:
         self._take(lock_of(folder, None), fcntl.LOCK_SH if shard else fcntl.LOCK_EX)
 
     def _take(self, path: str, how: int) -> None:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except PermissionError:  # somebody else made it, and lets others read it
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._held.append(fd)
         for more in range(TRIES, -1, -1):
             try:

@@ -57,7 +57,7 @@ def run(request: Request, plan: Callable[[], Pairs | Manifest], reporter: Report
         except BrokenPipeError:
             raise
         except OSError as error:
-            if error.filename is None:  # standard output
+            if error.filename is None:  # of no file
                 raise
             raise OutputError("cannot be written", where=error.filename, found=error.strerror) from error
     finally:

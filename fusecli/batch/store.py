@@ -156,7 +156,7 @@ class FolderStore:
         """Make room for temporary files, and remove those that a killed run left, or parts of one."""
         for left in (self.temporary, *glob.glob(f"{glob.escape(self.temporary)}-*")):  # a part's folder has no more
             shutil.rmtree(left, ignore_errors=True)
-        os.makedirs(self.temporary, exist_ok=True)
+        self._own_folder()  # what keeps us from making one would keep every pair from being written
 
     def end(self) -> None:
         """No more results will come."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import sys
@@ -13,7 +12,7 @@ from importlib import import_module
 import typer
 
 from fusecli import __version__
-from fusecli.cli.console import complain
+from fusecli.cli.console import complain, flush_stdout, open_streams
 from fusecli.cli.light import LightCommand, LightGroup
 from fusecli.errors import FusecliError, is_out_of_memory
 from fusecli.machine import listen
@@ -77,20 +76,30 @@ def main() -> None:
         warnings.simplefilter("ignore")  # they are for us, not for users
     for number in (signal.SIGTERM, signal.SIGHUP):
         listen(number, _leave)
-    if sys.stdout is not None:
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    else:
-        sys.stdout = io.StringIO()
+    open_streams()
+    sys.exit(_ended(_run()))
+
+
+def _run() -> int | str | None:
     try:
         app = _app(sys.argv[1] if len(sys.argv) > 1 else "")
         listen(signal.SIGINT, signal.default_int_handler)
         app(prog_name="fusecli")
+    except SystemExit as end:
+        return end.code
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
     except Exception as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        sys.exit(_explain(error))
+        return _explain(error)
+    return 0
+
+
+def _ended(code: int | str | None) -> int | str | None:
+    """The exit code of a command that ended with ``code``, when the last of what it printed has gone out."""
+    error = flush_stdout()
+    return _explain(error) if error and not code and not isinstance(error, BrokenPipeError) else code
 
 
 def _leave(number: int, frame: object) -> None:
@@ -103,10 +112,23 @@ def _explain(error: Exception) -> int:
         complain(str(error), error.hint)
         return error.exit_code
     if is_out_of_memory(error):
-        complain(f"out of memory: {error}", "use smaller inputs, fewer image rows, or smaller widths")
+        told = f": {error}" if str(error) else ""
+        complain(f"out of memory{told}", "use smaller inputs, fewer image rows, or smaller widths")
     elif isinstance(error, OSError):
-        complain(f"{error.filename or 'standard output'}: {error.strerror or error}", None)
+        where = error.filename or _missing_folder()
+        complain(f"{where}: {error.strerror or error}" if where else f"{error.strerror or error}", None)
+    elif isinstance(error, ImportError):
+        hint = "install fusecli again, or allow it more memory (ulimit -v)"
+        complain(f"a library cannot be loaded: {error}", hint)
     else:  # a mistake of ours
         told = f"{type(error).__name__}: {error}"
         complain(f"internal error: {told}", "run again with --debug and report what it shows")
     return 1
+
+
+def _missing_folder() -> str | None:
+    try:
+        os.getcwd()
+    except OSError:
+        return "the current folder"
+    return None

@@ -197,7 +197,7 @@ def _tell_of_one_row(config: Config, quiet: bool) -> None:
 def _check_streams(output: str, attention: str | None, json: bool) -> None:
     if output != "-" and _is_our_terminal(output):
         output = "-"
-    if "-" in (output, attention) and sys.stdout is not None and sys.stdout.isatty():
+    if "-" in (output, attention) and sys.stdout.isatty():
         raise UsageError("binary data on a terminal", where="-", hint="name a file, or pipe it on")
     if "-" in (output, attention) and json:
         raise UsageError("--json and a result would both go to stdout", hint="write the result to a file")

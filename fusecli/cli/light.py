@@ -7,7 +7,8 @@ that is no plain number or choice.
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
@@ -68,10 +69,20 @@ class LightGroup(TyperGroup):
         _lighten(self.get_params(ctx))
         return super().parse_args(ctx, args)
 
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """Read the command line, or show a help text."""
+        with _while_read():
+            return super().make_context(*args, **options)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was named."""
-        try:
+        with _while_read():
             return super().invoke(ctx)
-        except BrokenPipeError:  # `| head` has seen enough: no error, and nothing to say
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            raise typer.Exit(0) from None
+
+
+@contextmanager
+def _while_read() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:  # `| head` has seen enough: no error, and nothing to say
+        raise typer.Exit(0) from None

@@ -24,7 +24,7 @@ REDRAW = 0.1
 
 
 def _has_bar(quiet: bool) -> bool:
-    return not quiet and sys.stderr is not None and sys.stderr.isatty()
+    return not quiet and sys.stderr.isatty()
 
 
 class Progress:
@@ -174,13 +174,15 @@ def report(summary: Summary, request: Request, allow_missing: bool, quiet: bool)
     from fusecli.batch.request import state_folder
 
     rows = [("fused", summary.fused, ""), ("skipped", summary.skipped, "done before")]
-    rows += [
-        ("failed", count, f"{cause}: {listed(ids, count=count)}") for cause, (count, ids) in summary.failed.items()
-    ]
+    for cause, (count, ids) in summary.failed.items():
+        rows.append(("failed", count, f"{cause}: {listed(ids, count=count)}"))
+        rows.append(("", 0, summary.examples[cause]))
     rows += [("no " + side, count, listed(ids, count=count)) for side, (count, ids) in summary.missing.items()]
     for name, count, told in rows:
         if count or name == "fused":
             note(f"{name:9} {count:>9,}  {printable(told)}".rstrip(), quiet)
+        elif not name:
+            note(f"{'':21}{printable(told)}", quiet)
     seconds = summary.read + summary.fuse + summary.write
     if seconds:
         parts = (f"{name} {getattr(summary, name):.1f} s" for name in ("read", "fuse", "write"))

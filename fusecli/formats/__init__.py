@@ -13,7 +13,16 @@ from types import ModuleType
 
 from fusecli.errors import FileError, UsageError
 from fusecli.formats import npy, safetensors
-from fusecli.formats.sink import FileSink, Replacing, Sink, is_stream, keep_mode, open_sink, write_whole
+from fusecli.formats.sink import (
+    FileSink,
+    Replacing,
+    Sink,
+    is_stream,
+    keep_mode,
+    open_sink,
+    require_replaceable,
+    write_whole,
+)
 from fusecli.formats.source import (
     FLOATS,
     FileSource,
@@ -49,6 +58,7 @@ __all__ = [
     "open_tensors",
     "read_bytes",
     "reason",
+    "require_replaceable",
     "safetensors",
     "sniff",
     "tensors_of",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import shlex
+import shutil
 import stat
 from collections.abc import Iterator
 from typing import Protocol
@@ -78,7 +80,11 @@ class StreamSink:
     def _send(self, view: memoryview) -> None:
         try:
             while view:
-                done = os.write(self._fd, view)
+                try:
+                    done = os.write(self._fd, view)
+                except BlockingIOError:  # who else has the pipe does not want to wait for it
+                    select.select([], [self._fd], [])
+                    continue
                 view, self._at = view[done:], self._at + done
         except OSError as error:
             error.filename = self.name
@@ -147,8 +153,26 @@ def _whole_file(path: str) -> Iterator[Sink]:
 
 def keep_mode(fd: int, target: str) -> None:
     """Who was kept from reading the file ``target``, if there is one, is kept from reading what replaces it."""
-    with contextlib.suppress(OSError):
-        os.fchmod(fd, stat.S_IMODE(os.stat(target).st_mode) & 0o777)
+    try:
+        mode = stat.S_IMODE(os.stat(target).st_mode) & 0o777
+    except OSError:
+        return
+    try:
+        os.fchmod(fd, mode)
+    except OSError:  # some file systems have one mode for all files
+        if stat.S_IMODE(os.fstat(fd).st_mode) & ~mode:
+            raise
+
+
+def require_replaceable(path: str) -> None:
+    """Raise `OutputError` if the file ``path`` belongs to somebody else, in a folder where that protects it."""
+    target = os.path.realpath(path)
+    try:
+        file, folder = os.lstat(target), os.stat(os.path.dirname(target))
+    except OSError:
+        return
+    if folder.st_mode & stat.S_ISVTX and os.geteuid() not in (0, file.st_uid, folder.st_uid):
+        raise OutputError("belongs to another user and cannot be replaced", where=path, hint="write elsewhere")
 
 
 class Replacing:
@@ -212,8 +236,17 @@ class _Unnamed(Replacing):
 
     def _link(self) -> None:
         if self._unnamed:
-            # With a descriptor, which an absolute path makes no use of, Python follows the link in /proc.
-            os.link(f"/proc/self/fd/{self._fd}", self._temporary, src_dir_fd=self._fd)
+            try:
+                # With a descriptor, which an absolute path makes no use of, Python follows the link in /proc.
+                os.link(f"/proc/self/fd/{self._fd}", self._temporary, src_dir_fd=self._fd)
+            except OSError:  # a sandbox may forbid it
+                self._copy()
+
+    def _copy(self) -> None:
+        os.lseek(self._fd, 0, os.SEEK_SET)
+        with open(self._fd, "rb", closefd=False) as unnamed, open(self._temporary, "xb") as named:
+            os.fchmod(named.fileno(), stat.S_IMODE(os.fstat(self._fd).st_mode))
+            shutil.copyfileobj(unnamed, named)
 
 
 def write_whole(path: str, data: bytes) -> None:

@@ -87,11 +87,12 @@ def write_figure(view: View, output: str, image: str | None, fit: str, scale: st
 
 
 def _require_matplotlib() -> None:
+    # Which font it takes instead, and where it keeps its cache, is no news.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise need("matplotlib") from None
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which font it takes instead is no news
 
 
 @dataclass(frozen=True)

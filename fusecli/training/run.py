@@ -15,9 +15,10 @@ from fusecli import checkpoint
 from fusecli.arrays import to_device
 from fusecli.collections import Place
 from fusecli.errors import TrainingError, UsageError, ValuesError
+from fusecli.formats import require_replaceable
 from fusecli.machine import cores
 from fusecli.training.data import read, require_enough
-from fusecli.training.files import STATE, Files, begun_with, beside
+from fusecli.training.files import STATE, Files, begun_with, beside, files_of
 from fusecli.training.loop import Lesson, Listener, Progress, fit
 from fusecli.training.objective import Head, Measured
 from fusecli.training.recipe import Recipe
@@ -106,10 +107,11 @@ def train_on(
 
 
 def begin(output: str, resume: bool, overwrite: bool) -> None:
-    """See that it is said what to do with an unfinished run.
+    """See that it is said what to do with an unfinished run, and that what is written can take its place.
 
     Raises:
         UsageError: there is one, or none to go on with.
+        OutputError: a file of another user is in the way.
     """
     if resume and overwrite:
         raise UsageError("exclude each other", where="--resume --overwrite", hint="leave out either")
@@ -119,6 +121,8 @@ def begin(output: str, resume: bool, overwrite: bool) -> None:
         raise UsageError("no unfinished run to resume", where=state, hint="leave out --resume to start over")
     if there and not resume and not overwrite:
         raise UsageError("there is an unfinished run", where=state, hint="--resume or --overwrite")
+    for path in (output, *files_of(output)):
+        require_replaceable(path)
 
 
 def train(output: str, beginning: Beginning, lesson: Lesson, reporter: Reporter, resume: bool) -> Result:
