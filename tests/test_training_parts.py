@@ -16,7 +16,7 @@ import fusecli
 from fusecli import checkpoint
 from fusecli.errors import TrainingError
 from fusecli.training import loop, recipe, table
-from fusecli.training.data import batches, part_of, read
+from fusecli.training.data import MOST_LEARNED, batches, part_of, read
 from fusecli.training.loop import _rate
 from fusecli.training.match import Match, Moments, _moments, canonical
 from fusecli.training.objective import Classes, Measured, Numbers
@@ -80,6 +80,19 @@ def test_long_pairs_are_judged_in_small_batches() -> None:
     made = batches(data, range(303), 256, None)
     assert sum(made, []) == list(range(303))  # noqa: RUF017
     assert [len(batch) for batch in made] == [256, 44, 2, 1]
+
+
+@pytest.mark.parametrize("texts", [1, 16])
+def test_long_pairs_are_learned_in_small_batches(texts: int) -> None:
+    lengths = [4] * 300 + [500] * 64 + [70_000, 5000]
+    rows: Any = SimpleNamespace(length=lambda at: lengths[at])
+    data: Any = SimpleNamespace(images=SimpleNamespace(length=lambda at: 2), texts=rows, cost=lambda at: lengths[at])
+    made = batches(data, range(366), 64, torch.Generator().manual_seed(0), texts)
+    assert sorted(sum(made, [])) == list(range(366))  # noqa: RUF017
+    for batch in made:
+        rows_ = len(batch) * (2 + texts * max(lengths[at] for at in batch))
+        assert rows_ <= MOST_LEARNED or len(batch) == 1
+    assert sum(len(batch) == 64 for batch in made) >= 4  # of short ones they are full
 
 
 def test_batches_are_drawn_with_little_padding(tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ Made = TypeVar("Made")
 
 #: Rows, padding included, of a batch that nothing is learned from: 50 MB of 768 channels, and what is made of them.
 MOST_ROWS = 2**14
+#: Likewise of one that is learned from: 64 pairs of 1,000 rows. What one of 5,000 takes is not to be padded 64 times.
+MOST_LEARNED = 2**16
 
 
 def part_of(id: str, validation: float, held_out: float) -> str:
@@ -190,36 +192,44 @@ def _arrays(places: list[Place], side: str, tell: Callable[[int], None] | None) 
         yield rows
 
 
-def batches(data: Data, which: Sequence[int], size: int, generator: torch.Generator | None) -> list[list[int]]:
-    """The pairs ``which`` in batches of ``size``, pairs of about the same length together.
+def batches(
+    data: Data, which: Sequence[int], size: int, generator: torch.Generator | None, texts: int = 1
+) -> list[list[int]]:
+    """The pairs ``which`` in batches of ``size``, pairs of about the same length together; fewer where they are long.
 
-    Shuffled with ``generator``; without one, sorted as they are cheapest, and fewer where pairs are long.
+    Args:
+        data: what they are of.
+        which: the pairs.
+        size: pairs of a batch.
+        generator: shuffles them, to be learned from; without one they are sorted as they are cheapest.
+        texts: that each image of a batch meets.
     """
     if generator is None:
-        return _within_bounds(data, sorted(which, key=data.cost), size)
+        return _within_bounds(data, sorted(which, key=data.cost), size, MOST_ROWS, texts)
     shuffled = [which[at] for at in torch.randperm(len(which), generator=generator).tolist()]
     made = []
     for at in range(0, len(shuffled), size * SORTED_BATCHES):
         some = sorted(shuffled[at : at + size * SORTED_BATCHES], key=data.cost)
-        made += [some[start : start + size] for start in range(0, len(some), size)]
+        made += _within_bounds(data, some, size, MOST_LEARNED, texts)
     if len(made) > 1 and len(made[-1]) == 1:  # one pair alone has nothing to be told from
-        lone = made.pop()
-        made[-1] += lone
+        made[-2:] = _within_bounds(data, made[-2] + made[-1], size + 1, MOST_LEARNED, texts)  # unless it is long
     return [made[at] for at in torch.randperm(len(made), generator=generator).tolist()]
 
 
-def _within_bounds(data: Data, order: Sequence[int], size: int) -> list[list[int]]:
-    """``order`` cut into batches of at most ``size`` pairs, and of `MOST_ROWS` rows once they are padded."""
-    made: list[list[int]] = []
-    longest = [0, 0]
-    for at in order:
-        grown = [max(most, rows.length(at)) for most, rows in zip(longest, (data.images, data.texts), strict=True)]
-        if not made or len(made[-1]) == size or (len(made[-1]) + 1) * sum(grown) > MOST_ROWS:
-            made.append([])
-            grown = [data.images.length(at), data.texts.length(at)]
-        made[-1].append(at)
-        longest = grown
-    return made
+def _within_bounds(data: Data, order: Sequence[int], size: int, most: int, texts: int) -> list[list[int]]:
+    lengths = [(data.images.length(at), texts * data.texts.length(at)) for at in order]
+    return [list(order[part]) for part in cut(lengths, size, most)]
+
+
+def cut(lengths: Sequence[tuple[int, int]], size: int, most: int = MOST_ROWS) -> Iterator[slice]:
+    """Cut pairs with so many rows into parts of at most ``size`` pairs, and ``most`` rows once they are padded."""
+    start = m = n = 0
+    for at, own in enumerate(lengths):
+        m, n = max(m, own[0]), max(n, own[1])
+        if at - start == size or (at > start and (at - start + 1) * (m + n) > most):
+            yield slice(start, at)
+            start, (m, n) = at, own
+    yield slice(start, len(lengths))
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ class _Run:
         self._learned = [*ours, *along]
         # All of an update in one pass over memory; in a pass for each operation it takes a sixth of an epoch.
         self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
-        self.steps = len(batches(data, data.parts["train"], settings.batch_size, torch.Generator()))
+        self.steps = len(self._batches(torch.Generator()))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, partial(_rate, self.steps * settings.epochs))
 
     def epoch(self, listener: Listener) -> tuple[dict[str, Any], Head]:
@@ -192,7 +192,7 @@ class _Run:
         settings, epoch = self._settings, self.progress.epoch + 1
         seed = settings.seed * 2**20 + epoch
         torch.manual_seed(seed)
-        made = batches(self._data, self._data.parts["train"], settings.batch_size, torch.Generator().manual_seed(seed))
+        made = self._batches(torch.Generator().manual_seed(seed))
         total = 0.0
         loaded = ahead(partial(load, self._data), made)
         with self._fusion.training(), contextlib.closing(loaded):  # its thread ends here, whatever happens
@@ -203,6 +203,10 @@ class _Run:
                 total += loss * len(batch.which)
                 listener.step(epoch, step, len(made), loss)
         return total / len(self._data.parts["train"])
+
+    def _batches(self, generator: torch.Generator) -> list[list[int]]:
+        data, size = self._data, self._settings.batch_size
+        return batches(data, data.parts["train"], size, generator, self._objective.texts)
 
     def _step(self, batch: Batch) -> float:
         kind = self._settings.device.partition(":")[0]
@@ -258,4 +262,5 @@ def _rate(steps: int, step: int) -> float:
     warm = max(1, round(WARM_UP * steps))
     if step < warm:
         return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    done = min(1.0, (step - warm) / max(1, steps - warm))  # where pairs are long, epochs differ by a step or two
+    return 0.5 * (1 + math.cos(math.pi * done))

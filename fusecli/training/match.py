@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from fusecli.errors import ValuesError
-from fusecli.training.data import Batch, Data, batches, load
+from fusecli.training.data import MOST_ROWS, Batch, Data, batches, cut, load
 from fusecli.training.objective import Head, Measured, one_thread
 from fusecli.training.represent import EVALUATED, Fusion, Representation, masked_mean
 
@@ -42,6 +42,7 @@ class Match:
     margin = 0.0
     #: Width that text and fusion are compared in at most; pairs of a group; pairs that are measured.
     space, group, pool = 256, 16, 200
+    texts = group
 
     def __init__(self, text_dim: int) -> None:
         self._text_dim = text_dim
@@ -259,8 +260,32 @@ def _moments(represent: Representation, data: Data, part: list[int]) -> Moments:
     place = {pair: at for at, pair in enumerate(order)}
     for some in batches(data, part, EVALUATED, None):
         own = torch.stack([data.texts.mean(pair) for pair in some])
-        for shift in range(1, 1 + min(len(part) - 1, max(1, SAMPLES // len(part)))):
-            others = [order[(place[pair] + shift) % len(order)] for pair in some]
-            with torch.no_grad():
-                moments.add(represent.own(load(data, others, some).to(represent.device)).cpu(), own)
+        times = min(len(part) - 1, max(1, SAMPLES // len(part)))
+        with torch.no_grad():
+            meet = _meeting(represent, data, some, times)
+            for shift in range(1, 1 + times):
+                moments.add(meet([order[(place[pair] + shift) % len(order)] for pair in some]), own)
     return moments
+
+
+def _meeting(
+    represent: Representation, data: Data, images: list[int], times: int
+) -> Callable[[list[int]], torch.Tensor]:
+    """Gives vectors ``[B, width]`` of ``images`` with texts of as many other pairs; called ``times`` times."""
+    device = represent.device
+    met = represent.of_images(load(data, images).to(device), times)
+
+    def meet(texts: list[int]) -> torch.Tensor:
+        if len(texts) * max(map(data.texts.length, texts)) <= MOST_ROWS:
+            return met(*(part.to(device) for part in data.texts.padded(texts))).cpu()
+        # A long one among short ones: they are not to be padded to it.
+        by_length = sorted(range(len(texts)), key=lambda at: data.texts.length(texts[at]))
+        lengths = [(data.images.length(images[at]), data.texts.length(texts[at])) for at in by_length]
+        found = torch.empty(len(texts), represent.width)
+        for part in cut(lengths, len(texts)):
+            some = by_length[part]
+            batch = load(data, [texts[at] for at in some], [images[at] for at in some])
+            found[some] = represent.own(batch.to(device)).cpu()
+        return found
+
+    return meet

@@ -44,6 +44,7 @@ class Objective(Protocol):
     name: str
     score_name: str
     guess_name: str  # of what `guess` does
+    texts: int  # that each image of a batch meets as it is learned from
     margin: float  # share of the loss by which training has to better what it began with
 
     def head(self, width: int) -> dict[str, nn.Parameter]:
@@ -111,6 +112,7 @@ class Supervised:
     (Neverova et al. 2016, section 3.3, of dropping whole modalities).
     """
 
+    texts = 1
     margin = 0.02  # a hundred pairs tell no less from chance
     outputs: int
     #: Strengths of the penalty on squared weights that a head is tried with; the validation part chooses.

@@ -30,6 +30,12 @@ class Representation(Protocol):
     def own(self, batch: Batch) -> torch.Tensor:
         """Vectors ``[B, width]`` of the pairs of a batch."""
 
+    def of_images(self, batch: Batch, times: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Gives vectors ``[B, width]`` of the images of a batch with texts ``[B, N, Dt]`` and their mask.
+
+        It will be called ``times`` times; the texts are about as long as those of the batch.
+        """
+
     def beside(self, data: Data, texts: list[int]) -> Callable[[int], torch.Tensor]:
         """Gives, for an image, its vectors ``[len(texts), width]`` with each text; nothing is learned from them."""
 
@@ -55,6 +61,10 @@ class Means:
         parts = [masked_mean(batch.texts, batch.text_mask)] if self._text else []
         parts += [masked_mean(batch.images, batch.image_mask)] if self._image else []
         return torch.cat(parts, 1)
+
+    def of_images(self, batch: Batch, times: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """See `Representation`."""
+        return lambda texts, mask: self.own(replace(batch, texts=texts, text_mask=mask))
 
     def beside(self, data: Data, texts: list[int]) -> Callable[[int], torch.Tensor]:
         """See `Representation`."""
@@ -103,18 +113,22 @@ class Fusion:
 
     def own(self, batch: Batch) -> torch.Tensor:
         """See `Representation`."""
-        return masked_mean(self._fused(batch), batch.text_mask)
+        return self.of_images(batch, 1)(batch.texts, batch.text_mask)
 
-    def _fused(self, batch: Batch) -> torch.Tensor:
+    def of_images(self, batch: Batch, times: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """See `Representation`."""
+        prepared = self._prepared(batch, times)
+        return lambda texts, mask: masked_mean(prepared.fuse(texts, mask=mask).fused, mask)
+
+    def _prepared(self, batch: Batch, times: int = 1) -> Prepared:
+        """The images of a batch, ready for as many texts as it has, ``times`` over."""
         drop = partial(nn.functional.dropout, p=self._drop) if self._drop else lambda x: x
-        n = batch.texts.shape[1]
+        n = batch.texts.shape[1] * times
         learning = self._learned and torch.is_grad_enabled()
         weights = self._weights if learning else self.frozen()
-        view = View(
-            weights, batch.images, batch.texts, n, "float32", training=learning, mask=batch.image_mask, drop=drop
+        return Prepared(
+            View(weights, batch.images, batch.texts, n, "float32", training=learning, mask=batch.image_mask, drop=drop)
         )
-        fused: torch.Tensor = Prepared(view).fuse(batch.texts, mask=batch.text_mask).fused
-        return fused
 
     def frozen(self) -> Weights:
         """The weights as they are now, of which nothing is learned: they are folded, and take fewer operations."""
@@ -133,7 +147,7 @@ class Fusion:
         size, count = which.shape
         texts = batch.texts[which].flatten(1, 2)  # [B, G*N, Dt]
         mask = batch.text_mask[which]  # [B, G, N]
-        fused = self._fused(replace(batch, texts=texts, text_mask=mask.flatten(1)))  # [B, G*N, D]
+        fused = self._prepared(batch, count).fuse(texts, mask=mask.flatten(1)).fused  # [B, G*N, D]
         fused = fused.reshape(size * count, -1, self.width)
         return masked_mean(fused, mask.flatten(0, 1)).reshape(size, count, -1)
 
