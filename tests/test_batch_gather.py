@@ -281,3 +281,35 @@ def test_names_that_no_stack_has_and_no_text_can_hold(run: Run, tmp_path: Path) 
     (tmp_path / "s.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     for command in (("batch", "s.safetensors", "t.safetensors"), ("train", "s.safetensors", "t.safetensors")):
         assert b"s.safetensors" in run(*command, "-o", "f.safetensors", code=3).stderr
+
+
+def test_results_of_another_dtype_do_not_stack(run: Run, few: Path) -> None:
+    np.save(few / "txt" / "c.npy", np.load(few / "txt" / "c.npy").astype(np.float16))
+    assert b"do not stack" in batch(run, "img", "txt", "-o", "o.npy", code=1).stderr
+
+
+@pytest.mark.parametrize("name", ["o.npy", "o.safetensors"])
+def test_a_gathered_file_that_was_spoiled_is_made_again(run: Run, few: Path, name: str) -> None:
+    batch(run, "img", "txt", "-o", name)
+    good = (few / name).read_bytes()
+    for spoiled in (bytes(len(good)), good + bytes(64)):
+        (few / name).write_bytes(spoiled)
+        batch(run, "img", "txt", "-o", name)
+        assert (few / name).read_bytes() == good
+
+
+def test_what_shards_add_to_what_is_there_is_gathered(run: Run, few: Path) -> None:
+    for options in (["--limit", 3], ["--shard", "1/2"], ["--shard", "2/2"], []):
+        batch(run, "img", "txt", "-o", "o.safetensors", *options)
+    assert sorted(load_file(few / "o.safetensors")) == FEW
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_the_last_row_of_a_stack_is_there_whatever_became_of_it(run: Run, few: Path, lost: bool) -> None:
+    last = few / "txt" / f"{FEW[-1]}.npy"
+    if lost:
+        last.unlink()
+    else:
+        last.write_bytes(b"nothing")
+    batch(run, "img", "txt", "-o", "o.npy", code=4)
+    assert len(np.load(few / "o.npy")) == len(FEW)

@@ -326,3 +326,22 @@ def test_a_value_of_two_lines_gives_no_pair_of_its_rest(run: Run, few: Path) -> 
     done = batch(run, "--manifest", "m.csv", "-o", "out", "--json", code=4)
     assert list(results(few / "out")) == ["b"]
     assert done.stdout.count(b'"error": "bad line"') == 2
+
+
+def test_hidden_files_are_no_features(run: Run, few: Path) -> None:
+    for side in ("img", "txt"):
+        np.save(few / side / ".x.npy", np.zeros((1, D), np.float32))
+    assert sorted(statuses(batch(run, "img", "txt", "-o", "out", "--json"))) == FEW
+
+
+def test_a_stack_in_fortran_order_is_refused(run: Run, few: Path, rng: np.random.Generator) -> None:
+    np.save(few / "i.npy", np.asfortranarray(rng.standard_normal((4, D), np.float32)))
+    np.save(few / "t.npy", rng.standard_normal((4, D), np.float32))
+    assert b"Fortran" in batch(run, "i.npy", "t.npy", "-o", "out", code=3).stderr
+
+
+def test_a_wider_text_is_fused_as_alone(run: Run, few: Path) -> None:
+    np.save(few / "img" / "a.npy", np.load(few / "img" / "a.npy")[:1])
+    np.save(few / "txt" / "a.npy", np.load(few / "txt" / "a.npy").astype(np.float64))
+    batch(run, "img", "txt", "-o", "out")
+    assert results(few / "out")["a"] == expected(run, few, ["a"])["a"]

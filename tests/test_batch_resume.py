@@ -289,3 +289,17 @@ def test_a_full_disk_stops_the_run_and_space_lets_it_go_on(run: Run, many: Any, 
         assert len(set(results(disk / "out").values())) == 1
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_attention_that_was_lost_is_made_again(run: Run, few: Path) -> None:
+    batch(run, "img", "txt", "-o", "out", "-a", "att")
+    (few / "att" / "a.npy").unlink()
+    batch(run, "img", "txt", "-o", "out", "-a", "att")
+    assert (few / "att" / "a.npy").exists()
+
+
+def test_a_dry_run_keeps_to_what_is_asked_for(run: Run, few: Path) -> None:
+    (few / "img" / "a.npy").write_bytes(b"nothing")
+    batch(run, "img", "txt", "-o", "out", "--limit", 3, code=4)
+    for options, told in (([], b"4 to do"), (["--limit", 2], b"2 to do"), (["--retry-failed"], b"1 to do")):
+        assert told in run("batch", "img", "txt", "-o", "out", "-w", "w.safetensors", "--dry-run", *options).stderr

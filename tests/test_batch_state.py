@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from fusecli import checkpoint
 from fusecli.batch import run as run_module
+from fusecli.batch.job import Outcome
 from fusecli.batch.ledger import History, Ledger
 from fusecli.batch.lock import Lock
 from fusecli.batch.plan import Shard
@@ -157,3 +158,36 @@ def test_no_room_for_what_is_on_its_way_is_known_at_the_start(tmp_path: Path, mo
     monkeypatch.setattr(os, "mkdir", _refuse(os.mkdir, f"/{os.getpid()}"))
     with pytest.raises(PermissionError):
         FolderStore(str(tmp_path), ".npy", str(tmp_path / STATE / "tmp")).begin()
+
+
+def test_parts_of_a_run_may_run_at_once_and_nothing_else(tmp_path: Path) -> None:
+    one, other, whole = Lock(), Lock(), Lock()
+    one.take(str(tmp_path), "1-of-2")
+    other.take(str(tmp_path), "2-of-2")
+    with pytest.raises(OutputError, match="another run"):
+        whole.take(str(tmp_path), None)
+    one.release()
+    other.release()
+
+
+def test_a_ledger_whose_first_line_was_cut_is_gone_on_with(run: Run, few: Path) -> None:
+    batch(run, "img", "txt", "-o", "out")
+    ledger = few / "out" / STATE / "ledger.jsonl"
+    ledger.write_bytes(ledger.read_bytes()[:20])
+    for _ in range(2):
+        batch(run, "img", "txt", "-o", "out")
+
+
+def test_a_ledger_is_written_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: real(fd, bytes(data[:7])))
+    ledger = Ledger(str(tmp_path), None)
+    ledger.begin({}, 0.0)
+    ledger.add(Outcome(id, "failed", {}) for id in FEW)
+    ledger.close()
+    assert History.read(str(tmp_path)).failed == set(FEW)
+
+
+def test_an_id_belongs_to_the_same_part_for_ever() -> None:
+    parts = [[number for number in (1, 2, 3) if Shard(number, 3).has(id)] for id in "abc"]
+    assert parts == [[1], [3], [1]]

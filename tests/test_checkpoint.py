@@ -353,3 +353,23 @@ def test_inspect_shows_what_is_no_checkpoint_and_goes_on_after_what_is_no_file(r
     assert "text_proj" in other["problem"]
     assert array["tensors"][0]["nonfinite"] == 1
     assert b"no such file" in done.stderr
+
+
+def test_transposed_weights_are_saved_as_what_they_are(tmp_path: Path) -> None:
+    weights = init(8, 2)
+    turned = {name: np.ascontiguousarray(tensor.T).T for name, tensor in weights.tensors.items()}
+    save(Weights(weights.config, turned), tmp_path / "turned.safetensors")
+    save(weights, tmp_path / "w.safetensors")
+    assert (tmp_path / "turned.safetensors").read_bytes() == (tmp_path / "w.safetensors").read_bytes()
+
+
+def test_whole_numbers_are_no_weights() -> None:
+    weights = init(8, 2)
+    with pytest.raises(CheckpointError, match="floating"):
+        Weights(weights.config, {name: tensor.astype(np.int64) for name, tensor in weights.tensors.items()})
+
+
+def test_a_weighted_sum_begins_with_the_text_as_it_is() -> None:
+    tensors = init(8, method="weighted-sum").tensors
+    np.testing.assert_array_equal(tensors["text_proj.weight"], np.eye(8))
+    assert not tensors["text_proj.bias"].any()

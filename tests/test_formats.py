@@ -165,6 +165,7 @@ def test_npy_headers_that_lie_are_refused(tmp_path: Path, header: str) -> None:
         {"x": {"dtype": "F32", "shape": [-4, -4], "data_offsets": [0, 64]}},
         {"x": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}},
         {"x": {"dtype": "F32", "shape": [8], "data_offsets": [32, 64]}},
+        {"x": {"dtype": "F32", "shape": [8], "data_offsets": [0, 64]}},
         {"x": {"dtype": "F32", "shape": [999999999] * 100_000, "data_offsets": [0, 64]}},
         {"x": {"dtype": "F32", "shape": [10**30, 0], "data_offsets": [0, 0]}},
         {"x": {"dtype": 7, "shape": [16], "data_offsets": [0, 64]}},
@@ -225,3 +226,11 @@ def test_safetensors_metadata_are_those_of_the_library(tmp_path: Path) -> None:
     source = open_tensors(str(tmp_path / "x.safetensors"))["x"].source
     assert safetensors.metadata(source) == {"a": "ü"}
     assert load_file(tmp_path / "x.safetensors")["x"].shape == (2,)
+
+
+def test_a_tensor_twice_is_refused(tmp_path: Path) -> None:
+    entry = '"x": {"dtype": "F32", "shape": [4], "data_offsets": [%d, %d]}'
+    text = f"{{{entry % (0, 16)}, {entry % (16, 32)}}}".encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(32))
+    with pytest.raises(FileError, match="twice"):
+        open_tensors(str(tmp_path / "x.safetensors"))
