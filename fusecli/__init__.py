@@ -5,7 +5,7 @@
     >>> fused = fusecli.fuse(weights, image, text)      # [N, D], NumPy or torch
 
 Public names are loaded on first use, so that importing the package costs nothing and torch is imported only
-by those who name `ImageTextFusion`.
+by those who name `ImageTextFusion` or load a `.pt`.
 """
 
 TYPE_CHECKING = False  # as in `typing`, whose import takes a while in which Ctrl-C is not in our hands yet

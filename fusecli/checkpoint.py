@@ -216,7 +216,7 @@ def init(
             go with the method.
     """
     config = _configured(method, num_heads, options)
-    text_dim, image_dim = text_dim or feature_dim, image_dim or feature_dim
+    text_dim, image_dim = (feature_dim if width is None else width for width in (text_dim, image_dim))
     _require_widths(feature_dim, text_dim, image_dim)
     if not 0 <= seed < 2**32:
         raise UsageError("bad seed", found=str(seed), wanted="0 to 2**32 - 1")

@@ -63,7 +63,11 @@ def grid_of(
 
 
 def no_grid(
-    m: int, where: str | None, wanted: str = "g² or g² + 1 rows", skip: int | None = None, hint: str | None = None
+    m: int,
+    where: str | None,
+    wanted: str = "g² or g² + 1 rows, g from 2",
+    skip: int | None = None,
+    hint: str | None = None,
 ) -> ShapeError:
     """The error that says which grids ``m`` rows would fit, beside ``skip`` rows before it if that was given."""
     hint = hint or ", or ".join(fitting(m, skip))

@@ -14,8 +14,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from fusecli.batch.job import Outcome, Stop, Task, failed
 from fusecli.batch.local import Pool
@@ -274,3 +276,12 @@ def test_a_manifest_in_memory_is_a_file_like_any_other(run: Run, few: Path) -> N
             shutil.copytree(few / side, f"{folder}/{side}")
         shutil.copy(few / "m.csv", folder)
         batch(run, "--manifest", f"{folder}/m.csv", "-o", "out")
+
+
+def test_why_pairs_failed_is_told_with_what_to_do(run: Run, few: Path) -> None:
+    save_file({"x": np.zeros((2, D), ml_dtypes.bfloat16)}, few / "txt" / "a.safetensors")
+    (few / "txt" / "a.npy").unlink()
+    told = run("batch", "img", "txt", "-o", "out", "-w", "w.safetensors", code=4).stderr.decode()
+    assert "failed            1  .npy cannot name bfloat16: a\n" in told
+    assert "found dtype bfloat16\n" in told
+    assert "hint: write .safetensors" in told

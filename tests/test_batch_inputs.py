@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fusecli.batch.job import Task
+from fusecli import load
+from fusecli.batch.job import Job, Options, Task
 from fusecli.batch.plan import Shard
+from fusecli.batch.store import FolderStore
+from fusecli.batch.worker import work
+from fusecli.collections import Place, open_collection
 from tests.batches import FEW, D, batch, expected, results, statuses
 from tests.conftest import Run
 
@@ -115,12 +119,6 @@ def test_one_packed_file_named_line_by_line(run: Run, few: Path) -> None:
 
 
 def test_a_packed_file_that_is_replaced_gives_no_wrong_results(few: Path) -> None:
-    from fusecli import load
-    from fusecli.batch.job import Job, Options
-    from fusecli.batch.store import FolderStore
-    from fusecli.batch.worker import work
-    from fusecli.collections import open_collection
-
     for shift in (0.0, 1.0):
         path = str(few / "i.safetensors")
         save_file({id: np.load(few / "img" / f"{id}.npy") + np.float32(shift) for id in FEW[: 6 - int(shift)]}, path)
@@ -345,3 +343,12 @@ def test_a_wider_text_is_fused_as_alone(run: Run, few: Path) -> None:
     np.save(few / "txt" / "a.npy", np.load(few / "txt" / "a.npy").astype(np.float64))
     batch(run, "img", "txt", "-o", "out")
     assert results(few / "out")["a"] == expected(run, few, ["a"])["a"]
+
+
+def test_after_the_first_failure_an_item_is_over(few: Path) -> None:
+    (few / "img" / "b.npy").write_bytes(b"nothing")
+    store = FolderStore(str(few / "out"), ".npy", str(few / "tmp"))
+    store.begin()
+    job = Job(load(few / "w.safetensors"), Options(), store, None, fail_fast=True)
+    outcomes = work(job, [Task(id, *(Place(f"{few}/{side}/{id}.npy") for side in ("img", "txt"))) for id in FEW])
+    assert [(outcome.id, outcome.status) for outcome in outcomes] == [("a", "fused"), ("b", "failed")]

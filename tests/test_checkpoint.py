@@ -373,3 +373,8 @@ def test_a_weighted_sum_begins_with_the_text_as_it_is() -> None:
     tensors = init(8, method="weighted-sum").tensors
     np.testing.assert_array_equal(tensors["text_proj.weight"], np.eye(8))
     assert not tensors["text_proj.bias"].any()
+
+
+def test_a_width_of_nothing_is_refused() -> None:
+    with pytest.raises(UsageError):
+        init(8, 2, text_dim=0)

@@ -544,3 +544,13 @@ def test_matplotlib_has_nothing_to_say(run: Run, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.full((2, 3, 4), 0.25, np.float32))
     env = {"HOME": "/dev/null/none", "XDG_CACHE_HOME": "/dev/null/none", "XDG_CONFIG_HOME": "/dev/null/none"}
     assert run("show", "a.npy", "-o", "a.png", "-q", env=env).stderr == b""
+
+
+def test_a_report_without_pillow_says_what_to_install(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without" / "PIL.py").write_text("raise ImportError")
+    (tmp_path / "looks").mkdir()
+    np.save(tmp_path / "looks" / "a.npy", np.full((2, 3, 4), 0.25, np.float32))
+    env = {"PYTHONPATH": f"{tmp_path}/without{os.pathsep}{os.getcwd()}"}
+    assert b"fusecli[plot]" in run("show", "looks", "-o", "report", env=env, code=1).stderr
+    assert not (tmp_path / "report").exists()

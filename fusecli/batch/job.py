@@ -83,7 +83,8 @@ def failed(id: str, error: Exception) -> Outcome:
         error = OutputError("cannot be written", where=error.filename2 or error.filename, found=error.strerror)
     elif not isinstance(error, FusecliError):
         error = FusecliError("internal error", found=f"{type(error).__name__}: {error}")
-    return Outcome(id, "failed", {"error": error.what, "message": str(error)}, stop)
+    hint = {"hint": error.hint} if error.hint else {}
+    return Outcome(id, "failed", {"error": error.what, "message": str(error), **hint}, stop)
 
 
 @dataclass
@@ -98,6 +99,11 @@ class Job:
     folder: str = ""  # with the state of the run
     threads: int = 1  # for a large text
     read: tuple[str, ...] = ()  # files that are read beside the features
+    fail_fast: bool = False  # the first pair that fails is the last
+
+    def ends_with(self, outcome: Outcome) -> bool:
+        """Whether no pair is to be done after that one."""
+        return outcome.stop or (self.fail_fast and outcome.status == "failed")
 
 
 #: Does one item; never raises for a bad pair.

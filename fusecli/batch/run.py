@@ -181,7 +181,8 @@ def _job(request: Request, folder: str) -> Job:
     attention = store(request.attention, "attention") if request.attention else None
     threads = request.workers if request.device == "cpu" else 1
     fused = store(request.output, "fused")
-    return Job(request.weights, request.options, fused, attention, mover, folder, threads, request.read)
+    facts = folder, threads, request.read, request.fail_fast
+    return Job(request.weights, request.options, fused, attention, mover, *facts)
 
 
 def _feed(

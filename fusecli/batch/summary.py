@@ -25,7 +25,7 @@ class Summary:
     fuse: float = 0.0  # likewise
     write: float = 0.0  # likewise
     failed: dict[str, tuple[int, list[str]]] = field(default_factory=dict)  # by cause: how many, the first ids
-    examples: dict[str, str] = field(default_factory=dict)  # by cause: all that was said of the first
+    examples: dict[str, list[str]] = field(default_factory=dict)  # by cause: all that was said of the first
     missing: dict[str, tuple[int, list[str]]] = field(default_factory=dict)  # by the side that is not there
     interrupted: bool = False
     stopped: Outcome | None = None  # what stopped it before its end
@@ -55,7 +55,8 @@ class Summary:
             failed = outcome.status == "failed"
             table, cause = (self.failed, "error") if failed else (self.missing, "missing")
             if failed:
-                self.examples.setdefault(outcome.facts[cause], outcome.facts["message"])
+                hint = [f"hint: {outcome.facts['hint']}"] if "hint" in outcome.facts else []
+                self.examples.setdefault(outcome.facts[cause], [outcome.facts["message"], *hint])
             count, ids = table.get(outcome.facts[cause], (0, []))
             table[outcome.facts[cause]] = (count + 1, [*ids, outcome.id] if len(ids) < FIRST else ids)
 

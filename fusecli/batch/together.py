@@ -34,7 +34,7 @@ def work(job: Job, item: Item) -> list[Outcome]:
     with np.errstate(all="ignore"):  # what overflows is found by looking
         for at, outcome in _work(job, item):
             outcomes[at] = outcome
-            if outcome.stop:
+            if job.ends_with(outcome):
                 break
     return [outcomes[at] for at in sorted(outcomes)]
 

@@ -39,7 +39,7 @@ def work(job: Job, item: Item) -> list[Outcome]:
         outcomes = []
         for task, image, row in zip(item, images, rows, strict=True):
             outcomes.append(image if isinstance(image, Outcome) else _fuse(job, task, image, row, shared))
-            if outcomes[-1].stop:
+            if job.ends_with(outcomes[-1]):
                 break
     return outcomes
 

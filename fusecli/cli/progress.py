@@ -176,7 +176,7 @@ def report(summary: Summary, request: Request, allow_missing: bool, quiet: bool)
     rows = [("fused", summary.fused, ""), ("skipped", summary.skipped, "done before")]
     for cause, (count, ids) in summary.failed.items():
         rows.append(("failed", count, f"{cause}: {listed(ids, count=count)}"))
-        rows.append(("", 0, summary.examples[cause]))
+        rows += [("", 0, line) for line in summary.examples[cause]]
     rows += [("no " + side, count, listed(ids, count=count)) for side, (count, ids) in summary.missing.items()]
     for name, count, told in rows:
         if count or name == "fused":

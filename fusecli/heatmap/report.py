@@ -19,7 +19,7 @@ from fusecli.heatmap.dump import Dumps, Wanted, caption
 from fusecli.heatmap.figure import OPACITY
 from fusecli.heatmap.lettering import printed
 from fusecli.heatmap.page import as_json, filled, page, with_links
-from fusecli.heatmap.picture import SUFFIXES, as_jpeg, fitted, for_page, grey, load_picture, panel_size
+from fusecli.heatmap.picture import SUFFIXES, as_jpeg, fitted, for_page, grey, load_picture, need, panel_size
 from fusecli.heatmap.shades import colours, entropy, on_grid, shades
 from fusecli.heatmap.view import look_at, require_map
 from fusecli.machine import alone_in, undisturbed
@@ -173,7 +173,10 @@ def _make(
 
 
 def _thumbnail(cells: NumpyArray, size: tuple[int, int], under: NumpyArray | None) -> bytes:
-    from PIL import Image
+    try:
+        from PIL import Image
+    except ImportError:
+        raise need("Pillow") from None
 
     map = Image.fromarray(colours(cells)).resize(size, Image.Resampling.NEAREST)
     drawn = map if under is None else Image.blend(Image.fromarray(under), map, OPACITY)
