@@ -118,12 +118,27 @@ def test_one_packed_file_named_line_by_line(run: Run, few: Path) -> None:
     assert results(few / "out") == expected(run, few, FEW)
 
 
-def test_a_packed_file_that_is_replaced_gives_no_wrong_results(few: Path) -> None:
-    for shift in (0.0, 1.0):
-        path = str(few / "i.safetensors")
-        save_file({id: np.load(few / "img" / f"{id}.npy") + np.float32(shift) for id in FEW[: 6 - int(shift)]}, path)
-        if not shift:
-            images, texts = open_collection(path), open_collection(str(few / "txt"))
+def _packed(few: Path, name: str, shift: float) -> str:
+    save_file({id: np.load(few / "img" / f"{id}.npy") + np.float32(shift) for id in FEW}, few / name)
+    os.utime(few / name, (shift, shift))
+    return str(few / name)
+
+
+@pytest.mark.parametrize("how", ["cut", "written again", "put in its place"])
+def test_a_packed_file_that_is_another_gives_no_wrong_results(few: Path, how: str) -> None:
+    path = _packed(few, "i.safetensors", 0.0)
+    images, texts = open_collection(path), open_collection(str(few / "txt"))
+    if how == "cut":
+        os.truncate(path, os.path.getsize(path) - 4)
+        os.utime(path, (0, 0))
+    else:
+        data = Path(_packed(few, "other.safetensors", 1.0)).read_bytes()
+        if how == "written again":
+            Path(path).write_bytes(data)
+            os.utime(path, (1, 1))
+        else:
+            os.utime(few / "other.safetensors", (0, 0))
+            os.replace(few / "other.safetensors", path)
     (few / "tmp").mkdir()
     job = Job(load(few / "w.safetensors"), Options(), FolderStore(str(few), ".npy", str(few / "tmp")), None)
     (outcome,) = work(job, [Task("f", images.place("f"), texts.place("f"))])

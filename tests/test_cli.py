@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -343,11 +344,13 @@ def test_an_empty_name_is_no_file(run: Run, pair: Any) -> None:
         (("fuse", "img.npy", "txt.npy", "-o", "."), "is a directory"),
         (("init", "-o", "x.pt"), "hint: -o x.safetensors"),
         (("init", "-o", "-"), "hint: -o fusion.safetensors"),
+        (("fuse", "brain.npy", "txt.npy", "-o", "o.npy"), "hint: .npy cannot name bfloat16 and lost it"),
         (("convert", "junk.pt", "-o", "w.safetensors"), "hint: torch.save(model.state_dict(), path)"),
     ],
 )
 def test_the_way_out_is_told(run: Run, tmp_path: Path, pair: Any, command: tuple[str, ...], told: str) -> None:
     (tmp_path / "junk.pt").write_bytes(b"junk, and no weights")
+    np.save(tmp_path / "brain.npy", np.ones((1, 768), ml_dtypes.bfloat16))
     assert told in run(*command, code=None).stderr.decode()
 
 
