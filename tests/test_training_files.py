@@ -162,6 +162,20 @@ def test_a_column_of_labels_twice_is_refused(tmp_path: Path) -> None:
         read_labels(str(tmp_path / "labels.csv"))
 
 
+@pytest.mark.parametrize("line", ["b,", ",x"])
+def test_a_line_that_lacks_an_id_or_a_label_is_refused(tmp_path: Path, line: str) -> None:
+    (tmp_path / "labels.csv").write_text(f"id,label\na,x\n{line}\n")
+    with pytest.raises(FileError, match="line 3: an id or a label is missing"):
+        read_labels(str(tmp_path / "labels.csv"))
+
+
+@pytest.mark.parametrize("written", ["1_000", "nan", "inf", "", "1,5", "one"])
+def test_what_is_no_number_is_called_so(written: str) -> None:
+    data: Any = SimpleNamespace(ids=["a", "b"], parts={"train": [0, 1]})
+    with pytest.raises(InputError, match="id b: not a number"):
+        numbers({"a": "1e3", "b": written}, data, 0.0, "labels.csv")
+
+
 def test_numbers_too_large_to_have_a_spread_are_called_so() -> None:
     data: Any = SimpleNamespace(ids=list("abcd"), parts={"train": [0, 1], "validation": [2, 3]})
     with pytest.raises(InputError, match="too large"):

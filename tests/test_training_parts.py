@@ -209,6 +209,37 @@ def test_patience_is_for_epochs_that_learn_nothing(tmp_path: Path) -> None:
     assert (progress.epoch, progress.best_epoch) == (5, 0)
 
 
+@pytest.mark.parametrize(("loss", "best"), [(0.985, 0), (0.975, 1)])
+def test_what_betters_the_start_by_less_than_2_percent_is_not_kept(tmp_path: Path, loss: float, best: int) -> None:
+    data, _ = _drawn(tmp_path, 60)
+    objective = Classes(torch.arange(60) % 2, ["a", "b"], 0.0, 0.0, None)
+    objective.judge = lambda *_: (Measured(loss, torch.zeros(1)), {})  # type: ignore[method-assign]
+    settings = loop.Settings(epochs=1, batch_size=16, lr=0.0, weight_decay=0.0, patience=2, seed=0, device="cpu")
+    quiet: Any = SimpleNamespace(best=lambda *_: None, state=id, step=lambda *_: None, epoch=id)
+    progress = loop.fit(Fusion(fusecli.init(8, 2)), loop.Lesson(objective, data, settings), quiet, quiet, 1.0)
+    assert progress.best_epoch == best
+
+
+def test_pairs_come_in_another_order_in_every_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, _ = _drawn(tmp_path, 60)
+    objective = Classes(torch.arange(60) % 2, ["a", "b"], 0.0, 0.0, None)
+    orders: list[list[int]] = [[]]
+
+    def step(run: Any, batch: Any) -> float:
+        orders[-1] += batch.which
+        return 0.0
+
+    monkeypatch.setattr(loop._Run, "_step", step)
+    settings = loop.Settings(epochs=2, batch_size=16, lr=0.0, weight_decay=0.0, patience=9, seed=0, device="cpu")
+    quiet: Any = SimpleNamespace(
+        best=lambda *_: None, state=id, step=lambda *_: None, epoch=lambda _: orders.append([])
+    )
+    loop.fit(Fusion(fusecli.init(8, 2)), loop.Lesson(objective, data, settings), quiet, quiet, 100.0)
+    first, second = orders[:2]
+    assert sorted(first) == sorted(second) == data.parts["train"]
+    assert first != second
+
+
 def test_a_head_is_made_of_canonical_correlations(rng: np.random.Generator) -> None:
     x = rng.standard_normal((200, 6))
     y = x[:, :3] @ rng.standard_normal((3, 4)) + rng.standard_normal((200, 4))
@@ -220,6 +251,21 @@ def test_a_head_is_made_of_canonical_correlations(rng: np.random.Generator) -> N
     left, right = x @ ours.numpy().T, y @ theirs.numpy().T
     for side, other, power in ((left, left, 1), (right, right, 1), (left, right, 2)):
         np.testing.assert_allclose(side.T @ other, np.diag(expected**power), atol=1e-8)
+
+
+def test_what_does_not_vary_has_a_head_of_numbers() -> None:
+    still = torch.zeros(3, 3, dtype=torch.float64)
+    assert all(torch.isfinite(side).all() for side in canonical(still, still, still, 0.1, 2))
+
+
+def test_a_head_is_judged_without_smoothing(tmp_path: Path) -> None:
+    data, _ = _drawn(tmp_path, 60)
+    vectors = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    losses = {
+        Classes(torch.arange(60) % 2, ["a", "b"], 0.0, smoothing, None)._fitted(vectors, data)[0].loss
+        for smoothing in (0.0, 0.5)
+    }
+    assert len(losses) == 1
 
 
 def test_small_differences_between_large_numbers_count(rng: np.random.Generator) -> None:
