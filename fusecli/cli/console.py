@@ -78,9 +78,11 @@ def open_streams() -> None:
     sys.stderr = _taken(sys.stderr, _Spoken)
 
 
-def _taken(stream: Any, kind: type[io.TextIOWrapper]) -> TextIO:
+def _taken(stream: TextIO | None, kind: type[io.TextIOWrapper]) -> TextIO:
     if stream is None:
         return io.StringIO()
+    if type(stream) is not io.TextIOWrapper:  # taken over before, or somebody else's
+        return stream
     encoding, lines, through = stream.encoding, stream.line_buffering, stream.write_through
     return kind(stream.detach(), encoding, "backslashreplace", line_buffering=lines, write_through=through)
 
