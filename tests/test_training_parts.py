@@ -21,6 +21,7 @@ from fusecli.training.loop import _rate
 from fusecli.training.match import Match, Moments, _moments, canonical
 from fusecli.training.objective import Classes, Measured, Numbers
 from fusecli.training.represent import Fusion, Means
+from fusecli.training.start import laid_apart
 
 D = 16
 
@@ -312,3 +313,20 @@ def test_training_may_begin_with_what_has_seen_no_pairs(tmp_path: Path) -> None:
     for gate, may in (("sigmoid", True), ("tanh", False)):  # shut, nothing behind it would learn
         beginning = recipe.drawn(True, None, 0, {"method": "gated", "num_heads": 2, "gate": gate}, data)
         assert any(start is beginning.untrained for start in beginning.starts) == may
+
+
+@pytest.mark.parametrize("method", ["attention", "gated", "weighted-sum", "concat"])
+def test_the_image_begins_as_a_share_of_the_text_and_its_middle_as_nothing(tmp_path: Path, method: str) -> None:
+    data, _ = _drawn(tmp_path, 60)
+    options: dict[str, Any] = {"residual": True} if method == "attention" else {}
+    weights = checkpoint.orthogonal(data.texts.width, 2, method=method, image_dim=data.images.width, **options)
+    bare, laid = laid_apart(weights, data, [0.0, 0.5])
+
+    def vectors(weights: fusecli.Weights) -> Any:
+        fused = [fusecli.fuse(weights, data.images[at], data.texts[at]).mean(0) for at in data.parts["train"]]
+        return np.stack(fused, dtype=np.float64)
+
+    text, image = vectors(bare), vectors(laid) - vectors(bare)
+    spread = float(text.var(0).sum())
+    assert float(np.square(image.mean(0)).sum()) < 1e-3 * spread
+    np.testing.assert_allclose(image.var(0).sum(), 0.25 * spread, rtol=0.05)
