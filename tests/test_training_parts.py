@@ -15,7 +15,7 @@ import torch
 import fusecli
 from fusecli import checkpoint
 from fusecli.errors import TrainingError
-from fusecli.training import loop, recipe, table
+from fusecli.training import loop, recipe
 from fusecli.training.data import MOST_LEARNED, batches, part_of, read
 from fusecli.training.loop import _rate
 from fusecli.training.match import Match, Moments, _moments, canonical
@@ -118,29 +118,6 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert max(rates) == 1
     assert rates[-1] < 1e-6
-
-
-def test_intervals() -> None:
-    row = table.row("x", torch.tensor([1.0] * 8 + [0.0] * 2))
-    assert (round(row.low, 3), round(row.high, 3)) == (0.490, 0.943)  # Wilson 1927
-    low, high = table.resampled(torch.randn(400, generator=torch.Generator().manual_seed(0)))
-    assert -0.2 < low < 0 < high < 0.2
-
-
-def test_intervals_of_what_is_explained_are_those_of_a_ratio(rng: np.random.Generator) -> None:
-    targets = torch.from_numpy(rng.standard_normal(60)).float()
-    objective = Numbers(targets, list(range(60)), 0.0)
-    part = list(range(60))
-    guess = table.row("mean", objective.guess(part, part), objective.shares(part))
-    assert (guess.score, guess.low, guess.high) == (0, 0, 0)
-    few = Numbers(torch.tensor([1.0, 2, 3, 4, 5, 3, 3, 4, 3, 3]), list(range(5)), 0.0)  # three are just their mean
-    assert table.row("mean", few.guess(part[5:10], []), few.shares(part[5:10])).high == 0
-    outputs = objective.targets[:, None] + 0.5 * torch.randn(60, 1, generator=torch.Generator().manual_seed(0))
-    found = table.row("fit", objective.measured(outputs, objective.targets).scores, objective.shares(part))
-    squares = (outputs[:, 0] - objective.targets).square().numpy(), objective.targets.square().numpy()
-    drawn = rng.integers(0, 60, (20_000, 60))
-    ratios = 1 - squares[0][drawn].sum(1) / squares[1][drawn].sum(1)
-    np.testing.assert_allclose([found.low, found.high], np.quantile(ratios, [0.025, 0.975]), atol=0.02)
 
 
 def test_noise_explains_nothing(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -330,3 +307,11 @@ def test_the_image_begins_as_a_share_of_the_text_and_its_middle_as_nothing(tmp_p
     spread = float(text.var(0).sum())
     assert float(np.square(image.mean(0)).sum()) < 1e-3 * spread
     np.testing.assert_allclose(image.var(0).sum(), 0.25 * spread, rtol=0.05)
+
+
+def test_a_head_is_as_good_when_it_is_used_as_when_it_was_made(tmp_path: Path) -> None:
+    data, _ = _drawn(tmp_path, 60)
+    objective = Classes(torch.arange(60) % 2, ["a", "b"], 0.0, 0.0, None)
+    means = Means(data, text=True, image=True)
+    judged, head = objective.judge(means, data)
+    assert objective.measure(head, means, data, data.parts["validation"]).loss == pytest.approx(judged.loss, rel=1e-4)

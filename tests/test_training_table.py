@@ -1,0 +1,63 @@
+"""The table at the end of a training: scores, intervals, and what is said of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fusecli.training import table
+from fusecli.training.objective import Classes, Numbers
+
+
+def test_intervals() -> None:
+    row = table.row("x", torch.tensor([1.0] * 8 + [0.0] * 2))
+    assert (round(row.low, 3), round(row.high, 3)) == (0.490, 0.943)  # Wilson 1927
+    low, high = table.resampled(torch.randn(400, generator=torch.Generator().manual_seed(0)))
+    assert -0.2 < low < 0 < high < 0.2
+
+
+def test_intervals_of_what_is_explained_are_those_of_a_ratio(rng: np.random.Generator) -> None:
+    targets = torch.from_numpy(rng.standard_normal(60)).float()
+    objective = Numbers(targets, list(range(60)), 0.0)
+    part = list(range(60))
+    guess = table.row("mean", objective.guess(part, part), objective.shares(part))
+    assert (guess.score, guess.low, guess.high) == (0, 0, 0)
+    few = Numbers(torch.tensor([1.0, 2, 3, 4, 5, 3, 3, 4, 3, 3]), list(range(5)), 0.0)  # three are just their mean
+    assert table.row("mean", few.guess(part[5:10], []), few.shares(part[5:10])).high == 0
+    outputs = objective.targets[:, None] + 0.5 * torch.randn(60, 1, generator=torch.Generator().manual_seed(0))
+    found = table.row("fit", objective.measured(outputs, objective.targets).scores, objective.shares(part))
+    squares = (outputs[:, 0] - objective.targets).square().numpy(), objective.targets.square().numpy()
+    drawn = rng.integers(0, 60, (20_000, 60))
+    ratios = 1 - squares[0][drawn].sum(1) / squares[1][drawn].sum(1)
+    np.testing.assert_allclose([found.low, found.high], np.quantile(ratios, [0.025, 0.975]), atol=0.02)
+
+
+def test_the_mean_explains_nothing_and_the_truth_all() -> None:
+    numbers = Numbers(torch.tensor([1.0, 2, 3, 10], dtype=torch.float64), [0, 1, 2], 0.0)
+    part = [2, 3]
+    truth = numbers.targets[part][:, None]
+    assert numbers.measured(truth, numbers.targets[part]).score == 1
+    nothing = numbers.measured(torch.zeros(2, 1), numbers.targets[part])
+    torch.testing.assert_close(nothing.scores, numbers.guess(part, [0, 1, 2]))
+    assert nothing.score == pytest.approx(0, abs=1e-6)
+
+
+def test_the_majority_is_that_of_the_pairs_to_train_on() -> None:
+    objective = Classes(torch.tensor([0, 0, 0, 1, 1]), ["a", "b"], 0.0, 0.0, None)
+    assert objective.guess([3, 4], [0, 1, 2]).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("gains", "told"),
+    [
+        ([1.0] * 20, "by 1.000 (95% interval +1.000 to +1.000)"),
+        ([1.0] * 3 + [0.0] * 15 + [-1.0] * 2, "may be chance"),
+        ([0.0] * 20, "does not beat"),
+    ],
+)
+def test_the_verdict_is_about_the_difference(gains: list[float], told: str) -> None:
+    gain = torch.tensor(gains)
+    rows = [table.row(table.SIDE_BY_SIDE, torch.zeros(20)), table.row(table.TRAINED, gain)]
+    assert told in table.verdict(rows)
+    assert ("may be chance" in table.verdict(rows)) == ("may be chance" in told)
