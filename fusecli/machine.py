@@ -1,9 +1,10 @@
-"""What the machine gives: processors, peace from signals, and to be the only one at work in a folder."""
+"""What the machine gives: processors, peace from signals, to be alone in a folder, patience with pipes."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import select
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -58,3 +59,14 @@ def alone_in(folder: str) -> Iterator[bool]:
         yield True
     finally:
         os.close(fd)
+
+
+def write_all(fd: int, view: memoryview) -> None:
+    """Write to a pipe or terminal, however long it takes."""
+    while view:
+        try:
+            view = view[os.write(fd, view) :]
+        except BlockingIOError:  # who else has the pipe does not want to wait for it
+            ready = select.poll()
+            ready.register(fd, select.POLLOUT)
+            ready.poll()

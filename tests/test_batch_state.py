@@ -145,6 +145,25 @@ def test_a_lock_of_somebody_else_is_a_lock(tmp_path: Path, monkeypatch: pytest.M
     other.release()
 
 
+def test_no_lock_can_be_made_and_none_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "open", _refuse(os.open, "lock"))
+    with pytest.raises(PermissionError):
+        Lock().take(str(tmp_path), None)
+
+
+def test_a_result_whose_mode_cannot_be_kept_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FolderStore(str(tmp_path / "out"), ".npy", str(tmp_path / "tmp"))
+    store.begin()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.npy").touch(0o600)
+    monkeypatch.setattr(os, "fchmod", lambda fd, mode: os.stat("/none"))
+    before = len(os.listdir("/dev/fd"))
+    with pytest.raises(OSError, match=r"out/a\.npy"), store.open("a", "fused", (1, 2), "float32", []):
+        pass
+    assert len(os.listdir("/dev/fd")) == before
+    assert not os.listdir(tmp_path / "tmp" / str(os.getpid()))
+
+
 @pytest.mark.parametrize("what", ["", "ledger.jsonl"])
 def test_a_state_that_cannot_be_read_is_not_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     (tmp_path / "ledger.jsonl").touch()

@@ -133,7 +133,7 @@ def test_a_full_standard_output_is_told_and_a_closed_one_is_none(
     env = {"PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "wb") as full:
         told = run(*command, code=1, env=env, stdout=full).stderr
-    assert told.splitlines()[-1] == b"error: standard output: No space left on device"
+    assert told.splitlines()[-1] == b"error: standard output: cannot be written: found No space left on device"
     reader, writer = os.pipe()
     os.close(reader)
     assert b"error" not in run(*command, code=0, env=env, stdout=writer).stderr
@@ -150,6 +150,47 @@ def test_a_pipe_that_does_not_wait(pair: tuple[Any, Any], tmp_path: Path) -> Non
         time.sleep(0.5)  # so that it is full
         assert np.load(io.BytesIO(pipe.read())).shape == (200, 768)
         assert child.wait(60) == 0
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_words_for_a_pipe_that_does_not_wait_come_through(tmp_path: Path, unbuffered: str) -> None:
+    save_file({f"{k:05}": np.ones((1, 2), np.float32) for k in range(2000)}, tmp_path / "many.safetensors")
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with subprocess.Popen([*FUSECLI, "inspect", "many.safetensors"], cwd=tmp_path, stdout=writer, env=env) as child:
+        os.close(writer)
+        time.sleep(1)  # so that it is full
+        with open(reader, "rb") as pipe:
+            assert pipe.read().count(b"\n") == 2002
+        assert child.wait(60) == 0
+
+
+def test_help_fits_the_terminal() -> None:
+    shell = f"stty cols 60; exec {' '.join(FUSECLI)} fuse --help"
+    command = [sys.executable, "-c", TTY, "sh", "-c", shell]
+    env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    done = subprocess.run(command, env=env, capture_output=True, stdin=subprocess.DEVNULL, check=True, timeout=60)
+    assert max(map(len, done.stdout.decode().splitlines())) <= 60
+
+
+def test_whoever_calls_the_command_keeps_its_streams(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.ones((2, 3), np.float32))
+    code = """
+import contextlib, io, logging, sys
+from fusecli.cli import main
+handler, told = logging.StreamHandler(), io.StringIO()
+sys.argv[1:] = ["inspect", "a.npy"]
+for stream in (told, sys.stdout, sys.stdout):
+    with contextlib.redirect_stdout(stream), contextlib.suppress(SystemExit):
+        main()
+logging.getLogger().addHandler(handler)
+logging.error("still here")
+assert "features" in told.getvalue()
+"""
+    env = os.environ | {"PYTHONPATH": os.getcwd()}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, check=True)
+    assert (done.stdout.count(b"features"), done.stderr) == (2, b"still here\n")
 
 
 def test_a_folder_that_is_gone_is_told(run: Run, pair: tuple[Any, Any], tmp_path: Path) -> None:

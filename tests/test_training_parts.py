@@ -83,17 +83,26 @@ def test_long_pairs_are_judged_in_small_batches() -> None:
     assert [len(batch) for batch in made] == [256, 44, 2, 1]
 
 
+def _batches_of(lengths: list[tuple[int, int]], texts: int) -> list[list[int]]:
+    rows: Any = [SimpleNamespace(length=lambda at, side=side: lengths[at][side]) for side in (0, 1)]
+    data: Any = SimpleNamespace(images=rows[0], texts=rows[1], cost=lambda at: lengths[at])
+    made = batches(data, range(len(lengths)), 64, torch.Generator().manual_seed(0), texts)
+    assert sorted(sum(made, [])) == list(range(len(lengths)))  # noqa: RUF017
+    return made
+
+
 @pytest.mark.parametrize("texts", [1, 16])
 def test_long_pairs_are_learned_in_small_batches(texts: int) -> None:
-    lengths = [4] * 300 + [500] * 64 + [70_000, 5000]
-    rows: Any = SimpleNamespace(length=lambda at: lengths[at])
-    data: Any = SimpleNamespace(images=SimpleNamespace(length=lambda at: 2), texts=rows, cost=lambda at: lengths[at])
-    made = batches(data, range(366), 64, torch.Generator().manual_seed(0), texts)
-    assert sorted(sum(made, [])) == list(range(366))  # noqa: RUF017
-    for batch in made:
-        rows_ = len(batch) * (2 + texts * max(lengths[at] for at in batch))
-        assert rows_ <= MOST_LEARNED or len(batch) == 1
-    assert sum(len(batch) == 64 for batch in made) >= 4  # of short ones they are full
+    lengths = [(4, 2)] * 300 + [(2, 1000)] * 20 + [(2, 5000), (2, 20_000)]
+    for batch in _batches_of(lengths, texts):
+        m, n = (max(lengths[at][side] for at in batch) for side in (0, 1))
+        assert len(batch) * (m + min(texts, len(batch)) * n) <= MOST_LEARNED or len(batch) == 2
+        assert len(batch) > 1  # alone it has nothing to be told from
+
+
+@pytest.mark.parametrize("pair", [(16, 77), (256, 77), (577, 20)])
+def test_batches_of_usual_features_are_full(pair: tuple[int, int]) -> None:
+    assert [len(batch) for batch in _batches_of([pair] * 256, 16)] == [64] * 4
 
 
 def test_batches_are_drawn_with_little_padding(tmp_path: Path) -> None:

@@ -99,8 +99,11 @@ class Lock:
     def _take(self, path: str, how: int) -> None:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except PermissionError:  # somebody else made it, and lets others read it
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except PermissionError as error:
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # somebody else made it, and lets others read it
+            except FileNotFoundError:
+                raise error from None
         self._held.append(fd)
         for more in range(TRIES, -1, -1):
             try:

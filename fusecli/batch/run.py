@@ -24,7 +24,7 @@ from fusecli.batch.store import STATE, FolderStore, PartStore, Piece, Store
 from fusecli.batch.summary import Recorder, Reporter, Summary, reason_to_stop
 from fusecli.batch.worker import work
 from fusecli.errors import OutputError, UsageError
-from fusecli.formats import safetensors
+from fusecli.formats import require_replaceable, safetensors
 from fusecli.machine import undisturbed
 from fusecli.pipeline import takes_gate
 
@@ -74,6 +74,9 @@ def _run(request: Request, pairs: Pairs | Manifest, reporter: Reporter, job: Job
         remove_left(_stores(job), (folder, attended))
     history = read_history(folder, _stores(job))
     _require_fitting(request, job, history, pairs)
+    for store in _stores(job):
+        if isinstance(store, PartStore):
+            require_replaceable(store.path)
     folders = _folders(job)
     ledger = Ledger(folder, _name(request.shard))
     try:

@@ -224,7 +224,11 @@ class _NewFile(Replacing):
     def __enter__(self) -> tuple[Sink, int]:  # type: ignore[override]
         fd = self.create()
         if self._there:
-            keep_mode(fd, self._name)
+            try:
+                keep_mode(fd, self._name)
+            except OSError as error:
+                super().__exit__(type(error), error, None)
+                raise
         return FileSink(self._name, fd, self._header), len(self._header)
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:

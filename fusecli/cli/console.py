@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
 import sys
-from collections.abc import Iterator
 from typing import Any, TextIO
+
+from fusecli.errors import OutputError
+from fusecli.machine import write_all
 
 #: Makes one emoji of several; harmless.
 JOINER = "\u200d"
@@ -36,67 +37,71 @@ def _say(line: str) -> None:
     print(printable(line), file=sys.stderr, flush=True)
 
 
-class _Spoken(io.TextIOWrapper):
-    """Standard error: nobody may be listening (a full disk, a reader that has gone), which must not stop the work."""
+class _Descriptor(io.RawIOBase):
+    """Standard output or error as a descriptor, -1 if it is closed.
 
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            return super().write(text)
-        return len(text)
+    Args:
+        fd: the descriptor.
+        heedless: what cannot be written is dropped: nobody may be listening (a full disk, a reader that has gone), and
+            that must not stop the work. Otherwise errors say that they are of standard output.
+    """
 
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            super().flush()
+    def __init__(self, fd: int, heedless: bool) -> None:
+        self._fd, self.heedless = fd, heedless or fd < 0
 
+    def writable(self) -> bool:
+        return True
 
-class _Printed(io.TextIOWrapper):
-    """Standard output: errors say that they are of it."""
+    def fileno(self) -> int:
+        return self._fd if self._fd >= 0 else super().fileno()
 
-    def write(self, text: str) -> int:
-        with _of_stdout():
-            return super().write(text)
+    def isatty(self) -> bool:
+        return self._fd >= 0 and os.isatty(self._fd)
 
-    def flush(self) -> None:
-        with _of_stdout():
-            super().flush()
-
-
-@contextlib.contextmanager
-def _of_stdout() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        error.filename = "standard output"
-        raise
+    def write(self, data: Any) -> int:
+        try:
+            write_all(self._fd, memoryview(data))
+        except BrokenPipeError:
+            if not self.heedless:
+                raise
+        except OSError as error:
+            if not self.heedless:
+                what = error.strerror or str(error)
+                raise OutputError("cannot be written", where="standard output", found=what) from error
+        return len(data)
 
 
 def open_streams() -> None:
-    """Take over standard output and error; where one is closed, what goes there is lost."""
+    """Take over standard output and error of the process; where one is closed, what goes there is lost."""
     if not os.environ.get("COLUMNS", "1").strip("0"):
         del os.environ["COLUMNS"]  # a terminal of no width shows nothing
-    sys.stdout = _taken(sys.stdout, _Printed)
-    sys.stderr = _taken(sys.stderr, _Spoken)
+    if sys.stdout is sys.__stdout__:  # else taken over before, or somebody else's
+        sys.stdout = _taken(sys.stdout, heedless=False)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _taken(sys.stderr, heedless=True)
 
 
-def _taken(stream: TextIO | None, kind: type[io.TextIOWrapper]) -> TextIO:
+def _taken(stream: Any, heedless: bool) -> TextIO:
     if stream is None:
-        return io.StringIO()
-    if type(stream) is not io.TextIOWrapper:  # taken over before, or somebody else's
-        return stream
-    encoding, lines, through = stream.encoding, stream.line_buffering, stream.write_through
-    return kind(stream.detach(), encoding, "backslashreplace", line_buffering=lines, write_through=through)
+        return io.TextIOWrapper(io.BufferedWriter(_Descriptor(-1, heedless)), "utf-8")
+    raw = _Descriptor(stream.fileno(), heedless)
+    through = stream.write_through  # PYTHONUNBUFFERED
+    encoding, lines = stream.encoding, stream.line_buffering
+    buffer: Any = raw if through else io.BufferedWriter(raw)
+    return io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=lines, write_through=through)
 
 
-def flush_stdout() -> OSError | None:
+def flush_stdout() -> Exception | None:
     """Send out what is left for standard output; returns why that cannot be done, and drops it then.
 
     Python would try once more as it ends, and exit with a code of its own.
     """
     try:
         sys.stdout.flush()
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except (OSError, OutputError) as error:
+        raw = getattr(sys.stdout.buffer, "raw", None)
+        if isinstance(raw, _Descriptor):
+            raw.heedless = True
         return error
     return None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import select
 import shlex
 import shutil
 import stat
@@ -16,6 +15,7 @@ import numpy as np
 
 from fusecli.errors import OutputError
 from fusecli.formats.source import NumpyArray, as_bytes
+from fusecli.machine import write_all
 
 #: Bytes written at once: pieces of megabytes took the kernel two to ten times as long here.
 PIECE = 2**18
@@ -79,16 +79,11 @@ class StreamSink:
 
     def _send(self, view: memoryview) -> None:
         try:
-            while view:
-                try:
-                    done = os.write(self._fd, view)
-                except BlockingIOError:  # who else has the pipe does not want to wait for it
-                    select.select([], [self._fd], [])
-                    continue
-                view, self._at = view[done:], self._at + done
+            write_all(self._fd, view)
         except OSError as error:
             error.filename = self.name
             raise
+        self._at += len(view)
 
 
 def _as_bytes(data: bytes | NumpyArray) -> memoryview:
@@ -159,8 +154,9 @@ def keep_mode(fd: int, target: str) -> None:
         return
     try:
         os.fchmod(fd, mode)
-    except OSError:  # some file systems have one mode for all files
+    except OSError as error:  # some file systems have one mode for all files
         if stat.S_IMODE(os.fstat(fd).st_mode) & ~mode:
+            error.filename = target
             raise
 
 

@@ -36,8 +36,9 @@ Made = TypeVar("Made")
 
 #: Rows, padding included, of a batch that nothing is learned from: 50 MB of 768 channels, and what is made of them.
 MOST_ROWS = 2**14
-#: Likewise of one that is learned from: 64 pairs of 1,000 rows. What one of 5,000 takes is not to be padded 64 times.
-MOST_LEARNED = 2**16
+#: Likewise of one that is learned from, a text counting as often as images meet it: 64 pairs of 2,000 rows, or of
+#: 256 and 77 where each image meets 16 texts. What one pair of 20,000 takes is not to be padded 64 times.
+MOST_LEARNED = 2**17
 
 
 def part_of(id: str, validation: float, held_out: float) -> str:
@@ -202,7 +203,7 @@ def batches(
         which: the pairs.
         size: pairs of a batch.
         generator: shuffles them, to be learned from; without one they are sorted as they are cheapest.
-        texts: that each image of a batch meets.
+        texts: that each image of a batch meets, as far as there are so many.
     """
     if generator is None:
         return _within_bounds(data, sorted(which, key=data.cost), size, MOST_ROWS, texts)
@@ -212,24 +213,28 @@ def batches(
         some = sorted(shuffled[at : at + size * SORTED_BATCHES], key=data.cost)
         made += _within_bounds(data, some, size, MOST_LEARNED, texts)
     if len(made) > 1 and len(made[-1]) == 1:  # one pair alone has nothing to be told from
-        made[-2:] = _within_bounds(data, made[-2] + made[-1], size + 1, MOST_LEARNED, texts)  # unless it is long
+        both = made[-2] + made[-1]
+        again = _within_bounds(data, both, size + 1, MOST_LEARNED, texts)
+        made[-2:] = again if len(again) == 1 else [both[:-2], both[-2:]] if len(both) > 3 else [both]
     return [made[at] for at in torch.randperm(len(made), generator=generator).tolist()]
 
 
 def _within_bounds(data: Data, order: Sequence[int], size: int, most: int, texts: int) -> list[list[int]]:
-    lengths = [(data.images.length(at), texts * data.texts.length(at)) for at in order]
-    return [list(order[part]) for part in cut(lengths, size, most)]
+    lengths = [(data.images.length(at), data.texts.length(at)) for at in order]
+    return [list(order[part]) for part in cut(lengths, size, most, texts)]
 
 
-def cut(lengths: Sequence[tuple[int, int]], size: int, most: int = MOST_ROWS) -> Iterator[slice]:
+def cut(lengths: Sequence[tuple[int, int]], size: int, most: int = MOST_ROWS, texts: int = 1) -> Iterator[slice]:
     """Cut pairs with so many rows into parts of at most ``size`` pairs, and ``most`` rows once they are padded."""
     start = m = n = 0
     for at, own in enumerate(lengths):
         m, n = max(m, own[0]), max(n, own[1])
-        if at - start == size or (at > start and (at - start + 1) * (m + n) > most):
+        count = at - start + 1
+        if count > size or (count > 1 and count * (m + min(texts, count) * n) > most):
             yield slice(start, at)
             start, (m, n) = at, own
-    yield slice(start, len(lengths))
+    if lengths:
+        yield slice(start, len(lengths))
 
 
 @dataclass(frozen=True)
