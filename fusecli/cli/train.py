@@ -126,7 +126,9 @@ def train(
         int | None,
         typer.Option(metavar="N", min=1, help="Passes over the pairs, at most.  [default: 12 with labels, else 6]"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=2, help="Pairs in one step.")] = 64,
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", min=2, help="Pairs in one step; fewer where they are very long.")
+    ] = 64,
     lr: Annotated[
         float | None,
         typer.Option(

@@ -36,9 +36,10 @@ Made = TypeVar("Made")
 
 #: Rows, padding included, of a batch that nothing is learned from: 50 MB of 768 channels, and what is made of them.
 MOST_ROWS = 2**14
-#: Likewise of one that is learned from, a text counting as often as images meet it: 64 pairs of 2,000 rows, or of
-#: 256 and 77 where each image meets 16 texts. What one pair of 20,000 takes is not to be padded 64 times.
-MOST_LEARNED = 2**17
+#: Likewise of one that is learned from: 64 pairs of 1,000 rows. What one of 5,000 takes is not to be padded 64 times.
+MOST_LEARNED = 2**16
+#: Likewise where images meet several texts, each counting as often: 64 pairs of 256 and 77, images that meet 16 texts.
+MOST_MET = 2**17
 
 
 def part_of(id: str, validation: float, held_out: float) -> str:
@@ -207,14 +208,15 @@ def batches(
     """
     if generator is None:
         return _within_bounds(data, sorted(which, key=data.cost), size, MOST_ROWS, texts)
+    most = MOST_LEARNED if texts == 1 else MOST_MET
     shuffled = [which[at] for at in torch.randperm(len(which), generator=generator).tolist()]
     made = []
     for at in range(0, len(shuffled), size * SORTED_BATCHES):
         some = sorted(shuffled[at : at + size * SORTED_BATCHES], key=data.cost)
-        made += _within_bounds(data, some, size, MOST_LEARNED, texts)
+        made += _within_bounds(data, some, size, most, texts)
     if len(made) > 1 and len(made[-1]) == 1:  # one pair alone has nothing to be told from
         both = made[-2] + made[-1]
-        again = _within_bounds(data, both, size + 1, MOST_LEARNED, texts)
+        again = _within_bounds(data, both, size + 1, most, texts)
         made[-2:] = again if len(again) == 1 else [both[:-2], both[-2:]] if len(both) > 3 else [both]
     return [made[at] for at in torch.randperm(len(made), generator=generator).tolist()]
 
