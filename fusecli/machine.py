@@ -62,7 +62,7 @@ def alone_in(folder: str) -> Iterator[bool]:
 
 
 def write_all(fd: int, view: memoryview) -> None:
-    """Write to a pipe or terminal, however long it takes."""
+    """Write all of ``view``, however long it takes a pipe or terminal."""
     while view:
         try:
             view = view[os.write(fd, view) :]

@@ -25,6 +25,7 @@ from fusecli.batch.job import Outcome
 from fusecli.batch.lock import is_held, lock_of
 from fusecli.batch.store import GATHERED, Piece, believed
 from fusecli.errors import OutputError, UsageError
+from fusecli.machine import write_all
 
 #: How the line of a run starts.
 BEGAN = b'{"began": '
@@ -268,10 +269,8 @@ class Ledger:
         self._write(b"".join(json.dumps(outcome.record()).encode() + b"\n" for outcome in outcomes))
 
     def _write(self, data: bytes) -> None:
-        view = memoryview(data)
         try:
-            while view:
-                view = view[os.write(self._fd, view) :]
+            write_all(self._fd, memoryview(data))
         except OSError as error:
             raise OutputError("cannot be written", where=self.path, found=error.strerror) from error
 

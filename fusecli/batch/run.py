@@ -184,8 +184,17 @@ def _job(request: Request, folder: str) -> Job:
     attention = store(request.attention, "attention") if request.attention else None
     threads = request.workers if request.device == "cpu" else 1
     fused = store(request.output, "fused")
-    facts = folder, threads, request.read, request.fail_fast
-    return Job(request.weights, request.options, fused, attention, mover, *facts)
+    return Job(
+        request.weights,
+        request.options,
+        fused,
+        attention,
+        mover,
+        folder,
+        threads,
+        read=request.read,
+        fail_fast=request.fail_fast,
+    )
 
 
 def _feed(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from fusecli.cli.console import note, printable
+from fusecli.cli.console import note
 from fusecli.cli.shared import ONE_ROW
 from fusecli.errors import OutputError, listed
 
@@ -173,16 +173,18 @@ def report(summary: Summary, request: Request, allow_missing: bool, quiet: bool)
     """Print the table of what came of a run; returns the exit code."""
     from fusecli.batch.request import state_folder
 
-    rows = [("fused", summary.fused, ""), ("skipped", summary.skipped, "done before")]
+    def line(name: str, count: int, told: str) -> None:
+        note(f"{name:9} {count:>9,}  {told}".rstrip(), quiet)
+
+    line("fused", summary.fused, "")
+    if summary.skipped:
+        line("skipped", summary.skipped, "done before")
     for cause, (count, ids) in summary.failed.items():
-        rows.append(("failed", count, f"{cause}: {listed(ids, count=count)}"))
-        rows += [("", 0, line) for line in summary.examples[cause]]
-    rows += [("no " + side, count, listed(ids, count=count)) for side, (count, ids) in summary.missing.items()]
-    for name, count, told in rows:
-        if count or name == "fused":
-            note(f"{name:9} {count:>9,}  {printable(told)}".rstrip(), quiet)
-        elif not name:
-            note(f"{'':21}{printable(told)}", quiet)
+        line("failed", count, f"{cause}: {listed(ids, count=count)}")
+        for told in summary.examples[cause]:
+            note(f"{'':21}{told}", quiet)
+    for side, (count, ids) in summary.missing.items():
+        line(f"no {side}", count, listed(ids, count=count))
     seconds = summary.read + summary.fuse + summary.write
     if seconds:
         parts = (f"{name} {getattr(summary, name):.1f} s" for name in ("read", "fuse", "write"))

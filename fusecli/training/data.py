@@ -216,8 +216,10 @@ def batches(
         made += _within_bounds(data, some, size, most, texts)
     if len(made) > 1 and len(made[-1]) == 1:  # one pair alone has nothing to be told from
         both = made[-2] + made[-1]
-        again = _within_bounds(data, both, size + 1, most, texts)
-        made[-2:] = again if len(again) == 1 else [both[:-2], both[-2:]] if len(both) > 3 else [both]
+        if len(both) < 4 or len(_within_bounds(data, both, size + 1, most, texts)) == 1:
+            made[-2:] = [both]
+        else:  # it is long: one other is padded to it
+            made[-2:] = [both[:-2], both[-2:]]
     return [made[at] for at in torch.randperm(len(made), generator=generator).tolist()]
 
 
