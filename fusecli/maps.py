@@ -83,6 +83,14 @@ def fold(layers: Layers) -> Maps:
     )
 
 
+def chained(*layers: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Weight and bias of the one layer that does what ``layers`` do one after the other, the first first."""
+    weight, bias = layers[0]
+    for later, shift in layers[1:]:
+        weight, bias = later @ weight, later @ bias + shift
+    return weight, bias
+
+
 def unfolded(in_proj: tuple[Array, Array], out_proj: tuple[Array, Array], num_heads: int) -> Maps:
     """The maps of multi-head attention alone, for features that have been projected already, in the order DIRECT.
 

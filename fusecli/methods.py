@@ -23,7 +23,7 @@ from typing import NamedTuple, Protocol
 from fusecli import attention
 from fusecli.arrays import Array, cast, cut, dtype_name, filled, is_on_gpu, like, namespace, needs_grad, ones
 from fusecli.functional import dot, gelu, layer_norm, linear, mean_row, rows_apart, sigmoid
-from fusecli.maps import Maps, merged, unfolded, with_image, with_image_pays
+from fusecli.maps import Maps, chained, merged, unfolded, with_image, with_image_pays
 from fusecli.weights import Weights, layers_of
 
 
@@ -214,7 +214,10 @@ class Pooled:
     def __init__(self, view: View) -> None:
         row = view.one_row
         if row is None:
-            row = _pooled(view.tensors, mean_row(view.rows, view.mask)[..., None, :], _times_rows)  # [1, D]
+            row = mean_row(view.rows, view.mask)[..., None, :]  # [1, Di]
+            for layer in _pooling(view.tensors):
+                row = linear(row, *layer)  # [1, D]
+            row = _share(view.tensors, row)
         tensors = view.tensors
         self._scale: Array = None
         if "alpha" in tensors:
@@ -238,17 +241,17 @@ def _text_columns(tensors: Mapping[str, Array]) -> Array:
     return weight[:, : weight.shape[1] - len(weight)]
 
 
-def _times_rows(x: Array, weight: Array) -> Array:
-    return x @ weight.mT
+def _pooling(tensors: Mapping[str, Array]) -> list[tuple[Array, Array]]:
+    """The layers that an image row goes through to become what is added to every token, ``[D]``; then its `_share`."""
+    layers = [(tensors["image_proj.weight"], tensors["image_proj.bias"])]
+    if "alpha" not in tensors:
+        weight = tensors["concat_proj.weight"]
+        layers.append((weight[:, weight.shape[1] - len(weight) :], tensors["concat_proj.bias"]))
+    return layers
 
 
-def _pooled(tensors: Mapping[str, Array], rows: Array, times: Callable[[Array, Array], Array]) -> Array:
-    """What image rows ``[..., Di]`` add to every token: ``[..., D]``."""
-    rows = times(rows, tensors["image_proj.weight"]) + tensors["image_proj.bias"]
-    if "alpha" in tensors:
-        return rows * tensors["alpha"]
-    weight = tensors["concat_proj.weight"]
-    return times(rows, weight[:, weight.shape[1] - len(weight) :]) + tensors["concat_proj.bias"]
+def _share(tensors: Mapping[str, Array], x: Array) -> Array:
+    return x * tensors["alpha"] if "alpha" in tensors else x
 
 
 class Transformer:
@@ -330,11 +333,14 @@ def single(weights: Weights, images: Array, times: Callable[[Array, Array], Arra
     tensors = weights.at(images, dtype_name(images))
     if weights.config.layer_norm:
         images = layer_norm(images, tensors["image_norm.weight"], tensors["image_norm.bias"])
-    if not weights.config.has_attention:
-        return _pooled(tensors, images, times)
-    # Softmax over one key is 1: the text drops out, and W_o (W_v (W_i x + b_i) + b_v) + b_o is left. Three
-    # products with vectors: folding them would cost more than a thousand pairs save.
-    layers = layers_of(tensors, weights.config.num_heads)
-    for weight, bias in (layers.image, layers.thirds()[2], layers.out_proj):
-        images = times(images, weight) + bias
-    return images
+
+    def make() -> tuple[Array, Array]:
+        if not weights.config.has_attention:
+            weight, bias = chained(*_pooling(tensors))
+            return _share(tensors, weight), _share(tensors, bias)
+        # Softmax over one key is 1: the text drops out, and W_o (W_v (W_i x + b_i) + b_v) + b_o is left.
+        layers = layers_of(tensors, weights.config.num_heads)
+        return chained(layers.image, layers.thirds()[2], layers.out_proj)
+
+    weight, bias = weights.kept("row", images, dtype_name(images), make)
+    return times(images, weight) + bias
