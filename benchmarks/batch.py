@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.timing import side_by_side
-from fusecli.attention import plan
 from fusecli.machine import cores
+from fusecli.plans import plan
 
 D = 768
 PAIRS = 10_000

@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.timing import side_by_side
 from fusecli import Config, Weights, fuse
-from fusecli.attention import plan
+from fusecli.plans import plan
 
 D, H = 768, 8
 #: (M, N): times faster than the module, the mark to beat.

@@ -1,4 +1,4 @@
-"""The mathematics: plan, scores, softmax, values (the maps are folded in `fusecli.maps`).
+"""The mathematics: scores, softmax, values (the maps are folded in `fusecli.maps`, the order is from `fusecli.plans`).
 
 Letters, here and everywhere: ``N`` text rows, ``M`` image rows, ``D`` width of the fusion space,
 ``Dt``/``Di`` widths of text and image, ``H`` heads, ``d = D / H``. With ``T [N, Dt]``, ``I [M, Di]``
@@ -11,7 +11,7 @@ columns ``h`` of ``W_o [D, D]``, multi-head attention (Vaswani et al. 2017, sect
 
 The key bias adds one number to a whole row of S and drops out; the value bias passes through P,
 whose rows sum to 1, and joins the constant c. What is left is a chain of matrix products with one
-softmax in it, and `plan` chooses where to put the brackets.
+softmax in it, and `fusecli.plans` chooses where to put the brackets.
 
 Everything works on NumPy arrays and torch tensors alike; with torch, autograd follows it.
 """
@@ -21,65 +21,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
-from functools import cache, cached_property, lru_cache, partial
+from functools import cache, cached_property, partial
 
 from fusecli.arrays import Array, cast, contiguous, cut, dtype_name, is_torch, joined, namespace, needs_grad, ones
 from fusecli.functional import THIN, dot, exp_and_sums, largest, linear, products_beside, range_of
 from fusecli.maps import Maps
-
-
-class Order(Enum):
-    """Where the brackets stand in a product of three: see `plan`."""
-
-    DIRECT = "direct"
-    IMAGE = "into the image"
-    TEXT = "into the text"
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The order of the products, and the floating-point operations (multiply and add) they take."""
-
-    scores: Order
-    values: Order
-    flops: int
-
-
-# OpenBLAS copies ("packs") a weight matrix before it multiplies, whatever the number of rows: the time of
-# about this many rows more. It decides only between plans of nearly the same cost.
-PACKING_ROWS = 16
-
-
-@lru_cache(maxsize=1024)
-def plan(n: int, m: int, dim: int, text_dim: int, image_dim: int, num_heads: int) -> Plan:
-    """The cheapest association for one shape.
-
-    Scores per head are ``T F_qᵀ_h · F_k,h Iᵀ``. ``DIRECT`` projects both sides to ``d``; ``IMAGE``
-    takes each key back to the text's width (``A_h = K_h F_q,h``: the text is never projected);
-    ``TEXT`` takes each query to the image's width (``B_h = Q_h F_k,h``: the image is never projected).
-    Values ``P_h I F_vᵀ_h W_oᵀ_h`` likewise. The cost of a combination is the sum of its two halves, so the
-    best of all nine is the best scores order with the best values order.
-    """
-    # For each order: the weight matrices as (rows that meet it, height, width), and the products without one.
-    text_in, image_in, back = (n, text_dim, dim), (m, image_dim, dim), (n, dim, dim)
-    scores = {
-        Order.DIRECT: ([text_in, image_in], n * m * dim),
-        Order.IMAGE: ([image_in, (m, dim, text_dim)], n * num_heads * m * text_dim),
-        Order.TEXT: ([text_in, (n, dim, image_dim)], n * num_heads * m * image_dim),
-    }
-    values = {
-        Order.DIRECT: ([image_in, back], n * m * dim),
-        Order.IMAGE: ([image_in, (m, dim, dim)], n * num_heads * m * dim),
-        Order.TEXT: ([(n, image_dim, dim), back], n * num_heads * m * image_dim),
-    }
-    by_scores = min(Order, key=lambda order: _flops(*scores[order], PACKING_ROWS))
-    by_values = min(Order, key=lambda order: _flops(*values[order], PACKING_ROWS))
-    return Plan(by_scores, by_values, _flops(*scores[by_scores], 0) + _flops(*values[by_values], 0))
-
-
-def _flops(weights: list[tuple[int, int, int]], rest: int, extra_rows: int) -> int:
-    return 2 * (rest + sum((rows + extra_rows) * height * width for rows, height, width in weights))
+from fusecli.plans import Order, Plan
 
 
 @dataclass(frozen=True)
@@ -108,6 +55,9 @@ class Keys:
             flat += self.shift
             return _split_heads(flat, heads)
         query = self.queries(text)  # [H, N, d]
+        if self.order is Order.TEXT and len(text.shape) > 2:
+            wide = _each_head(query, _by_head(self.maps.key, heads))  # [B, H, N, Di]
+            return (wide.flatten(1, 2) @ self.image.mT).unflatten(1, (heads, -1))  # [B, H, N, M]
         if self.order is Order.TEXT:
             wide = products_beside(_by_head(self.maps.key, heads).mT, query.mT)  # [Di, H*N]
             return dot(wide.mT, self.image.mT).reshape(heads, n, -1)
@@ -142,14 +92,21 @@ class ImageSide:
     image: Array  # [M, Di]
     keys: Keys
     values: Array  # DIRECT [H, M, d]; IMAGE [D, H*M]; TEXT None
-    mask: Array = None  # [B, 1, 1, M], True where an image row is to be seen; DIRECT only
+    mask: Array = None  # [B, 1, 1, M], True where an image row is to be seen; for batches
+
+    def mixed(self, weights: Array) -> Array:
+        """Values ``[H, N, d]`` mixed by ``weights [H, N, M]``, of tensors; or all that for a batch, ``[B, ...]``."""
+        if self.plan.values is Order.DIRECT:
+            return weights @ self.values
+        seen = (weights.flatten(1, 2) @ self.image).unflatten(1, (self.num_heads, -1))  # [B, H, N, Di]
+        return _each_head(seen, _by_head(self.maps.value, self.num_heads).mT)
 
 
 def prepare(image: Array, maps: Maps, num_heads: int, plan: Plan, mask: Array = None) -> ImageSide:
     """Compute the image's part of ``plan``. ``image [M, Di]`` has the dtype and device of ``maps``.
 
-    The order ``DIRECT`` also takes a batch, ``[B, M, Di]``, and with it ``mask [B, M]``, true for rows that are no
-    padding.
+    Where both orders are ``DIRECT``, or both ``TEXT``, a batch of tensors is taken too, ``[B, M, Di]``, and with it
+    ``mask [B, M]``, true for rows that are no padding.
     """
     keys: Array = None
     values: Array = None
@@ -176,8 +133,11 @@ def attend(text: Array, side: ImageSide, *, need_weights: bool = False) -> tuple
     Returns:
         The fused rows ``[N, D]`` and, if asked for, the attention weights ``[H, N, M]``; of a batch, ``[B, ...]``.
     """
-    if side.plan.scores is side.plan.values is Order.DIRECT:
-        return (_attend_at_once if is_torch(text) else _attend_by_heads)(text, side, need_weights)
+    direct = side.plan.scores is side.plan.values is Order.DIRECT
+    if len(text.shape) > 2 or (direct and is_torch(text)):
+        return _attend_at_once(text, side, need_weights)
+    if direct:
+        return _attend_by_heads(text, side, need_weights)
     scores = side.keys.scores(text)  # [H, N, M]
     weights, total = _softmax(scores, side.keys.order, text, partial(_exact_scores, text, side))
     if side.plan.values is Order.IMAGE:
@@ -221,7 +181,7 @@ def _attend_by_heads(text: Array, side: ImageSide, need_weights: bool) -> tuple[
 def _attend_at_once(text: Array, side: ImageSide, need_weights: bool) -> tuple[Array, Array | None]:
     # By torch, all heads of all pairs of a batch.
     def answer(weights: Array) -> tuple[Array, Array | None]:
-        mixed = (weights @ side.values).swapaxes(-3, -2)  # [N, H, d]
+        mixed = side.mixed(weights).swapaxes(-3, -2)  # [N, H, d]
         fused = linear(mixed.reshape(*text.shape[:-1], -1), side.maps.out, side.maps.bias)  # [N, D]
         return fused, weights if need_weights else None
 
@@ -231,10 +191,11 @@ def _attend_at_once(text: Array, side: ImageSide, need_weights: bool) -> tuple[A
     if _is_coarse(scores):
         # Whether float32 did is asked last: a GPU has the rest to do while this waits for the answer.
         peaks = namespace(scores).linalg.vector_norm(scores, math.inf, (-3, -2, -1))  # []; of a batch [B]
-        if not peaks.max() < LARGE_IN_TORCH:
+        large = LARGE_IN_TORCH if side.plan.scores is Order.DIRECT else LARGE_SCORE
+        if not peaks.max() < large:
             exact = _masked(side.keys.exact.scores(cast(text, "float64")), side.mask)
             # What one pair needs changes no number of another.
-            good = (peaks < LARGE_IN_TORCH)[..., None, None, None]
+            good = (peaks < large)[..., None, None, None]
             return answer(namespace(weights).where(good, weights, _torch_softmax(exact, text)))
     return answered
 
@@ -325,3 +286,8 @@ def _split_heads(x: Array, num_heads: int) -> Array:
 
 def _by_head(weight: Array, num_heads: int) -> Array:
     return weight.reshape(num_heads, -1, weight.shape[-1])  # [D, width] -> [H, d, width]
+
+
+def _each_head(x: Array, weight: Array) -> Array:
+    """``x [B, H, N, k]`` of tensors times ``weight [H, k, j]``, each head its own: ``[B, H, N, j]``."""
+    return namespace(x).einsum("bhnk,hkj->bhnj", x, weight)

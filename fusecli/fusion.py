@@ -25,7 +25,8 @@ from fusecli.arrays import (
     unwarned,
 )
 from fusecli.errors import ShapeError, UsageError, ValuesError
-from fusecli.methods import BY_NAME, FusedRows, Method, View, adds_one_row
+from fusecli.methods import BY_NAME, FusedRows, Method, View
+from fusecli.one_row import adds_one_row
 from fusecli.weights import Config, Weights
 
 #: Scores of one block of text rows at most, in numbers: 32 MiB of float32.

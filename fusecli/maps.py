@@ -108,14 +108,6 @@ def with_image(maps: Maps, weight: Array, bias: Array) -> Maps:
     return replace(maps, key_value=maps.key_value @ weight, key_value_bias=shift)
 
 
-def with_image_pays(rows: int, dim: int, image_dim: int) -> bool:
-    """Whether so many image rows, of a batch together, take fewer operations by way of `with_image`.
-
-    Half the operations are ``rows (Di D + 2 D²)`` without, ``rows 2 Di D + 2 D² Di`` with; to learn takes thrice both.
-    """
-    return rows * (2 * dim - image_dim) > 2 * dim * image_dim
-
-
 def merged(maps: Maps) -> Maps:
     """What `unfolded` gives, for any order: the scale into the queries' map, the values' bias into the constant."""
     return replace(

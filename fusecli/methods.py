@@ -14,16 +14,17 @@ A method is built from a `View` of an image and then fuses text rows, in blocks 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple, Protocol
 
 from fusecli import attention
-from fusecli.arrays import Array, cast, cut, dtype_name, filled, is_on_gpu, like, namespace, needs_grad, ones
-from fusecli.functional import dot, gelu, layer_norm, linear, mean_row, rows_apart, sigmoid
-from fusecli.maps import Maps, chained, merged, unfolded, with_image, with_image_pays
+from fusecli.arrays import Array, cast, cut, filled, is_on_gpu, like, namespace, needs_grad, ones
+from fusecli.functional import dot, gelu, layer_norm, linear, mean_row, sigmoid
+from fusecli.maps import Maps, merged, unfolded, with_image
+from fusecli.one_row import one_row_is_enough, pooling, share, single
+from fusecli.plans import DIRECT, Order, Plan, plan, plan_of_batch, plan_to_learn
 from fusecli.weights import Weights, layers_of
 
 
@@ -103,14 +104,28 @@ class View:
         """Weight and bias of a layer."""
         return self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
 
-    def plan(self, m: int, text_dim: int, image_dim: int) -> attention.Plan:
-        """How to let the text attend to ``m`` rows, given the widths that the maps begin with."""
-        if self.training or self.mask is not None or is_on_gpu(self.template):
-            return DIRECT  # a GPU waits for its next task longer than for the operations that other plans save
-        return attention.plan(self.n, m, self.weights.dim, text_dim, image_dim, self.weights.config.num_heads)
+    @property
+    def is_batch(self) -> bool:
+        """Whether it is a batch of images."""
+        return self.mask is not None
 
+    @property
+    def only(self) -> Order | None:
+        """The one order of products to compute in, if it is not to be chosen.
 
-DIRECT = attention.Plan(attention.Order.DIRECT, attention.Order.DIRECT, 0)
+        A GPU waits for its next task longer than for the operations that other orders save, and one pair that is
+        learned from takes the reference's products in its order, and rounds as that does.
+        """
+        return Order.DIRECT if is_on_gpu(self.template) or (self.training and not self.is_batch) else None
+
+    def plan(self, rows: Array, text_dim: int) -> Plan:
+        """How to let the text, ``text_dim`` wide, attend to ``rows [M, width]``, which the maps begin with."""
+        if self.only:
+            return DIRECT
+        (m, width), dim, num_heads = rows.shape[-2:], self.weights.dim, self.weights.config.num_heads
+        if self.is_batch:
+            return plan_of_batch(self.n, m, dim, width, num_heads)
+        return plan(self.n, m, dim, text_dim, width, num_heads)
 
 
 class Method(Protocol):
@@ -135,21 +150,27 @@ class CrossAttention:
         self._text_proj: tuple[Array, Array] | None = None
         if self.row is not None:
             return
-        image, weights = view.rows, view.weights
         if view.training:
-            layers = layers_of(view.tensors, self._heads)
-            self._text_proj = layers.text
-            maps = unfolded(layers.in_proj, layers.out_proj, self._heads)
-            # One pair alone takes the reference's products in its order, and rounds as that does.
-            batch = view.mask is not None
-            if batch and with_image_pays(math.prod(image.shape[:-1]), weights.dim, weights.image_dim):
-                maps = with_image(maps, *layers.image)
-            else:
-                image = linear(image, *layers.image)  # [M, D]
-        else:
-            maps = weights.folded(view.template, view.dtype)
-        plan = view.plan(image.shape[-2], weights.text_dim, weights.image_dim)
+            self._side = self._learning(view)
+            return
+        image = view.rows
+        maps = view.weights.folded(view.template, view.dtype)
+        plan = view.plan(image, view.weights.text_dim)
         self._side = attention.prepare(image, maps, self._heads, plan, view.mask)
+
+    def _learning(self, view: View) -> attention.ImageSide:
+        image, weights = view.rows, view.weights
+        layers = layers_of(view.tensors, self._heads)
+        self._text_proj = layers.text
+        maps, plan, first = unfolded(layers.in_proj, layers.out_proj, self._heads), DIRECT, False
+        if view.is_batch:
+            shape = (len(image), view.n, image.shape[-2])
+            plan, first = plan_to_learn(*shape, weights.dim, weights.image_dim, self._heads, view.only)
+        if first:
+            maps = with_image(maps, *layers.image)
+        else:
+            image = linear(image, *layers.image)  # [M, D]
+        return attention.prepare(image, maps if plan == DIRECT else merged(maps), self._heads, plan, view.mask)
 
     def attend(self, text: Array, need_weights: bool) -> tuple[Array, Array | None]:
         """``A [n, D]``, or ``[D]`` if all rows are that, and the attention if asked for."""
@@ -215,9 +236,9 @@ class Pooled:
         row = view.one_row
         if row is None:
             row = mean_row(view.rows, view.mask)[..., None, :]  # [1, Di]
-            for layer in _pooling(view.tensors):
+            for layer in pooling(view.tensors):
                 row = linear(row, *layer)  # [1, D]
-            row = _share(view.tensors, row)
+            row = share(view.tensors, row)
         tensors = view.tensors
         self._scale: Array = None
         if "alpha" in tensors:
@@ -241,19 +262,6 @@ def _text_columns(tensors: Mapping[str, Array]) -> Array:
     return weight[:, : weight.shape[1] - len(weight)]
 
 
-def _pooling(tensors: Mapping[str, Array]) -> list[tuple[Array, Array]]:
-    """The layers that an image row goes through to become what is added to every token, ``[D]``; then its `_share`."""
-    layers = [(tensors["image_proj.weight"], tensors["image_proj.bias"])]
-    if "alpha" not in tensors:
-        weight = tensors["concat_proj.weight"]
-        layers.append((weight[:, weight.shape[1] - len(weight) :], tensors["concat_proj.bias"]))
-    return layers
-
-
-def _share(tensors: Mapping[str, Array], x: Array) -> Array:
-    return x * tensors["alpha"] if "alpha" in tensors else x
-
-
 class Transformer:
     """Layers of attention to the image and a feed-forward network, the norms first."""
 
@@ -275,9 +283,12 @@ class Transformer:
             in_proj = tensors[f"{name}.in_proj_weight"], tensors[f"{name}.in_proj_bias"]
             return unfolded(in_proj, view.layer(f"{name}.out_proj"), heads)
 
-        maps = make() if view.training else view.weights.kept(name, view.template, view.dtype, lambda: merged(make()))
-        dim = view.weights.dim
-        return attention.prepare(rows, maps, heads, view.plan(rows.shape[-2], dim, dim), mask)
+        plan = view.plan(rows, view.weights.dim)
+        if not view.training:
+            maps = view.weights.kept(name, view.template, view.dtype, lambda: merged(make()))
+        else:
+            maps = make() if plan == DIRECT else merged(make())
+        return attention.prepare(rows, maps, heads, plan, mask)
 
     def fuse(self, text: Array, mask: Array, need_weights: bool) -> FusedRows:
         """See `Method`. The attention is that of the last layer."""
@@ -308,39 +319,3 @@ BY_NAME: dict[str, type[Method]] = {
     "gated": Gated,
     "transformer": Transformer,
 }
-
-
-def one_row_is_enough(weights: Weights) -> bool:
-    """Whether an image of one row can be brought to what it adds before any text is seen; see `single_rows`."""
-    return weights.config.method != "transformer"
-
-
-def adds_one_row(weights: Weights) -> bool:
-    """Whether an image of one row leaves no products for text rows: all get the same, and at most the text is added."""
-    return weights.config.method == "attention"
-
-
-def single_rows(weights: Weights, images: Array) -> Array:
-    """What every token gets from an image of one row, for ``images [B, Di]`` of one row each: ``[B, D]``.
-
-    The numbers of an image do not depend on the others beside it, nor on how many there are.
-    """
-    return single(weights, images, rows_apart)
-
-
-def single(weights: Weights, images: Array, times: Callable[[Array, Array], Array]) -> Array:
-    """See `single_rows`; ``times`` multiplies rows by a transposed weight."""
-    tensors = weights.at(images, dtype_name(images))
-    if weights.config.layer_norm:
-        images = layer_norm(images, tensors["image_norm.weight"], tensors["image_norm.bias"])
-
-    def make() -> tuple[Array, Array]:
-        if not weights.config.has_attention:
-            weight, bias = chained(*_pooling(tensors))
-            return _share(tensors, weight), _share(tensors, bias)
-        # Softmax over one key is 1: the text drops out, and W_o (W_v (W_i x + b_i) + b_v) + b_o is left.
-        layers = layers_of(tensors, weights.config.num_heads)
-        return chained(layers.image, layers.thirds()[2], layers.out_proj)
-
-    weight, bias = weights.kept("row", images, dtype_name(images), make)
-    return times(images, weight) + bias

@@ -8,7 +8,7 @@ from torch import nn
 from fusecli.attention import attend, prepare
 from fusecli.fusion import as_rows
 from fusecli.maps import unfolded
-from fusecli.methods import DIRECT
+from fusecli.plans import DIRECT
 
 
 class ImageTextFusion(nn.Module):

@@ -17,7 +17,8 @@ from fusecli.arrays import Array, cast, compute_dtype, first_nonfinite, to_numpy
 from fusecli.errors import OutputError
 from fusecli.formats import FileSource, NumpyArray, Sink, Stored, format_of, has_names, itemsize, open_sink
 from fusecli.fusion import Prepared, fuse_together, pairs_together
-from fusecli.methods import FusedRows, View, adds_one_row, one_row_is_enough, single_rows
+from fusecli.methods import FusedRows, View
+from fusecli.one_row import adds_one_row, one_row_is_enough, single_rows
 from fusecli.pairs import read_finite, require_widths
 from fusecli.weights import Weights
 
@@ -92,7 +93,7 @@ class Pair(NamedTuple):
 
     image: Stored
     text: Stored
-    row: Array = None  # what `fusecli.methods.single_rows` gave for the image
+    row: Array = None  # what `fusecli.one_row.single_rows` gave for the image
     result: FusedRows | None = None  # what `fuse_alike` gave for both
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fusecli import attention, fusion
-from fusecli.attention import Order, Plan
 from fusecli.maps import fold
+from fusecli.plans import DIRECT, PACKING_ROWS, Order, Plan, plan, plan_of_batch, plan_to_learn
 from fusecli.weights import layers_of
 from tests.oracle import article, assert_as_good, both_precisions, features, weights_of
 
@@ -34,6 +34,10 @@ def test_every_order_gives_the_articles_numbers(
         fused, weights = _by_plan(scores, values, module, convert(image), convert(text))
         assert_as_good(fused, exact[0], single[0])
         assert_as_good(weights, exact[1], single[1])
+    if scores is values is not Order.IMAGE:
+        fused, weights = _by_plan(scores, values, module, *(torch.from_numpy(x)[None] for x in (image, text)))
+        assert_as_good(fused[0], exact[0], single[0])
+        assert_as_good(weights[0], exact[1], single[1])
 
 
 @pytest.mark.parametrize(("scores", "values"), PLANS)
@@ -50,6 +54,7 @@ def test_orders_agree_in_float64_for_scores_that_would_overflow(
 @pytest.mark.parametrize("order", list(Order))
 @pytest.mark.parametrize("seed", range(4))
 def test_large_scores_are_taken_exactly(order: Order, seed: int) -> None:
+    # Also in a batch, where what one pair needs changes no other.
     rng = np.random.default_rng(seed)
     module = article(192, 8, seed=seed)
     for parameter in module.parameters():
@@ -59,6 +64,13 @@ def test_large_scores_are_taken_exactly(order: Order, seed: int) -> None:
     fused, weights = _by_plan(order, Order.DIRECT, module, image, text)
     assert_as_good(fused, exact[0], single[0])
     assert_as_good(weights, exact[1], single[1])
+    if order is not Order.IMAGE:
+        both = (torch.from_numpy(np.stack([x, x / 1000])) for x in (image, text))
+        alone = (torch.from_numpy(x / 1000)[None] for x in (image, text))
+        fused, weights = _by_plan(order, order, module, *both)
+        assert_as_good(fused[0], exact[0], single[0])
+        assert_as_good(weights[0], exact[1], single[1])
+        torch.testing.assert_close(fused[1:], _by_plan(order, order, module, *alone)[0], atol=1e-7, rtol=0)
 
 
 def _counted(n: int, m: int, d: int, h: int) -> dict[tuple[Order, Order], int]:
@@ -74,17 +86,25 @@ def _counted(n: int, m: int, d: int, h: int) -> dict[tuple[Order, Order], int]:
 @pytest.mark.parametrize("shape", list(product([1, 4, 16, 50, 77, 197, 577], repeat=2)))
 def test_the_plan_counts_its_flops_and_is_near_the_fewest(shape: tuple[int, int]) -> None:
     n, m = shape
-    chosen = attention.plan(n, m, 768, 768, 768, 8)
+    chosen = plan(n, m, 768, 768, 768, 8)
     counted = _counted(n, m, 768, 8)
     assert chosen.flops == counted[chosen.scores, chosen.values]
-    spare = 8 * attention.PACKING_ROWS * 768 * 768  # at most what packing four matrices may outweigh
+    spare = 8 * PACKING_ROWS * 768 * 768  # at most what packing four matrices may outweigh
     assert chosen.flops <= min(counted.values()) + spare
 
 
 def test_a_few_tokens_go_to_the_image_and_many_stay() -> None:
-    assert attention.plan(8, 577, 768, 768, 768, 8).scores is Order.TEXT
-    assert attention.plan(577, 4, 768, 768, 768, 8).scores is Order.IMAGE
-    assert attention.plan(577, 577, 768, 768, 768, 8).scores is Order.DIRECT
+    assert plan(8, 577, 768, 768, 768, 8).scores is Order.TEXT
+    assert plan(577, 4, 768, 768, 768, 8).scores is Order.IMAGE
+    assert plan(577, 577, 768, 768, 768, 8).scores is Order.DIRECT
+
+
+def test_the_order_of_a_batch_follows_its_shape() -> None:
+    assert plan_of_batch(12, 256, 768, 768, 8) == Plan(Order.TEXT, Order.TEXT, 0)
+    assert plan_of_batch(77, 50, 768, 768, 8) == DIRECT
+    assert plan_to_learn(64, 12, 256, 768, 768, 8) == (Plan(Order.TEXT, Order.TEXT, 0), True)
+    assert plan_to_learn(64, 12, 256, 768, 768, 8, Order.DIRECT) == (DIRECT, True)
+    assert plan_to_learn(4, 12, 16, 768, 768, 8) == (DIRECT, False)  # few rows: multiplying maps does not pay
 
 
 def test_folding_is_the_layers_one_after_another(rng: np.random.Generator) -> None:

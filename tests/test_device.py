@@ -22,7 +22,7 @@ from fusecli.batch.job import Job, Options, Task
 from fusecli.batch.store import FolderStore
 from fusecli.collections import Place
 from fusecli.fusion import fuse_together, pairs_together
-from fusecli.methods import single_rows
+from fusecli.one_row import single_rows
 from fusecli.pairs import find_features
 from fusecli.pipeline import Output, Pair, fuse_pair, to_file
 from tests.batches import IDS, D, batch, expected, results

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 import fusecli
-from fusecli import Config, Weights, checkpoint, fuse
+from fusecli import Config, Weights, checkpoint, fuse, methods
 from fusecli.arrays import FLOAT_NAMES
 from fusecli.cli.options import METHOD_OPTIONS, DtypeName, Gate, MethodName
 from fusecli.errors import UsageError
 from fusecli.functional import gelu, layer_norm, rows_apart
 from fusecli.fusion import Prepared
-from fusecli.methods import View, single_rows
+from fusecli.methods import View
+from fusecli.one_row import single_rows
+from fusecli.plans import Order, Plan
 from fusecli.weights import GATES, METHODS, OPTIONS
 from tests.batches import D
 from tests.conftest import Run
@@ -141,9 +144,22 @@ def test_blocks_of_text_give_what_the_whole_gives(method: str, options: dict[str
     np.testing.assert_allclose(np.concatenate(parts), fuse(weights, image, text), atol=5e-6)
 
 
+#: Orders of products in a batch, and whether image_proj is brought into the maps before.
+WAYS = pytest.mark.parametrize("way", list(product([Order.DIRECT, Order.TEXT], [False, True])), ids=str)
+
+
+def _go(way: tuple[Order, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = Plan(way[0], way[0], 0)
+    monkeypatch.setattr(methods, "plan_of_batch", lambda *shape: chosen)
+    monkeypatch.setattr(methods, "plan_to_learn", lambda *shape: (chosen, way[1]))
+
+
 @EVERY
-@pytest.mark.parametrize("times", [1, 30])  # of many image rows the maps are multiplied first
-def test_a_padded_batch_gives_what_each_pair_gives(method: str, options: dict[str, Any], times: int) -> None:
+@WAYS
+def test_a_padded_batch_gives_what_each_pair_gives(
+    method: str, options: dict[str, Any], way: tuple[Order, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _go(way, monkeypatch)
     weights, image, text = _drawn(method, options)
     sizes = [(6, 9), (1, 4), (3, 1)]
     images, texts = torch.full((3, 6, 32), 7.0), torch.full((3, 9, 32), -5.0)
@@ -151,8 +167,6 @@ def test_a_padded_batch_gives_what_each_pair_gives(method: str, options: dict[st
     for k, (m, n) in enumerate(sizes):
         images[k, :m], texts[k, :n] = torch.from_numpy(image[:m]), torch.from_numpy(text[:n])
         image_mask[k, :m], text_mask[k, :n] = True, True
-    images, texts = images.repeat(times, 1, 1), texts.repeat(times, 1, 1)
-    image_mask, text_mask = image_mask.repeat(times, 1), text_mask.repeat(times, 1)
     for training in (True, False):
         prepared = Prepared(View(weights, images, texts, 9, "float32", training=training, mask=image_mask))
         fused = prepared.fuse(texts, mask=text_mask).fused
@@ -176,10 +190,13 @@ def test_gradcheck(method: str, options: dict[str, Any], m: int, layer_norm: boo
     assert torch.autograd.gradcheck(run, (image, text, *tensors))
 
 
-@pytest.mark.parametrize("method", ["attention", "gated"])
-@pytest.mark.parametrize("pairs", [2, 40])  # of many image rows the maps are multiplied first
-def test_gradients_of_a_batch_are_those_of_its_pairs(method: str, pairs: int, rng: np.random.Generator) -> None:
-    drawn = oracle(method, 8, 2, 8, 6)[1]
+@pytest.mark.parametrize("method", ["attention", "gated", "transformer"])
+@WAYS
+def test_gradients_of_a_batch_are_those_of_its_pairs(
+    method: str, way: tuple[Order, bool], monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    _go(way, monkeypatch)
+    drawn, pairs = oracle(method, 8, 2, 8, 6)[1], 3
     images = torch.from_numpy(rng.standard_normal((pairs, 3, 6)))
     texts = torch.from_numpy(rng.standard_normal((pairs, 4, 8)))
     gradients = []

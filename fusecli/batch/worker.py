@@ -16,7 +16,8 @@ from fusecli.collections import Place
 from fusecli.errors import OutputError
 from fusecli.formats import NumpyArray, Stored
 from fusecli.machine import alone_in
-from fusecli.methods import FusedRows, one_row_is_enough, single_rows
+from fusecli.methods import FusedRows
+from fusecli.one_row import one_row_is_enough, single_rows
 from fusecli.pairs import read_finite, require_width
 from fusecli.pipeline import Output, Pair, Seconds, fuse_pair
 from fusecli.places import features_at

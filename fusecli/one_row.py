@@ -1,0 +1,64 @@
+"""Images of one row: what each comes to before any text is seen.
+
+With one key, softmax is 1 whatever the query, so every token gets the same vector; where the image is pooled, it gets
+the same anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from fusecli.arrays import Array, dtype_name
+from fusecli.functional import layer_norm, rows_apart
+from fusecli.maps import chained
+from fusecli.weights import Weights, layers_of
+
+
+def one_row_is_enough(weights: Weights) -> bool:
+    """Whether an image of one row can be brought to what it adds before any text is seen; see `single_rows`."""
+    return weights.config.method != "transformer"
+
+
+def adds_one_row(weights: Weights) -> bool:
+    """Whether an image of one row leaves no products for text rows: all get the same, and at most the text is added."""
+    return weights.config.method == "attention"
+
+
+def single_rows(weights: Weights, images: Array) -> Array:
+    """What every token gets from an image of one row, for ``images [B, Di]`` of one row each: ``[B, D]``.
+
+    The numbers of an image do not depend on the others beside it, nor on how many there are.
+    """
+    return single(weights, images, rows_apart)
+
+
+def single(weights: Weights, images: Array, times: Callable[[Array, Array], Array]) -> Array:
+    """See `single_rows`; ``times`` multiplies rows by a transposed weight."""
+    tensors = weights.at(images, dtype_name(images))
+    if weights.config.layer_norm:
+        images = layer_norm(images, tensors["image_norm.weight"], tensors["image_norm.bias"])
+
+    def make() -> tuple[Array, Array]:
+        if not weights.config.has_attention:
+            weight, bias = chained(*pooling(tensors))
+            return share(tensors, weight), share(tensors, bias)
+        # Softmax over one key is 1: the text drops out, and W_o (W_v (W_i x + b_i) + b_v) + b_o is left.
+        layers = layers_of(tensors, weights.config.num_heads)
+        return chained(layers.image, layers.thirds()[2], layers.out_proj)
+
+    weight, bias = weights.kept("row", images, dtype_name(images), make)
+    return times(images, weight) + bias
+
+
+def pooling(tensors: Mapping[str, Array]) -> list[tuple[Array, Array]]:
+    """The layers that an image row goes through to become what is added to every token, ``[D]``; then its `share`."""
+    layers = [(tensors["image_proj.weight"], tensors["image_proj.bias"])]
+    if "alpha" not in tensors:
+        weight = tensors["concat_proj.weight"]
+        layers.append((weight[:, weight.shape[1] - len(weight) :], tensors["concat_proj.bias"]))
+    return layers
+
+
+def share(tensors: Mapping[str, Array], x: Array) -> Array:
+    """What of a pooled image is added: ``α`` of weighted-sum, all of concat."""
+    return x * tensors["alpha"] if "alpha" in tensors else x

@@ -1,0 +1,100 @@
+"""Where to put the brackets in the products of attention: the order that takes the fewest operations for a shape.
+
+Letters as in `fusecli.attention`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+
+
+class Order(Enum):
+    """Where the brackets stand in a product of three: see `plan`."""
+
+    DIRECT = "direct"
+    IMAGE = "into the image"
+    TEXT = "into the text"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The order of the products, and the floating-point operations (multiply and add) they take."""
+
+    scores: Order
+    values: Order
+    flops: int
+
+
+#: Both sides projected, whatever it takes.
+DIRECT = Plan(Order.DIRECT, Order.DIRECT, 0)
+
+# OpenBLAS copies ("packs") a weight matrix before it multiplies, whatever the number of rows: the time of
+# about this many rows more. It decides only between plans of nearly the same cost.
+PACKING_ROWS = 16
+
+
+@lru_cache(maxsize=1024)
+def plan(n: int, m: int, dim: int, text_dim: int, image_dim: int, num_heads: int) -> Plan:
+    """The cheapest association for one shape.
+
+    Scores per head are ``T F_qᵀ_h · F_k,h Iᵀ``. ``DIRECT`` projects both sides to ``d``; ``IMAGE``
+    takes each key back to the text's width (``A_h = K_h F_q,h``: the text is never projected);
+    ``TEXT`` takes each query to the image's width (``B_h = Q_h F_k,h``: the image is never projected).
+    Values ``P_h I F_vᵀ_h W_oᵀ_h`` likewise. The cost of a combination is the sum of its two halves, so the
+    best of all nine is the best scores order with the best values order.
+    """
+    # For each order: the weight matrices as (rows that meet it, height, width), and the products without one.
+    text_in, image_in, back = (n, text_dim, dim), (m, image_dim, dim), (n, dim, dim)
+    scores = {
+        Order.DIRECT: ([text_in, image_in], n * m * dim),
+        Order.IMAGE: ([image_in, (m, dim, text_dim)], n * num_heads * m * text_dim),
+        Order.TEXT: ([text_in, (n, dim, image_dim)], n * num_heads * m * image_dim),
+    }
+    values = {
+        Order.DIRECT: ([image_in, back], n * m * dim),
+        Order.IMAGE: ([image_in, (m, dim, dim)], n * num_heads * m * dim),
+        Order.TEXT: ([(n, image_dim, dim), back], n * num_heads * m * image_dim),
+    }
+    by_scores = min(Order, key=lambda order: _flops(*scores[order], PACKING_ROWS))
+    by_values = min(Order, key=lambda order: _flops(*values[order], PACKING_ROWS))
+    return Plan(by_scores, by_values, _flops(*scores[by_scores], 0) + _flops(*values[by_values], 0))
+
+
+def _flops(weights: list[tuple[int, int, int]], rest: int, extra_rows: int) -> int:
+    return 2 * (rest + sum((rows + extra_rows) * height * width for rows, height, width in weights))
+
+
+#: Carrying a number from where pairs are side by side to where heads are takes the time of so many multiplications.
+CARRYING = 80
+
+
+def plan_of_batch(n: int, m: int, dim: int, image_dim: int, num_heads: int) -> Plan:
+    """The plan for a batch of tensors, pairs of ``n`` and ``m`` rows: ``DIRECT`` or, for both halves, ``TEXT``."""
+    direct = m * dim * (image_dim + n)
+    text = n * image_dim * (dim + num_heads * (m + CARRYING))
+    return _both(Order.TEXT if text < direct else Order.DIRECT)
+
+
+def plan_to_learn(
+    pairs: int, n: int, m: int, dim: int, image_dim: int, num_heads: int, only: Order | None = None
+) -> tuple[Plan, bool]:
+    """The same where layers are learned, and whether ``image_proj`` is to be brought into the maps of keys and values.
+
+    That costs a product of matrices in each step, and then no row is projected by it, nor is there a way back through
+    what meets the image's own features, which are not learned. With ``only``, that order is not to be chosen.
+    """
+    costs: dict[tuple[Order, bool], int] = {}
+    for first, width in ((False, dim), (True, image_dim)):
+        once = 3 * dim * dim * image_dim if first else pairs * m * image_dim * dim
+        ways = 2 if first else 3  # forward, and back to the weights, and to the image's rows
+        direct = m * dim * (width * ways + 3 * n)
+        text = n * width * (3 * dim + num_heads * (m * ways + 3 * CARRYING))
+        costs |= {(Order.DIRECT, first): once + pairs * direct, (Order.TEXT, first): once + pairs * text}
+    order, first = min((key for key in costs if only in (None, key[0])), key=costs.__getitem__)
+    return _both(order), first
+
+
+def _both(order: Order) -> Plan:
+    return Plan(order, order, 0)
