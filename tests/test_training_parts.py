@@ -101,6 +101,12 @@ def test_long_pairs_are_learned_in_small_batches(texts: int) -> None:
         assert len(batch) > 1  # alone it has nothing to be told from
 
 
+@pytest.mark.parametrize("texts", [1, 16])
+def test_pairs_that_are_long_on_both_sides_are_learned_a_few_at_a_time(texts: int) -> None:
+    counts = [len(_batches_of([(rows, rows)] * 40, texts)) for rows in (3000, 1000)]
+    assert counts == ([39, 5] if texts == 1 else [20, 8])  # the last pair alone joins the one before it
+
+
 @pytest.mark.parametrize(("m", "n", "texts"), [(577, 77, 1), (16, 512, 1), (16, 77, 16), (256, 77, 16), (577, 20, 16)])
 def test_batches_of_usual_features_are_full(m: int, n: int, texts: int) -> None:
     assert [len(batch) for batch in _batches_of([(m, n)] * 256, texts)] == [64] * 4

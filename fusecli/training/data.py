@@ -40,6 +40,9 @@ MOST_ROWS = 2**14
 MOST_LEARNED = 2**16
 #: Likewise where images meet several texts, each counting as often: 64 pairs of 256 and 77, images that meet 16 texts.
 MOST_MET = 2**17
+#: Pairs of a text row and an image row in a batch, with padding: 256 MiB of scores for 8 heads, and there are four such
+#: tensors in a step. Four times as many where images meet several texts, or batches would have too few to tell apart.
+MOST_SCORES = 2**23
 
 
 def part_of(id: str, validation: float, held_out: float) -> str:
@@ -229,12 +232,18 @@ def _within_bounds(data: Data, order: Sequence[int], size: int, most: int, texts
 
 
 def cut(lengths: Sequence[tuple[int, int]], size: int, most: int = MOST_ROWS, texts: int = 1) -> Iterator[slice]:
-    """Cut pairs with so many rows into parts of at most ``size`` pairs, and ``most`` rows once they are padded."""
+    """Cut pairs with so many rows into parts of at most ``size`` pairs, and ``most`` rows once they are padded.
+
+    Nor are there more than `MOST_SCORES`; but where texts are to be told apart, two stay together.
+    """
     start = m = n = 0
+    least, scores = (1, MOST_SCORES) if texts == 1 else (2, 4 * MOST_SCORES)
     for at, own in enumerate(lengths):
         m, n = max(m, own[0]), max(n, own[1])
         count = at - start + 1
-        if count > size or (count > 1 and count * (m + min(texts, count) * n) > most):
+        met = min(texts, count) * n
+        full = (count > 1 and count * (m + met) > most) or (count > least and count * m * met > scores)
+        if count > size or full:
             yield slice(start, at)
             start, (m, n) = at, own
     if lengths:
