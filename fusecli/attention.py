@@ -40,21 +40,30 @@ class Keys:
     rows: Array  # DIRECT [H, M, d]; IMAGE [Dt, H*M]; TEXT None
     shift: Array  # IMAGE [H*M]: the query bias, met by every key; else None
 
-    def queries(self, text: Array) -> Array:
-        """``text [N, Dt]`` projected: ``[H, N, d]``."""
+    @property
+    def meet_queries(self) -> bool:
+        """Whether text is projected before it meets the image."""
+        return self.order is not Order.IMAGE
+
+    def query(self, text: Array) -> Array:
+        """``text [N, Dt]`` projected: ``[N, D]``."""
         query = linear(text, self.maps.query, self.maps.query_bias)  # [N, D]
         if self.maps.scale != 1:
             query *= self.maps.scale
-        return _split_heads(query, self.num_heads)  # [H, N, d]
+        return query
 
-    def scores(self, text: Array) -> Array:
-        """Scores ``[H, N, M]`` of ``text [N, Dt]``."""
+    def queries(self, text: Array, query: Array = None) -> Array:
+        """The same by heads, ``[H, N, d]``, of what `query` gave, if that is at hand."""
+        return _split_heads(self.query(text) if query is None else query, self.num_heads)
+
+    def scores(self, text: Array, query: Array = None) -> Array:
+        """Scores ``[H, N, M]`` of ``text [N, Dt]``, for which `query` may have been called already."""
         n, heads = text.shape[0], self.num_heads
         if self.order is Order.IMAGE:
             flat = dot(text, self.rows)  # [N, H*M]
             flat += self.shift
             return _split_heads(flat, heads)
-        query = self.queries(text)  # [H, N, d]
+        query = self.queries(text, query)  # [H, N, d]
         if self.order is Order.TEXT and len(text.shape) > 2:
             wide = _each_head(query, _by_head(self.maps.key, heads))  # [B, H, N, Di]
             return (wide.flatten(1, 2) @ self.image.mT).unflatten(1, (heads, -1))  # [B, H, N, M]
@@ -127,18 +136,22 @@ def prepare(image: Array, maps: Maps, num_heads: int, plan: Plan, mask: Array = 
 TILE = 2**18
 
 
-def attend(text: Array, side: ImageSide, *, need_weights: bool = False) -> tuple[Array, Array | None]:
+def attend(
+    text: Array, side: ImageSide, *, need_weights: bool = False, query: Array = None
+) -> tuple[Array, Array | None]:
     """Let ``text [N, Dt]`` attend to a prepared image; a batch ``[B, N, Dt]`` of tensors to a batch of images.
+
+    ``query`` is what `Keys.query` gave for the text, if that is at hand.
 
     Returns:
         The fused rows ``[N, D]`` and, if asked for, the attention weights ``[H, N, M]``; of a batch, ``[B, ...]``.
     """
     direct = side.plan.scores is side.plan.values is Order.DIRECT
     if len(text.shape) > 2 or (direct and is_torch(text)):
-        return _attend_at_once(text, side, need_weights)
+        return _attend_at_once(text, side, need_weights, query)
     if direct:
-        return _attend_by_heads(text, side, need_weights)
-    scores = side.keys.scores(text)  # [H, N, M]
+        return _attend_by_heads(text, side, need_weights, query)
+    scores = side.keys.scores(text, query)  # [H, N, M]
     weights, total = _softmax(scores, side.keys.order, text, partial(_exact_scores, text, side))
     if side.plan.values is Order.IMAGE:
         weights = weights / total  # not in place: autograd still needs the exponentials
@@ -153,10 +166,12 @@ def _exact_scores(text: Array, side: ImageSide) -> Array:
     return side.keys.exact.scores(cast(text, "float64"))  # [H, N, M]
 
 
-def _attend_by_heads(text: Array, side: ImageSide, need_weights: bool) -> tuple[Array, Array | None]:
+def _attend_by_heads(
+    text: Array, side: ImageSide, need_weights: bool, query: Array = None
+) -> tuple[Array, Array | None]:
     # A few heads at a time, so that their scores are still in the cache when the values are taken.
     (n, m), heads = (text.shape[0], side.image.shape[0]), side.num_heads
-    query = side.keys.queries(text)  # [H, N, d]
+    query = side.keys.queries(text, query)  # [H, N, d]
     step = max(1, TILE // (n * m))
     mixed, dump = [], []
 
@@ -178,14 +193,16 @@ def _attend_by_heads(text: Array, side: ImageSide, need_weights: bool) -> tuple[
     return _finish(beside, side.maps.out.mT, side), joined(dump, 0) if need_weights else None
 
 
-def _attend_at_once(text: Array, side: ImageSide, need_weights: bool) -> tuple[Array, Array | None]:
+def _attend_at_once(
+    text: Array, side: ImageSide, need_weights: bool, query: Array = None
+) -> tuple[Array, Array | None]:
     # By torch, all heads of all pairs of a batch.
     def answer(weights: Array) -> tuple[Array, Array | None]:
         mixed = side.mixed(weights).swapaxes(-3, -2)  # [N, H, d]
         fused = linear(mixed.reshape(*text.shape[:-1], -1), side.maps.out, side.maps.bias)  # [N, D]
         return fused, weights if need_weights else None
 
-    scores = side.keys.scores(text)  # [H, N, M]
+    scores = side.keys.scores(text, query)  # [H, N, M]
     weights = _torch_softmax(_masked(scores, side.mask), text)
     answered = answer(weights)
     if _is_coarse(scores):

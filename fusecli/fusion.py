@@ -25,7 +25,7 @@ from fusecli.arrays import (
     unwarned,
 )
 from fusecli.errors import ShapeError, UsageError, ValuesError
-from fusecli.methods import BY_NAME, FusedRows, Method, View
+from fusecli.methods import BY_NAME, FusedRows, Method, TextRows, View
 from fusecli.one_row import adds_one_row
 from fusecli.weights import Config, Weights
 
@@ -69,7 +69,11 @@ class Prepared:
         step = self.block_rows if self._config.self_attention else min(self.block_rows, most)
         return (slice(start, min(start + step, self._view.n)) for start in range(0, self._view.n, step))
 
-    def fuse(self, text: Array, *, need_weights: bool = False, mask: Array = None) -> FusedRows:
+    def text_rows(self, text: Array) -> TextRows:
+        """Text rows ``[n, Dt]`` to fuse more than once, with images that are looked at in the same way."""
+        return self._view.text_rows(text)
+
+    def fuse(self, text: Array | TextRows, *, need_weights: bool = False, mask: Array = None) -> FusedRows:
         """Fuse one block of text rows ``[n, Dt]``, of any float dtype.
 
         It may be a batch ``[B, N, Dt]`` if the images are, with ``mask [B, N]`` true for rows that are no padding.
@@ -78,7 +82,8 @@ class Prepared:
             Fused rows ``[n, D]`` and, if asked for, attention ``[H, n, M]`` and the mean gate ``[n]`` where there is
             one, in the dtype of computing.
         """
-        return self._method.fuse(self._view.text_rows(text), mask, need_weights)
+        rows = text if isinstance(text, TextRows) else self.text_rows(text)
+        return self._method.fuse(rows, mask, need_weights)
 
 
 #: Pairs that are computed at once on a GPU, and rows of all of them together, at most: what fills it.

@@ -36,6 +36,37 @@ class FusedRows(NamedTuple):
     gate: Array | None = None  # [n], the mean over channels, if asked for and there is one
 
 
+class TextRows:
+    """Text rows ``[n, Dt]`` (of a batch ``[B, N, Dt]``), and what is made of them whatever the image: once for all."""
+
+    def __init__(self, rows: Array) -> None:
+        self.rows = rows
+        self._made: dict[str, Array] = {}
+
+    def made(self, what: str, make: Callable[[TextRows], Array]) -> Array:
+        """What ``make`` gives, a row for each, by a name; not to be changed."""
+        if what not in self._made:
+            self._made[what] = make(self)
+        return self._made[what]
+
+
+class PickedRows(TextRows):
+    """Some of the rows of another, as often as one likes; what is made of them is made once, and then picked.
+
+    Args:
+        whole: what they are picked from.
+        pick: picks, from rows of any width.
+    """
+
+    def __init__(self, whole: TextRows, pick: Callable[[Array], Array]) -> None:
+        super().__init__(pick(whole.rows))
+        self._whole, self._pick = whole, pick
+
+    def made(self, what: str, make: Callable[[TextRows], Array]) -> Array:
+        """See `TextRows`."""
+        return super().made(what, lambda _: self._pick(self._whole.made(what, make)))
+
+
 @dataclass(frozen=True)
 class View:
     """One image and how it is looked at.
@@ -78,10 +109,10 @@ class View:
     def _given(self) -> Array:
         return cast(like(self.image, self.template), self.dtype)
 
-    def text_rows(self, text: Array) -> Array:
+    def text_rows(self, text: Array) -> TextRows:
         """Text rows of any float dtype as they are to be computed with, normed if there is a norm."""
         text = cast(text, self.dtype)
-        return layer_norm(text, *self.layer("text_norm")) if self.weights.config.layer_norm else text
+        return TextRows(layer_norm(text, *self.layer("text_norm")) if self.weights.config.layer_norm else text)
 
     @cached_property
     def tensors(self) -> Mapping[str, Array]:
@@ -134,8 +165,8 @@ class Method(Protocol):
     def __init__(self, view: View) -> None:
         """Compute what depends on the image alone."""
 
-    def fuse(self, text: Array, mask: Array, need_weights: bool) -> FusedRows:
-        """Fuse text rows ``[n, Dt]`` (of a batch ``[B, N, Dt]``, with ``mask [B, N]``)."""
+    def fuse(self, text: TextRows, mask: Array, need_weights: bool) -> FusedRows:
+        """Fuse text rows (of a batch, with ``mask [B, N]``)."""
 
 
 class CrossAttention:
@@ -172,12 +203,19 @@ class CrossAttention:
             image = linear(image, *layers.image)  # [M, D]
         return attention.prepare(image, maps if plan == DIRECT else merged(maps), self._heads, plan, view.mask)
 
-    def attend(self, text: Array, need_weights: bool) -> tuple[Array, Array | None]:
+    def attend(self, text: TextRows, need_weights: bool) -> tuple[Array, Array | None]:
         """``A [n, D]``, or ``[D]`` if all rows are that, and the attention if asked for."""
         if self.row is not None:
-            return self.row, ones((self._heads, text.shape[0], 1), self.row) if need_weights else None
-        query = text if self._text_proj is None else linear(text, *self._text_proj)  # [n, D]
-        return attention.attend(query, self._side, need_weights=need_weights)
+            return self.row, ones((self._heads, text.rows.shape[0], 1), self.row) if need_weights else None
+        keys = self._side.keys
+        query = text.made("query", lambda whole: keys.query(self._met(whole))) if keys.meet_queries else None
+        return attention.attend(self._met(text), self._side, need_weights=need_weights, query=query)
+
+    def _met(self, text: TextRows) -> Array:
+        """The rows that the maps begin with: ``[n, Dt]``, or ``[n, D]`` while there is something to learn."""
+        if (layer := self._text_proj) is None:
+            return text.rows
+        return text.made("text_proj", lambda whole: linear(whole.rows, *layer))
 
 
 class Attention:
@@ -188,13 +226,13 @@ class Attention:
         self._residual = view.weights.config.residual
         self._dim = view.weights.dim
 
-    def fuse(self, text: Array, mask: Array, need_weights: bool) -> FusedRows:
+    def fuse(self, text: TextRows, mask: Array, need_weights: bool) -> FusedRows:
         """See `Method`."""
         fused, attended = self._attention.attend(text, need_weights)
         if self._attention.row is not None:
-            fused = filled((text.shape[0], self._dim), fused)
+            fused = filled((text.rows.shape[0], self._dim), fused)
         if self._residual:
-            fused += text
+            fused += text.rows
         return FusedRows(fused, attended)
 
 
@@ -208,25 +246,23 @@ class Gated:
         if view.weights.config.gate == "tanh":
             self._tanh = namespace(view.template).tanh(view.tensors["gamma"])  # [1]
             return
-        weight, self._shift = view.layer("gate_proj")
+        weight, self._bias = view.layer("gate_proj")
         self._by_text, self._by_image = cut(weight, self._dim, 1)
-        if self._attention.row is not None:
-            self._shift = self._by_image @ self._attention.row + self._shift  # [D]
+        row = self._attention.row
+        self._by_row = None if row is None else self._by_image @ row  # [D]
 
-    def fuse(self, text: Array, mask: Array, need_weights: bool) -> FusedRows:
+    def fuse(self, text: TextRows, mask: Array, need_weights: bool) -> FusedRows:
         """See `Method`."""
         answer, attended = self._attention.attend(text, need_weights)
         if self._tanh is not None:
             gate = self._tanh
         else:
-            gate = linear(text, self._by_text, self._shift)  # [n, D]
-            if self._attention.row is None:
-                gate += dot(answer, self._by_image.mT)
-            gate = sigmoid(gate)
-        fused = text + gate * answer
+            gate = text.made("gate", lambda whole: linear(whole.rows, self._by_text, self._bias))  # [n, D]
+            gate = sigmoid(gate + (dot(answer, self._by_image.mT) if self._by_row is None else self._by_row))
+        fused = text.rows + gate * answer
         if not need_weights:
             return FusedRows(fused)
-        return FusedRows(fused, attended, gate.mean(-1) if self._tanh is None else filled(text.shape[:-1], gate))
+        return FusedRows(fused, attended, gate.mean(-1) if self._tanh is None else filled(fused.shape[:-1], gate))
 
 
 class Pooled:
@@ -248,13 +284,10 @@ class Pooled:
         else:
             self._weight, self._shift = _text_columns(tensors), row
 
-    def fuse(self, text: Array, mask: Array, need_weights: bool) -> FusedRows:
+    def fuse(self, text: TextRows, mask: Array, need_weights: bool) -> FusedRows:
         """See `Method`."""
-        fused = dot(text, self._weight.mT)  # [n, D]
-        if self._scale is not None:
-            fused *= self._scale
-        fused += self._shift
-        return FusedRows(fused)
+        projected = text.made("projected", lambda whole: dot(whole.rows, self._weight.mT))  # [n, D]
+        return FusedRows((projected if self._scale is None else projected * self._scale) + self._shift)
 
 
 def _text_columns(tensors: Mapping[str, Array]) -> Array:
@@ -290,10 +323,10 @@ class Transformer:
             maps = make() if plan == DIRECT else merged(make())
         return attention.prepare(rows, maps, heads, plan, mask)
 
-    def fuse(self, text: Array, mask: Array, need_weights: bool) -> FusedRows:
+    def fuse(self, text: TextRows, mask: Array, need_weights: bool) -> FusedRows:
         """See `Method`. The attention is that of the last layer."""
         drop, attended = self._view.drop, None
-        x = linear(text, *self._view.layer("text_proj"))  # [n, D]
+        x = text.made("projected", lambda whole: linear(whole.rows, *self._view.layer("text_proj")))  # [n, D]
         for number, side in enumerate(self._sides):
             layer = partial(self._layer, number)
             if self._config.self_attention:

@@ -13,7 +13,7 @@ from torch import nn
 
 from fusecli.arrays import cast
 from fusecli.fusion import Prepared
-from fusecli.methods import View
+from fusecli.methods import PickedRows, TextRows, View
 from fusecli.training.data import Batch, Data, load
 from fusecli.weights import Config, Weights
 
@@ -139,15 +139,20 @@ class Fusion:
     def each(self, batch: Batch, which: torch.Tensor) -> torch.Tensor:
         """Vectors ``[B, G, width]`` of each image of a batch with the texts ``which [B, G]`` of the batch.
 
-        The image is projected once; its texts follow one another as one long text.
+        Images and texts are projected once; those of an image follow one another as one long text.
         """
         if self.config.self_attention:  # texts that follow one another would see each other
             columns = [replace(batch, texts=batch.texts[at], text_mask=batch.text_mask[at]) for at in which.mT]
             return torch.stack([self.own(column) for column in columns], 1)
         size, count = which.shape
-        texts = batch.texts[which].flatten(1, 2)  # [B, G*N, Dt]
+
+        def pick(rows: torch.Tensor) -> torch.Tensor:
+            return rows.index_select(0, which.flatten()).reshape(size, -1, rows.shape[-1])  # [B, G*N, width]
+
         mask = batch.text_mask[which]  # [B, G, N]
-        fused = self._prepared(batch, count).fuse(texts, mask=mask.flatten(1)).fused  # [B, G*N, D]
+        prepared = self._prepared(batch, count)
+        texts = PickedRows(prepared.text_rows(batch.texts), pick)
+        fused = prepared.fuse(texts, mask=mask.flatten(1)).fused  # [B, G*N, D]
         fused = fused.reshape(size * count, -1, self.width)
         return masked_mean(fused, mask.flatten(0, 1)).reshape(size, count, -1)
 
@@ -157,9 +162,15 @@ class Fusion:
         rows = torch.cat([torch.from_numpy(data.texts[at]).float() for at in texts]).to(self.device)
         lengths = torch.tensor([data.texts.length(at) for at in texts])
 
+        known: dict[tuple[int, int], TextRows] = {}  # blocks, by where they begin and end
+
         def give(image: int) -> torch.Tensor:
             prepared = Prepared(View(frozen, torch.from_numpy(data.images[image]).float(), rows, len(rows), "float32"))
-            parts = [prepared.fuse(rows[block]).fused for block in prepared.blocks()]
+            parts = []
+            for block in prepared.blocks():
+                if (at := (block.start, block.stop)) not in known:
+                    known[at] = prepared.text_rows(rows[block])
+                parts.append(prepared.fuse(known[at]).fused)
             return torch.segment_reduce(torch.cat(parts), "mean", lengths=lengths.to(self.device))
 
         def give_apart(image: int) -> torch.Tensor:

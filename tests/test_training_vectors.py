@@ -1,0 +1,70 @@
+"""What stands for a pair in training is the same, whatever is computed together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from fusecli.collections import open_collection
+from fusecli.training.data import Batch, load, read
+from fusecli.training.represent import Fusion
+from tests.oracle_methods import oracle
+from tests.test_methods import EVERY
+
+D = 16
+
+
+def _fusion(method: str, options: dict[str, Any]) -> Fusion:
+    return Fusion(oracle(method, D, 4, D, D, layer_norm=True, **options)[1])
+
+
+def _batch(m: int) -> Batch:
+    drawn = torch.Generator().manual_seed(m)
+    rows = [torch.randn(5, most, D, generator=drawn) for most in (m, 7)]
+    masks = [torch.arange(x.shape[1]) < torch.randint(1, x.shape[1] + 1, (5, 1), generator=drawn) for x in rows]
+    return Batch(list(range(5)), rows[0], masks[0], rows[1], masks[1])
+
+
+@EVERY
+@pytest.mark.parametrize("m", [1, 40])
+def test_an_image_meets_many_texts_as_it_meets_each(method: str, options: dict[str, Any], m: int) -> None:
+    batch, which = _batch(m), torch.tensor([[0, 3], [1, 1], [4, 2], [0, 2], [3, 4]])
+    fusion, found, gradients = _fusion(method, options), [], []
+    vectors: Any
+    for together in (True, False):
+        if together:
+            vectors = fusion.each(batch, which)
+        else:
+            beside = [replace(batch, texts=batch.texts[at], text_mask=batch.text_mask[at]) for at in which.mT]
+            vectors = torch.stack([fusion.own(some) for some in beside], 1)
+        vectors.square().sum().backward()
+        found.append(vectors.detach())
+        gradients.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in fusion.parameters()])
+        for parameter in fusion.parameters():
+            parameter.grad = None
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()) + 1e-5)
+
+
+@EVERY
+def test_an_image_among_texts_is_judged_as_each_pair_is(
+    method: str, options: dict[str, Any], tmp_path: Path, rng: np.random.Generator
+) -> None:
+    for side, lengths in (("i", [1, 3, 70]), ("t", [5, 1, 9])):
+        rows = {str(k): rng.standard_normal((n, D), np.float32) for k, n in enumerate(lengths)}
+        save_file(rows, tmp_path / f"{side}.safetensors")
+    images, texts = (open_collection(str(tmp_path / f"{side}.safetensors")) for side in "it")
+    data = read(list(images), lambda name: (images.place(name), texts.place(name)), str(tmp_path), 0.1, 0.2)
+    fusion, pairs = _fusion(method, options), [0, 1, 2]
+    with torch.no_grad():
+        beside = fusion.beside(data, pairs)
+        for image in pairs:
+            expected = fusion.own(load(data, pairs, [image] * 3))
+            torch.testing.assert_close(beside(image), expected, rtol=1e-4, atol=1e-5)
