@@ -25,8 +25,9 @@ from fusecli.arrays import (
     unwarned,
 )
 from fusecli.errors import ShapeError, UsageError, ValuesError
-from fusecli.methods import BY_NAME, FusedRows, Method, TextRows, View
+from fusecli.methods import BY_NAME, FusedRows, Method, View
 from fusecli.one_row import adds_one_row
+from fusecli.text_rows import TextRows
 from fusecli.weights import Config, Weights
 
 #: Scores of one block of text rows at most, in numbers: 32 MiB of float32.

@@ -25,6 +25,7 @@ from fusecli.functional import dot, gelu, layer_norm, linear, mean_row, sigmoid
 from fusecli.maps import Maps, merged, unfolded, with_image
 from fusecli.one_row import one_row_is_enough, pooling, share, single
 from fusecli.plans import DIRECT, Order, Plan, plan, plan_of_batch, plan_to_learn
+from fusecli.text_rows import TextRows
 from fusecli.weights import Weights, layers_of
 
 
@@ -34,37 +35,6 @@ class FusedRows(NamedTuple):
     fused: Array  # [n, D]
     attention: Array | None = None  # [H, n, M], if asked for
     gate: Array | None = None  # [n], the mean over channels, if asked for and there is one
-
-
-class TextRows:
-    """Text rows ``[n, Dt]`` (of a batch ``[B, N, Dt]``), and what is made of them whatever the image: once for all."""
-
-    def __init__(self, rows: Array) -> None:
-        self.rows = rows
-        self._made: dict[str, Array] = {}
-
-    def made(self, what: str, make: Callable[[TextRows], Array]) -> Array:
-        """What ``make`` gives, a row for each, by a name; not to be changed."""
-        if what not in self._made:
-            self._made[what] = make(self)
-        return self._made[what]
-
-
-class PickedRows(TextRows):
-    """Some of the rows of another, as often as one likes; what is made of them is made once, and then picked.
-
-    Args:
-        whole: what they are picked from.
-        pick: picks, from rows of any width.
-    """
-
-    def __init__(self, whole: TextRows, pick: Callable[[Array], Array]) -> None:
-        super().__init__(pick(whole.rows))
-        self._whole, self._pick = whole, pick
-
-    def made(self, what: str, make: Callable[[TextRows], Array]) -> Array:
-        """See `TextRows`."""
-        return super().made(what, lambda _: self._pick(self._whole.made(what, make)))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from torch import nn
 
 from fusecli.arrays import cast
 from fusecli.fusion import Prepared
-from fusecli.methods import PickedRows, TextRows, View
+from fusecli.methods import View
+from fusecli.text_rows import PickedRows, TextRows
 from fusecli.training.data import Batch, Data, load
 from fusecli.weights import Config, Weights
 
