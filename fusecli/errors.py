@@ -127,5 +127,6 @@ def listed(names: Iterable[str], most: int = 5, count: int | None = None) -> str
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory did not suffice, here or on a GPU: torch's error for that has no base that can be named here."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    """Whether memory did not suffice, here or on a GPU: torch's errors for that have no base that can be named here."""
+    here = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return here or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

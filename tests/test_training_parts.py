@@ -83,10 +83,10 @@ def test_long_pairs_are_judged_in_small_batches() -> None:
     assert [len(batch) for batch in made] == [256, 44, 2, 1]
 
 
-def _batches_of(lengths: list[tuple[int, int]], texts: int) -> list[list[int]]:
+def _batches_of(lengths: list[tuple[int, int]], texts: int, self_attention: bool = False) -> list[list[int]]:
     rows: Any = [SimpleNamespace(length=lambda at, side=side: lengths[at][side]) for side in (0, 1)]
     data: Any = SimpleNamespace(images=rows[0], texts=rows[1], cost=lambda at: lengths[at])
-    made = batches(data, range(len(lengths)), 64, torch.Generator().manual_seed(0), texts)
+    made = batches(data, range(len(lengths)), 64, torch.Generator().manual_seed(0), texts, self_attention)
     assert sorted(sum(made, [])) == list(range(len(lengths)))  # noqa: RUF017
     return made
 
@@ -105,6 +105,8 @@ def test_long_pairs_are_learned_in_small_batches(texts: int) -> None:
 def test_pairs_that_are_long_on_both_sides_are_learned_a_few_at_a_time(texts: int) -> None:
     counts = [len(_batches_of([(rows, rows)] * 40, texts)) for rows in (3000, 1000)]
     assert counts == ([39, 5] if texts == 1 else [20, 8])  # the last pair alone joins the one before it
+    assert len(_batches_of([(16, 1000)] * 40, texts)) == (1 if texts == 1 else 4)
+    assert len(_batches_of([(16, 1000)] * 40, texts, self_attention=True)) == (5 if texts == 1 else 8)
 
 
 @pytest.mark.parametrize(("m", "n", "texts"), [(577, 77, 1), (16, 512, 1), (16, 77, 16), (256, 77, 16), (577, 20, 16)])

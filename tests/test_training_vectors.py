@@ -12,6 +12,7 @@ import torch
 from safetensors.numpy import save_file
 
 from fusecli.collections import open_collection
+from fusecli.errors import is_out_of_memory
 from fusecli.training.data import Batch, load, read
 from fusecli.training.represent import Fusion
 from tests.oracle_methods import oracle
@@ -68,3 +69,10 @@ def test_an_image_among_texts_is_judged_as_each_pair_is(
         for image in pairs:
             expected = fusion.own(load(data, pairs, [image] * 3))
             torch.testing.assert_close(beside(image), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_memory_that_torch_does_not_get_is_called_so() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))

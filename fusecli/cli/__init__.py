@@ -113,7 +113,7 @@ def _explain(error: Exception) -> int:
         return error.exit_code
     if is_out_of_memory(error):
         told = f": {error}" if str(error) else ""
-        complain(f"out of memory{told}", "use smaller inputs, fewer image rows, or smaller widths")
+        complain(f"out of memory{told}", "use smaller inputs, fewer image rows, smaller widths or batches")
     elif isinstance(error, OSError):
         where = error.filename or _missing_folder()
         complain(f"{where}: {error.strerror or error}" if where else f"{error.strerror or error}", None)

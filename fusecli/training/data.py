@@ -198,7 +198,12 @@ def _arrays(places: list[Place], side: str, tell: Callable[[int], None] | None) 
 
 
 def batches(
-    data: Data, which: Sequence[int], size: int, generator: torch.Generator | None, texts: int = 1
+    data: Data,
+    which: Sequence[int],
+    size: int,
+    generator: torch.Generator | None,
+    texts: int = 1,
+    self_attention: bool = False,
 ) -> list[list[int]]:
     """The pairs ``which`` in batches of ``size``, pairs of about the same length together; fewer where they are long.
 
@@ -208,30 +213,39 @@ def batches(
         size: pairs of a batch.
         generator: shuffles them, to be learned from; without one they are sorted as they are cheapest.
         texts: that each image of a batch meets, as far as there are so many.
+        self_attention: the rows of a text meet each other too.
     """
     if generator is None:
-        return _within_bounds(data, sorted(which, key=data.cost), size, MOST_ROWS, texts)
+        return _within_bounds(data, sorted(which, key=data.cost), size, MOST_ROWS)
     most = MOST_LEARNED if texts == 1 else MOST_MET
     shuffled = [which[at] for at in torch.randperm(len(which), generator=generator).tolist()]
     made = []
     for at in range(0, len(shuffled), size * SORTED_BATCHES):
         some = sorted(shuffled[at : at + size * SORTED_BATCHES], key=data.cost)
-        made += _within_bounds(data, some, size, most, texts)
+        made += _within_bounds(data, some, size, most, texts, self_attention)
     if len(made) > 1 and len(made[-1]) == 1:  # one pair alone has nothing to be told from
         both = made[-2] + made[-1]
-        if len(both) < 4 or len(_within_bounds(data, both, size + 1, most, texts)) == 1:
+        if len(both) < 4 or len(_within_bounds(data, both, size + 1, most, texts, self_attention)) == 1:
             made[-2:] = [both]
         else:  # it is long: one other is padded to it
             made[-2:] = [both[:-2], both[-2:]]
     return [made[at] for at in torch.randperm(len(made), generator=generator).tolist()]
 
 
-def _within_bounds(data: Data, order: Sequence[int], size: int, most: int, texts: int) -> list[list[int]]:
+def _within_bounds(
+    data: Data, order: Sequence[int], size: int, most: int, texts: int = 1, self_attention: bool = False
+) -> list[list[int]]:
     lengths = [(data.images.length(at), data.texts.length(at)) for at in order]
-    return [list(order[part]) for part in cut(lengths, size, most, texts)]
+    return [list(order[part]) for part in cut(lengths, size, most, texts, self_attention)]
 
 
-def cut(lengths: Sequence[tuple[int, int]], size: int, most: int = MOST_ROWS, texts: int = 1) -> Iterator[slice]:
+def cut(
+    lengths: Sequence[tuple[int, int]],
+    size: int,
+    most: int = MOST_ROWS,
+    texts: int = 1,
+    self_attention: bool = False,
+) -> Iterator[slice]:
     """Cut pairs with so many rows into parts of at most ``size`` pairs, and ``most`` rows once they are padded.
 
     Nor are there more than `MOST_SCORES`; but where texts are to be told apart, two stay together.
@@ -242,7 +256,8 @@ def cut(lengths: Sequence[tuple[int, int]], size: int, most: int = MOST_ROWS, te
         m, n = max(m, own[0]), max(n, own[1])
         count = at - start + 1
         met = min(texts, count) * n
-        full = (count > 1 and count * (m + met) > most) or (count > least and count * m * met > scores)
+        seen = max(m, n) if self_attention else m  # rows that a text row attends to
+        full = (count > 1 and count * (m + met) > most) or (count > least and count * seen * met > scores)
         if count > size or full:
             yield slice(start, at)
             start, (m, n) = at, own

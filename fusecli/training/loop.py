@@ -206,7 +206,8 @@ class _Run:
 
     def _batches(self, generator: torch.Generator) -> list[list[int]]:
         data, size = self._data, self._settings.batch_size
-        return batches(data, data.parts["train"], size, generator, self._objective.texts)
+        own = self._fusion.config.self_attention
+        return batches(data, data.parts["train"], size, generator, self._objective.texts, own)
 
     def _step(self, batch: Batch) -> float:
         kind = self._settings.device.partition(":")[0]
