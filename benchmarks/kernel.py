@@ -58,7 +58,7 @@ def _gemm_rate(rows: int) -> float:
 
 def _operations(m: int, n: int) -> float:
     """How many times as many floating-point operations the module takes: the ratio if they all ran at one rate."""
-    ours = 2 * D * D if m == 1 else plan(n, m, D, D, D, H).flops  # of one image row a single product is left
+    ours = 6 * D * D if m == 1 else plan(n, m, D, D, D, H).flops  # of one image row three products are left
     return (6 * (m + n) * D * D + 4 * m * n * D) / ours
 
 

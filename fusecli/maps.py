@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from fusecli.arrays import Array, cast, cut, dtype_name, like, namespace
+from fusecli.arrays import Array, cast, cut, like, namespace
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,19 +81,6 @@ def fold(layers: Layers) -> Maps:
         out=out,
         bias=out @ (v @ image_bias + v_bias) + out_bias,
     )
-
-
-def chained(*layers: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Weight and bias of the one layer that does what ``layers`` do one after the other, the first first.
-
-    Multiplied in float64 and rounded once, for accuracy as in `fold`; one layer after the other is cast, for memory.
-    """
-    dtype = dtype_name(layers[0][0])
-    weight, bias = (cast(x, "float64") for x in layers[0])
-    for later, shift in layers[1:]:
-        wide = cast(later, "float64")
-        weight, bias = wide @ weight, wide @ bias + cast(shift, "float64")
-    return cast(weight, dtype), cast(bias, dtype)
 
 
 def unfolded(in_proj: tuple[Array, Array], out_proj: tuple[Array, Array], num_heads: int) -> Maps:

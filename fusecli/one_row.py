@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 
 from fusecli.arrays import Array, dtype_name
 from fusecli.functional import layer_norm, rows_apart
-from fusecli.maps import chained
 from fusecli.weights import Weights, layers_of
 
 
@@ -38,16 +37,16 @@ def single(weights: Weights, images: Array, times: Callable[[Array, Array], Arra
     if weights.config.layer_norm:
         images = layer_norm(images, tensors["image_norm.weight"], tensors["image_norm.bias"])
 
-    def make() -> tuple[Array, Array]:
-        if not weights.config.has_attention:
-            weight, bias = chained(*pooling(tensors))
-            return share(tensors, weight), share(tensors, bias)
-        # Softmax over one key is 1: the text drops out, and W_o (W_v (W_i x + b_i) + b_v) + b_o is left.
-        layers = layers_of(tensors, weights.config.num_heads)
-        return chained(layers.image, layers.thirds()[2], layers.out_proj)
-
-    weight, bias = weights.kept("row", images, dtype_name(images), make)
-    return times(images, weight) + bias
+    if not weights.config.has_attention:
+        layers = pooling(tensors)
+    else:
+        # Softmax over one key is 1: the text drops out, and W_o (W_v (W_i x + b_i) + b_v) + b_o is left. Multiplied out
+        # in float32 it would miss the bar of numbers, in float64 that of memory for one pair alone.
+        all_layers = layers_of(tensors, weights.config.num_heads)
+        layers = [all_layers.image, all_layers.thirds()[2], all_layers.out_proj]
+    for weight, bias in layers:
+        images = times(images, weight) + bias
+    return share(tensors, images)
 
 
 def pooling(tensors: Mapping[str, Array]) -> list[tuple[Array, Array]]:
