@@ -25,7 +25,7 @@ from functools import cache, cached_property, partial
 
 from fusecli.arrays import Array, cast, contiguous, cut, dtype_name, is_torch, joined, namespace, needs_grad, ones
 from fusecli.functional import THIN, dot, exp_and_sums, largest, linear, products_beside, range_of
-from fusecli.maps import Maps
+from fusecli.maps import Maps, merged
 from fusecli.plans import Order, Plan
 
 
@@ -46,7 +46,7 @@ class Keys:
         return self.order is not Order.IMAGE
 
     def query(self, text: Array) -> Array:
-        """``text [N, Dt]`` projected: ``[N, D]``."""
+        """``text [N, Dt]`` projected: ``[N, D]``; here and below a batch has an axis ``B`` before all of that."""
         query = linear(text, self.maps.query, self.maps.query_bias)  # [N, D]
         if self.maps.scale != 1:
             query *= self.maps.scale
@@ -58,7 +58,7 @@ class Keys:
 
     def scores(self, text: Array, query: Array = None) -> Array:
         """Scores ``[H, N, M]`` of ``text [N, Dt]``, for which `query` may have been called already."""
-        n, heads = text.shape[0], self.num_heads
+        heads = self.num_heads
         if self.order is Order.IMAGE:
             flat = dot(text, self.rows)  # [N, H*M]
             flat += self.shift
@@ -69,7 +69,7 @@ class Keys:
             return (wide.flatten(1, 2) @ self.image.mT).unflatten(1, (heads, -1))  # [B, H, N, M]
         if self.order is Order.TEXT:
             wide = products_beside(_by_head(self.maps.key, heads).mT, query.mT)  # [Di, H*N]
-            return dot(wide.mT, self.image.mT).reshape(heads, n, -1)
+            return dot(wide.mT, self.image.mT).reshape(heads, len(text), -1)
         return dot(query, self.rows.swapaxes(-1, -2))  # no .mT here: torch's older exporter to ONNX does not know it
 
     @cached_property
@@ -104,7 +104,7 @@ class ImageSide:
     mask: Array = None  # [B, 1, 1, M], True where an image row is to be seen; for batches
 
     def mixed(self, weights: Array) -> Array:
-        """Values ``[H, N, d]`` mixed by ``weights [H, N, M]``, of tensors; or all that for a batch, ``[B, ...]``."""
+        """What ``weights [H, N, M]`` make of the values, ``[H, N, d]``, by torch; in the order ``TEXT`` of a batch."""
         if self.plan.values is Order.DIRECT:
             return weights @ self.values
         seen = (weights.flatten(1, 2) @ self.image).unflatten(1, (self.num_heads, -1))  # [B, H, N, Di]
@@ -112,11 +112,13 @@ class ImageSide:
 
 
 def prepare(image: Array, maps: Maps, num_heads: int, plan: Plan, mask: Array = None) -> ImageSide:
-    """Compute the image's part of ``plan``. ``image [M, Di]`` has the dtype and device of ``maps``.
+    """Compute the image's part of ``plan``. ``image [M, Di]`` has the dtype and device of ``maps``, of any kind.
 
     Where both orders are ``DIRECT``, or both ``TEXT``, a batch of tensors is taken too, ``[B, M, Di]``, and with it
     ``mask [B, M]``, true for rows that are no padding.
     """
+    if maps.key_value_bias is not None and not plan.is_direct:
+        maps = merged(maps)
     keys: Array = None
     values: Array = None
     if plan.scores is not Order.TEXT and plan.values is not Order.TEXT:
@@ -146,10 +148,9 @@ def attend(
     Returns:
         The fused rows ``[N, D]`` and, if asked for, the attention weights ``[H, N, M]``; of a batch, ``[B, ...]``.
     """
-    direct = side.plan.scores is side.plan.values is Order.DIRECT
-    if len(text.shape) > 2 or (direct and is_torch(text)):
+    if len(text.shape) > 2 or (side.plan.is_direct and is_torch(text)):
         return _attend_at_once(text, side, need_weights, query)
-    if direct:
+    if side.plan.is_direct:
         return _attend_by_heads(text, side, need_weights, query)
     scores = side.keys.scores(text, query)  # [H, N, M]
     weights, total = _softmax(scores, side.keys.order, text, partial(_exact_scores, text, side))
@@ -166,9 +167,7 @@ def _exact_scores(text: Array, side: ImageSide) -> Array:
     return side.keys.exact.scores(cast(text, "float64"))  # [H, N, M]
 
 
-def _attend_by_heads(
-    text: Array, side: ImageSide, need_weights: bool, query: Array = None
-) -> tuple[Array, Array | None]:
+def _attend_by_heads(text: Array, side: ImageSide, need_weights: bool, query: Array) -> tuple[Array, Array | None]:
     # A few heads at a time, so that their scores are still in the cache when the values are taken.
     (n, m), heads = (text.shape[0], side.image.shape[0]), side.num_heads
     query = side.keys.queries(text, query)  # [H, N, d]
@@ -193,9 +192,7 @@ def _attend_by_heads(
     return _finish(beside, side.maps.out.mT, side), joined(dump, 0) if need_weights else None
 
 
-def _attend_at_once(
-    text: Array, side: ImageSide, need_weights: bool, query: Array = None
-) -> tuple[Array, Array | None]:
+def _attend_at_once(text: Array, side: ImageSide, need_weights: bool, query: Array) -> tuple[Array, Array | None]:
     # By torch, all heads of all pairs of a batch.
     def answer(weights: Array) -> tuple[Array, Array | None]:
         mixed = side.mixed(weights).swapaxes(-3, -2)  # [N, H, d]

@@ -22,8 +22,8 @@ class Maps:
     out: Array  # [D, D]
     bias: Array  # [D], the constant c
     exact: Callable[[], Maps] | None = None  # the same before rounding, in float64
-    scale: float = 1.0  # what queries are multiplied by; DIRECT
-    key_value_bias: Array = None  # [2D], if the biases have not been dropped and moved into c; DIRECT
+    scale: float = 1.0  # what queries are multiplied by; of `unfolded`
+    key_value_bias: Array = None  # [2D], if the biases have not been dropped and moved into c; of `unfolded`
 
     def like(self, template: Array, dtype: str) -> Maps:
         """The same as ``dtype`` where ``template`` lives."""

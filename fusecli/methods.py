@@ -23,8 +23,8 @@ from fusecli import attention
 from fusecli.arrays import Array, cast, cut, filled, is_on_gpu, like, namespace, needs_grad, ones
 from fusecli.functional import dot, gelu, layer_norm, linear, mean_row, sigmoid
 from fusecli.maps import Maps, merged, unfolded, with_image
-from fusecli.one_row import one_row_is_enough, pooling, share, single
-from fusecli.plans import DIRECT, Order, Plan, plan, plan_of_batch, plan_to_learn
+from fusecli.one_row import one_row_is_enough, pooled, single
+from fusecli.plans import DIRECT, Plan, plan, plan_of_batch, plan_to_learn
 from fusecli.text_rows import TextRows
 from fusecli.weights import Weights, layers_of
 
@@ -62,7 +62,7 @@ class View:
     @cached_property
     def one_row(self) -> Array:
         """What every token gets from the only image row, ``[D]``, where that can be told before any text is seen."""
-        if self.row is not None or self.m > 1 or self.training or self.mask is not None:
+        if self.row is not None or self.m > 1 or self.training or self.is_batch:
             return self.row
         if not one_row_is_enough(self.weights) or needs_grad(self.template):  # the text's gradient is zero, but wanted
             return None
@@ -111,17 +111,17 @@ class View:
         return self.mask is not None
 
     @property
-    def only(self) -> Order | None:
-        """The one order of products to compute in, if it is not to be chosen.
+    def keeps_direct(self) -> bool:
+        """Whether the order of products is `DIRECT`, whatever that takes.
 
         A GPU waits for its next task longer than for the operations that other orders save, and one pair that is
         learned from takes the reference's products in its order, and rounds as that does.
         """
-        return Order.DIRECT if is_on_gpu(self.template) or (self.training and not self.is_batch) else None
+        return is_on_gpu(self.template) or (self.training and not self.is_batch)
 
     def plan(self, rows: Array, text_dim: int) -> Plan:
         """How to let the text, ``text_dim`` wide, attend to ``rows [M, width]``, which the maps begin with."""
-        if self.only:
+        if self.keeps_direct:
             return DIRECT
         (m, width), dim, num_heads = rows.shape[-2:], self.weights.dim, self.weights.config.num_heads
         if self.is_batch:
@@ -166,12 +166,12 @@ class CrossAttention:
         maps, plan, first = unfolded(layers.in_proj, layers.out_proj, self._heads), DIRECT, False
         if view.is_batch:
             shape = (len(image), view.n, image.shape[-2])
-            plan, first = plan_to_learn(*shape, weights.dim, weights.image_dim, self._heads, view.only)
+            plan, first = plan_to_learn(*shape, weights.dim, weights.image_dim, self._heads, view.keeps_direct)
         if first:
             maps = with_image(maps, *layers.image)
         else:
             image = linear(image, *layers.image)  # [M, D]
-        return attention.prepare(image, maps if plan == DIRECT else merged(maps), self._heads, plan, view.mask)
+        return attention.prepare(image, maps, self._heads, plan, view.mask)
 
     def attend(self, text: TextRows, need_weights: bool) -> tuple[Array, Array | None]:
         """``A [n, D]``, or ``[D]`` if all rows are that, and the attention if asked for."""
@@ -241,10 +241,8 @@ class Pooled:
     def __init__(self, view: View) -> None:
         row = view.one_row
         if row is None:
-            row = mean_row(view.rows, view.mask)[..., None, :]  # [1, Di]
-            for layer in pooling(view.tensors):
-                row = linear(row, *layer)  # [1, D]
-            row = share(view.tensors, row)
+            rows = mean_row(view.rows, view.mask)[..., None, :]  # [1, Di]
+            row = pooled(view.tensors, rows, lambda x, weight: x @ weight.mT)  # [1, D]
         tensors = view.tensors
         self._scale: Array = None
         if "alpha" in tensors:
@@ -286,12 +284,8 @@ class Transformer:
             in_proj = tensors[f"{name}.in_proj_weight"], tensors[f"{name}.in_proj_bias"]
             return unfolded(in_proj, view.layer(f"{name}.out_proj"), heads)
 
-        plan = view.plan(rows, view.weights.dim)
-        if not view.training:
-            maps = view.weights.kept(name, view.template, view.dtype, lambda: merged(make()))
-        else:
-            maps = make() if plan == DIRECT else merged(make())
-        return attention.prepare(rows, maps, heads, plan, mask)
+        maps = make() if view.training else view.weights.kept(name, view.template, view.dtype, lambda: merged(make()))
+        return attention.prepare(rows, maps, heads, view.plan(rows, view.weights.dim), mask)
 
     def fuse(self, text: TextRows, mask: Array, need_weights: bool) -> FusedRows:
         """See `Method`. The attention is that of the last layer."""

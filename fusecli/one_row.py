@@ -38,26 +38,19 @@ def single(weights: Weights, images: Array, times: Callable[[Array, Array], Arra
         images = layer_norm(images, tensors["image_norm.weight"], tensors["image_norm.bias"])
 
     if not weights.config.has_attention:
-        layers = pooling(tensors)
-    else:
-        # Softmax over one key is 1: the text drops out, and W_o (W_v (W_i x + b_i) + b_v) + b_o is left. Multiplied out
-        # in float32 it would miss the bar of numbers, in float64 that of memory for one pair alone.
-        all_layers = layers_of(tensors, weights.config.num_heads)
-        layers = [all_layers.image, all_layers.thirds()[2], all_layers.out_proj]
-    for weight, bias in layers:
+        return pooled(tensors, images, times)
+    # Softmax over one key is 1: the text drops out, and W_o (W_v (W_i x + b_i) + b_v) + b_o is left. Multiplied out in
+    # float32 it would miss the bar of numbers, in float64 that of memory for one pair alone.
+    layers = layers_of(tensors, weights.config.num_heads)
+    for weight, bias in (layers.image, layers.thirds()[2], layers.out_proj):
         images = times(images, weight) + bias
-    return share(tensors, images)
+    return images
 
 
-def pooling(tensors: Mapping[str, Array]) -> list[tuple[Array, Array]]:
-    """The layers that an image row goes through to become what is added to every token, ``[D]``; then its `share`."""
-    layers = [(tensors["image_proj.weight"], tensors["image_proj.bias"])]
-    if "alpha" not in tensors:
-        weight = tensors["concat_proj.weight"]
-        layers.append((weight[:, weight.shape[1] - len(weight) :], tensors["concat_proj.bias"]))
-    return layers
-
-
-def share(tensors: Mapping[str, Array], x: Array) -> Array:
-    """What of a pooled image is added: ``α`` of weighted-sum, all of concat."""
-    return x * tensors["alpha"] if "alpha" in tensors else x
+def pooled(tensors: Mapping[str, Array], rows: Array, times: Callable[[Array, Array], Array]) -> Array:
+    """What image rows ``[..., Di]`` add to every token where the image is pooled: ``[..., D]``; ``times`` as above."""
+    rows = times(rows, tensors["image_proj.weight"]) + tensors["image_proj.bias"]
+    if "alpha" in tensors:
+        return rows * tensors["alpha"]
+    weight = tensors["concat_proj.weight"]
+    return times(rows, weight[:, weight.shape[1] - len(weight) :]) + tensors["concat_proj.bias"]

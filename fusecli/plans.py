@@ -1,4 +1,4 @@
-"""Where to put the brackets in the products of attention: the order that takes the fewest operations for a shape.
+"""Where to put the brackets in the products of attention: the order that takes the least for a shape.
 
 Letters as in `fusecli.attention`.
 """
@@ -26,12 +26,17 @@ class Plan:
     values: Order
     flops: int
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether both sides are projected."""
+        return self.scores is self.values is Order.DIRECT
+
 
 #: Both sides projected, whatever it takes.
 DIRECT = Plan(Order.DIRECT, Order.DIRECT, 0)
 
-# OpenBLAS copies ("packs") a weight matrix before it multiplies, whatever the number of rows: the time of
-# about this many rows more. It decides only between plans of nearly the same cost.
+#: OpenBLAS copies ("packs") a weight matrix before it multiplies, whatever the number of rows: the time of
+#: about this many rows more. It decides only between plans of nearly the same cost.
 PACKING_ROWS = 16
 
 
@@ -78,12 +83,12 @@ def plan_of_batch(n: int, m: int, dim: int, image_dim: int, num_heads: int) -> P
 
 
 def plan_to_learn(
-    pairs: int, n: int, m: int, dim: int, image_dim: int, num_heads: int, only: Order | None = None
+    pairs: int, n: int, m: int, dim: int, image_dim: int, num_heads: int, keep_direct: bool = False
 ) -> tuple[Plan, bool]:
-    """The same where layers are learned, and whether ``image_proj`` is to be brought into the maps of keys and values.
+    """The plan for a batch that is learned from, and whether to bring ``image_proj`` into the maps of keys and values.
 
     That costs a product of matrices in each step, and then no row is projected by it, nor is there a way back through
-    what meets the image's own features, which are not learned. With ``only``, that order is not to be chosen.
+    what meets the image's own features, which are not learned. With ``keep_direct`` the order is `DIRECT` in any case.
     """
     costs: dict[tuple[Order, bool], int] = {}
     for first, width in ((False, dim), (True, image_dim)):
@@ -91,8 +96,10 @@ def plan_to_learn(
         ways = 2 if first else 3  # forward, and back to the weights, and to the image's rows
         direct = m * dim * (width * ways + 3 * n)
         text = n * width * (3 * dim + num_heads * (m * ways + 3 * CARRYING))
-        costs |= {(Order.DIRECT, first): once + pairs * direct, (Order.TEXT, first): once + pairs * text}
-    order, first = min((key for key in costs if only in (None, key[0])), key=costs.__getitem__)
+        costs[Order.DIRECT, first] = once + pairs * direct
+        if not keep_direct:
+            costs[Order.TEXT, first] = once + pairs * text
+    order, first = min(costs, key=costs.__getitem__)
     return _both(order), first
 
 

@@ -103,7 +103,7 @@ def test_the_order_of_a_batch_follows_its_shape() -> None:
     assert plan_of_batch(12, 256, 768, 768, 8) == Plan(Order.TEXT, Order.TEXT, 0)
     assert plan_of_batch(77, 50, 768, 768, 8) == DIRECT
     assert plan_to_learn(64, 12, 256, 768, 768, 8) == (Plan(Order.TEXT, Order.TEXT, 0), True)
-    assert plan_to_learn(64, 12, 256, 768, 768, 8, Order.DIRECT) == (DIRECT, True)
+    assert plan_to_learn(64, 12, 256, 768, 768, 8, keep_direct=True) == (DIRECT, True)
     assert plan_to_learn(4, 12, 16, 768, 768, 8) == (DIRECT, False)  # few rows: multiplying maps does not pay
 
 

@@ -154,6 +154,35 @@ def _go(way: tuple[Order, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "plan_to_learn", lambda *shape: (chosen, way[1]))
 
 
+@pytest.mark.parametrize("method", ["attention", "transformer"])
+@pytest.mark.parametrize("batch", [True, False])
+def test_orders_are_chosen_for_the_shape_of_a_batch(method: str, batch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def listen(name: str) -> Any:
+        choose = getattr(methods, name)
+
+        def chosen(*shape: int) -> Any:
+            asked.append((name, *shape))
+            return choose(*shape)
+
+        return chosen
+
+    for name in ("plan", "plan_of_batch", "plan_to_learn"):
+        monkeypatch.setattr(methods, name, listen(name))
+    weights = oracle(method, 24, 6, 20, 40)[1]
+    images, texts = torch.zeros(2, 9, 40), torch.zeros(2, 5, 20)
+    mask = torch.ones(2, 9, dtype=torch.bool) if batch else None
+    for training in (True, False):
+        Prepared(View(weights, images if batch else images[0], texts, 5, "float32", training=training, mask=mask))
+    if not batch:  # one pair that is learned from takes the module's order
+        assert asked == [("plan", 5, 9, 24, *((20, 40) if method == "attention" else (24, 24)), 6)]
+    elif method == "attention":
+        assert asked == [("plan_to_learn", 2, 5, 9, 24, 40, 6, False), ("plan_of_batch", 5, 9, 24, 40, 6)]
+    else:
+        assert asked == [("plan_of_batch", 5, 9, 24, 24, 6)] * 2
+
+
 @EVERY
 @WAYS
 def test_a_padded_batch_gives_what_each_pair_gives(

@@ -248,7 +248,7 @@ def cut(
 ) -> Iterator[slice]:
     """Cut pairs with so many rows into parts of at most ``size`` pairs, and ``most`` rows once they are padded.
 
-    Nor are there more than `MOST_SCORES`; but where texts are to be told apart, two stay together.
+    Nor have several more than `MOST_SCORES`; where texts are to be told apart, four times that, and two stay together.
     """
     start = m = n = 0
     least, scores = (1, MOST_SCORES) if texts == 1 else (2, 4 * MOST_SCORES)
