@@ -24,7 +24,16 @@ from dataclasses import dataclass
 from functools import cache, cached_property, partial
 
 from fusecli.arrays import Array, cast, contiguous, cut, dtype_name, is_torch, joined, namespace, needs_grad, ones
-from fusecli.functional import THIN, dot, exp_and_sums, largest, linear, products_beside, range_of
+from fusecli.functional import (
+    SMALL_RESULT,
+    dot,
+    dot_by_parts,
+    exp_and_sums,
+    largest,
+    linear,
+    products_beside,
+    range_of,
+)
 from fusecli.maps import Maps, merged
 from fusecli.plans import Order, Plan
 
@@ -47,7 +56,11 @@ class Keys:
 
     def query(self, text: Array) -> Array:
         """``text [N, Dt]`` projected: ``[N, D]``; here and below a batch has an axis ``B`` before all of that."""
-        query = linear(text, self.maps.query, self.maps.query_bias)  # [N, D]
+        if is_torch(text):
+            query = linear(text, self.maps.query, self.maps.query_bias)  # [N, D]
+        else:  # folded
+            query = dot(text, self.maps.query.mT)  # [N, D]
+            query += self.maps.query_bias
         if self.maps.scale != 1:
             query *= self.maps.scale
         return query
@@ -218,21 +231,15 @@ def _masked(scores: Array, mask: Array | None) -> Array:
     return scores if mask is None else namespace(scores).where(mask, scores, -math.inf)
 
 
-#: Products that are summed at once, where rounding counts.
-SUM_CHUNK = 192
-
-
 def _mix(weights: Array, total: Array, side: ImageSide) -> Array:
     """``out [N, D]`` from weights ``[H, N, M]``, still to be divided by ``total [H, N, 1]``."""
     heads, n, m = weights.shape
     if side.plan.values is Order.TEXT:
         seen = dot(weights.reshape(heads * n, m), side.image).reshape(heads, n, -1)  # [H, N, Di]
-        # The reference averages the rounding of M projected rows; here one row carries it all, so the long sum
-        # over Di is taken in parts. With a few tokens the products are small ones, which round less by themselves.
         value = _by_head(side.maps.value, heads).mT  # [H, Di, d]
-        step = value.shape[1] if n <= THIN else SUM_CHUNK
-        parts = (slice(at, at + step) for at in range(0, value.shape[1], step))
-        mixed = sum(dot(seen[..., part], value[:, part]) for part in parts)  # [H, N, d]
+        # The reference averages the rounding of M projected rows; here one row carries it all, in a long sum over Di.
+        product = dot if value.shape[-1] * n <= SMALL_RESULT else dot_by_parts
+        mixed = product(seen, value)  # [H, N, d]
     else:
         mixed = dot(weights, side.values)  # [H, N, d]
     mixed /= total

@@ -56,20 +56,29 @@ def products_beside(a: Array, b: Array) -> Array:
     return beside.reshape(a.shape[1], -1)
 
 
-#: OpenBLAS does products of up to so many multiplications without copying the matrices first.
-SMALL_PRODUCT = 10**6
+#: OpenBLAS does products of up to so many multiplications, and so many numbers in the result, without copying the
+#: matrices first, where it knows AVX-512; and sums in many lanes then, which rounds less.
+SMALL_PRODUCT, SMALL_RESULT = 10**6, 1200
 #: Rows up to which a weight matrix taken in such small products is faster than whole, on one thread or two.
-THIN = 8
+THIN = 12
 #: Rows that are multiplied together by `rows_apart`. Not any number will do: of 12, 24 or 32, OpenBLAS's AVX2 code
 #: (`OPENBLAS_CORETYPE=Haswell`) adds up some in another order than the rest. Of 8 or 16 it does not.
 ROWS_APART = 16
+#: Products that are summed at once by `dot_by_parts`.
+SUM_CHUNK = 256
 
 
-def _in_blocks(weight: Array, rows: int) -> Array:
-    """``weight [D, K]`` as ``[parts, D / parts, K]``, each part a small product with ``rows`` vectors."""
-    dim, width = weight.shape
-    parts = next((p for p in range(1, 65) if dim % p == 0 and dim // p * width * rows <= SMALL_PRODUCT), 1)
-    return weight.reshape(parts, dim // parts, width)
+def _small_products(weight: Array, columns: Array) -> Array:
+    """``weight [D, K] @ columns [..., K, n]`` as ``[..., D, n]``, some rows of ``weight`` at a time."""
+    (dim, width), n = weight.shape, columns.shape[-1]
+    parts = min(dim, max(-(-dim * n // SMALL_RESULT), -(-dim * width * n // SMALL_PRODUCT)))
+    even = dim - dim % parts  # the rest is a product of its own
+    out = np.empty((*columns.shape[:-2], dim, n), columns.dtype)
+    blocks = out[..., :even, :].reshape(*columns.shape[:-2], parts, even // parts, n)
+    np.matmul(weight[:even].reshape(parts, -1, width), columns[..., None, :, :], out=blocks)
+    if even < dim:
+        np.matmul(weight[even:], columns, out=out[..., even:, :])
+    return out
 
 
 def dot(a: Array, b: Array) -> Array:
@@ -81,9 +90,25 @@ def dot(a: Array, b: Array) -> Array:
     """
     if is_torch(a) or a.shape[-2] >= b.shape[-1]:
         return a @ b
-    if a.ndim == 2 and len(a) <= THIN and b.mT.flags.c_contiguous:
-        return (_in_blocks(b.mT, len(a)) @ a.mT).reshape(-1, len(a)).mT
+    if a.ndim == 2 and len(a) <= THIN and b.strides[0] == b.itemsize:
+        return _small_products(b.mT, a.mT).mT
     return (b.mT @ a.mT).mT
+
+
+def dot_by_parts(a: Array, b: Array) -> Array:
+    """As `dot`, but of arrays the sums are taken in two halves, or `SUM_CHUNK` products at a time: that rounds less.
+
+    OpenBLAS adds up one after the other where torch's libraries add in lanes or in parts: with nothing else to make up
+    for it, as `fusecli.maps.fold` does, the numbers of one pair in 300 would be over the bar. One row is in lanes.
+    """
+    if is_torch(a) or a.shape[-2] == 1:
+        return dot(a, b)
+    width = a.shape[-1]
+    step = min(SUM_CHUNK, -(-width // 2))
+    fused = dot(a[..., :step], b[..., :step, :])
+    for at in range(step, width, step):
+        fused += dot(a[..., at : at + step], b[..., at : at + step, :])
+    return fused
 
 
 def rows_apart(x: Array, weight: Array) -> Array:
@@ -98,15 +123,14 @@ def rows_apart(x: Array, weight: Array) -> Array:
         return sys.modules["torch"].cat([tile @ weight.mT for tile in tiles])[:b]
     tiles = np.zeros((-(-b // ROWS_APART), ROWS_APART, width), x.dtype)
     tiles.reshape(-1, width)[:b] = x
-    product = _in_blocks(weight, ROWS_APART)[:, None] @ tiles.mT  # [parts, tiles, D / parts, rows]
-    return product.transpose(1, 3, 0, 2).reshape(-1, len(weight))[:b]
+    return _small_products(weight, tiles.mT).mT.reshape(-1, len(weight))[:b]  # [tiles, D, rows] -> [B, D]
 
 
 def linear(x: Array, weight: Array, bias: Array) -> Array:
     """``x [..., rows, K] @ weightᵀ + bias`` with ``weight [D, K]``: ``[..., rows, D]``, as `torch.nn.Linear`."""
     if is_torch(x):
         return namespace(x).nn.functional.linear(x, weight, bias)
-    y = dot(x, weight.mT)
+    y = dot_by_parts(x, weight.mT)
     y += bias
     return y
 

@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 
 from fusecli import attention
 from fusecli.arrays import Array, cast, cut, filled, is_on_gpu, like, namespace, needs_grad, ones
-from fusecli.functional import dot, gelu, layer_norm, linear, mean_row, sigmoid
+from fusecli.functional import dot_by_parts, gelu, layer_norm, linear, mean_row, sigmoid
 from fusecli.maps import Maps, merged, unfolded, with_image
 from fusecli.one_row import one_row_is_enough, pooled, single
 from fusecli.plans import DIRECT, Plan, plan, plan_of_batch, plan_to_learn
@@ -228,7 +228,7 @@ class Gated:
             gate = self._tanh
         else:
             gate = text.made("gate", lambda whole: linear(whole.rows, self._by_text, self._bias))  # [n, D]
-            gate = sigmoid(gate + (dot(answer, self._by_image.mT) if self._by_row is None else self._by_row))
+            gate = sigmoid(gate + (dot_by_parts(answer, self._by_image.mT) if self._by_row is None else self._by_row))
         fused = text.rows + gate * answer
         if not need_weights:
             return FusedRows(fused)
@@ -254,7 +254,7 @@ class Pooled:
 
     def fuse(self, text: TextRows, mask: Array, need_weights: bool) -> FusedRows:
         """See `Method`."""
-        projected = text.made("projected", lambda whole: dot(whole.rows, self._weight.mT))  # [n, D]
+        projected = text.made("projected", lambda whole: dot_by_parts(whole.rows, self._weight.mT))  # [n, D]
         return FusedRows((projected if self._scale is None else projected * self._scale) + self._shift)
 
 

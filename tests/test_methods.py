@@ -18,7 +18,7 @@ from fusecli import Config, Weights, checkpoint, fuse, methods
 from fusecli.arrays import FLOAT_NAMES
 from fusecli.cli.options import METHOD_OPTIONS, DtypeName, Gate, MethodName
 from fusecli.errors import UsageError
-from fusecli.functional import gelu, layer_norm, rows_apart
+from fusecli.functional import gelu, layer_norm, linear, rows_apart
 from fusecli.fusion import Prepared
 from fusecli.methods import View
 from fusecli.one_row import single_rows
@@ -268,7 +268,9 @@ def test_one_image_row_alone_or_among_others_gives_the_same_bits(method: str, op
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize(("dim", "width"), [(768, 768), (1024, 512), (1536, 1000), (64, 2048), (100, 33), (8, 1000)])
+@pytest.mark.parametrize(
+    ("dim", "width"), [(768, 768), (1024, 512), (1536, 1000), (1009, 216), (64, 2048), (100, 33), (8, 1000)]
+)
 def test_a_row_comes_to_the_same_bits_wherever_it_stands(dim: int, width: int, dtype: str) -> None:
     rng = np.random.default_rng(dim)
     weight, row = rng.standard_normal((dim, width)).astype(dtype), rng.standard_normal(width).astype(dtype)
@@ -277,6 +279,21 @@ def test_a_row_comes_to_the_same_bits_wherever_it_stands(dim: int, width: int, d
         x = rng.standard_normal((count, width)).astype(dtype)
         for at in range(count):
             assert (rows_apart(np.concatenate([x[:at], row[None], x[at + 1 :]]), weight)[at] == alone).all()
+
+
+@pytest.mark.parametrize(("dim", "width"), [(1009, 286), (768, 768), (301, 1000)])
+@pytest.mark.parametrize("rows", [1, 2, 5, 12, 13, 77])
+def test_long_sums_round_no_more_than_torchs(dim: int, width: int, rows: int) -> None:
+    ours, reference = [], []
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        weight, bias = rng.standard_normal((dim, width), np.float32), rng.standard_normal(dim, np.float32)
+        x = rng.standard_normal((rows, width), np.float32)
+        exact = x.astype(np.float64) @ weight.T.astype(np.float64) + bias
+        ours.append(linear(x, weight, bias) - exact)
+        single = torch.nn.functional.linear(*map(torch.from_numpy, (x, weight, bias)))
+        reference.append(single.numpy() - exact)
+    assert np.square(ours).mean() < 1.8 * np.square(reference).mean()
 
 
 def test_an_untrained_tanh_gate_changes_nothing() -> None:
