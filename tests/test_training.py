@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 import fusecli
 from fusecli import checkpoint
+from fusecli.training.data import part_of
 from fusecli.training.recipe import FROM_NOTHING, SMOOTHING, WITH_LABELS, WITHOUT_LABELS, pace
 from fusecli.training.start import laid_apart
 from tests.conftest import FUSECLI, Run
@@ -269,6 +270,28 @@ def test_one_image_row_that_forgets_the_text_is_told_of(run: Run, tmp_path: Path
 def test_one_class_only(run: Run, lesson: list[str], tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("id,label\n" + "".join(f"{id},x\n" for id in lesson))
     assert "only one label" in _train(run, "--labels", "labels.csv", code=3)
+
+
+def test_labels_held_out_reach_no_weights(run: Run, lesson: list[str], tmp_path: Path) -> None:
+    wrote, scores = [], []
+    head, *lines = (tmp_path / "labels.csv").read_text().splitlines()
+    for new in (False, True):
+        held = [line.replace(",", ",new", 1) if new and _held_out(line.split(",")[0]) else line for line in lines]
+        (tmp_path / "labels.csv").write_text("\n".join([head, *held]))
+        facts = _train(run, "--labels", "labels.csv", "--epochs", 2, "--class-weights", "balanced")
+        scores.append(set(_scores(facts).values()))
+        wrote.append([(tmp_path / name).read_bytes() for name in ("f.safetensors", "f.head.safetensors")])
+    assert wrote[0] == wrote[1]
+    assert scores[0] != {0.0} == scores[1]  # what no pair to train on has, nothing can tell
+
+
+def _held_out(id: str) -> bool:
+    return part_of(id, 0.1, 0.2) == "held-out"
+
+
+def test_labels_that_no_two_pairs_have_are_no_classes(run: Run, lesson: list[str], tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("id,label\n" + "".join(f"{id},{id}\n" for id in lesson))
+    assert "are these classes, or numbers?" in _train(run, "--labels", "labels.csv", code=3)
 
 
 @pytest.mark.parametrize("bad", [np.full((2, D), np.nan, np.float32), np.ones((2, D + 1), np.float32)])

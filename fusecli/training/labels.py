@@ -13,7 +13,7 @@ import torch
 from fusecli.errors import FileError, InputError
 from fusecli.training.data import Data
 from fusecli.training.match import Match
-from fusecli.training.objective import Classes, Numbers, Objective
+from fusecli.training.objective import UNKNOWN, Classes, Numbers, Objective
 
 #: Parts of the data, as they are called to users.
 NAMED = {"train": "training", "validation": "validation", "held-out": "the table at the end"}
@@ -91,7 +91,7 @@ def objective(
 def classes(
     labels: dict[str, str], data: Data, text_dropout: float, smoothing: float, balanced: bool, where: str
 ) -> Classes:
-    """The objective to tell the labels.
+    """The objective to tell the labels that the pairs to train on have; any other is `UNKNOWN`, and never told.
 
     Args:
         labels: by id; every pair has one.
@@ -102,19 +102,22 @@ def classes(
         where: the file, for messages.
 
     Raises:
-        InputError: there is but one label among the pairs to train on.
+        InputError: there is but one label among the pairs to train on, or none of theirs among those for validation.
     """
-    names = sorted({labels[id] for id in data.ids})
+    counts = Counter(labels[data.ids[at]] for at in data.parts["train"])
+    names = sorted(counts)
     numbered = {name: at for at, name in enumerate(names)}
-    targets = torch.tensor([numbered[labels[id]] for id in data.ids])
-    counts = Counter(targets[data.parts["train"]].tolist())
-    if len(counts) < 2:
-        found = f"{names[next(iter(counts))]!r} for all pairs to train on"
+    targets = torch.tensor([numbered.get(labels[id], UNKNOWN) for id in data.ids])
+    if len(names) < 2:
+        found = f"{names[0]!r} for all pairs to train on"
         raise InputError("only one label, so there is nothing to tell apart", where=where, found=found, wanted="two")
+    if (targets[data.parts["validation"]] == UNKNOWN).all():
+        what, hint = "no pair for validation has a label of a pair to train on", "are these classes, or numbers?"
+        raise InputError(what, where=where, found=f"{len(names)} labels to train on", hint=hint)
     weights = None
     if balanced:
-        total = len(data.parts["train"]) / len(counts)
-        weights = torch.tensor([total / counts[at] if counts[at] else 0.0 for at in range(len(names))])
+        total = len(data.parts["train"]) / len(names)
+        weights = torch.tensor([total / counts[name] for name in names])
     return Classes(targets, names, text_dropout, smoothing, weights)
 
 

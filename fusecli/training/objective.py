@@ -207,6 +207,10 @@ def _applied(head: Head, x: torch.Tensor) -> torch.Tensor:
     return F.linear(x, head["head.weight"], head["head.bias"])
 
 
+#: The target of a pair whose label no pair to train on has: it has no loss, and no answer is right.
+UNKNOWN = -1
+
+
 class Classes(Supervised):
     """Tell the label: cross-entropy; the score of a pair is 1 if the likeliest label is right."""
 
@@ -233,7 +237,7 @@ class Classes(Supervised):
     def measured(self, outputs: torch.Tensor, targets: torch.Tensor) -> Measured:
         """See `Supervised`."""
         right = (outputs.argmax(1) == targets).float()
-        return Measured(float(F.cross_entropy(outputs, targets)), right)
+        return Measured(float(F.cross_entropy(outputs, targets, ignore_index=UNKNOWN)), right)
 
     def guess(self, part: list[int], train: list[int]) -> torch.Tensor:
         """See `Objective`: the most frequent label."""
