@@ -115,6 +115,10 @@ class ValuesError(InputError, ValueError):
     """An array holds NaN or Inf, or has a dtype that is no float."""
 
 
+class OneRowError(ValuesError):
+    """There is one image row, of which no map can be drawn."""
+
+
 class CheckpointError(InputError, ValueError):
     """A checkpoint lacks a tensor, has one too many, or one of the wrong shape."""
 

@@ -486,8 +486,11 @@ def test_a_report_never_takes_the_place_of_something_else(run: Run, tmp_path: Pa
     run("show", "../dumps", "-o", ".", "--overwrite", code=2, cwd=tmp_path / "report")
     run("show", "dumps", "-o", "fresh/deep", code=1)
     np.save(tmp_path / "dumps" / "c.npy", np.ones((2, 2, 1), np.float32))
+    told = run("show", "dumps", "-o", "report", "--overwrite").stderr.decode()
+    assert "1 page, 1 with one image row passed over; open" in told
+    (tmp_path / "dumps" / "d.npy").write_bytes(b"no array")
     told = run("show", "dumps", "-o", "report", "--overwrite", code=4).stderr.decode()
-    assert "nothing to see" in told
+    assert "1 page, 1 with one image row passed over, 1 failed; open" in told
     assert len(list((tmp_path / "report" / "pairs").iterdir())) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dumps", "precious", "report"]
 

@@ -181,9 +181,10 @@ def _report(
     for line in done.failed[:5]:
         note(line, False)
     more = f", {len(done.failed):,} failed" if done.failed else ""
+    single = f", {done.single:,} with one image row passed over" if done.single else ""
     bare = f", {done.bare:,} without a picture" if done.bare and images else ""
     pages = f"{done.pages:,} page" + ("s" if done.pages > 1 else "")
-    note(f"{output}: {pages}{bare}{more}; open {os.path.join(output, 'index.html')}", quiet)
+    note(f"{output}: {pages}{bare}{single}{more}; open {os.path.join(output, 'index.html')}", quiet)
     if done.failed:
         raise typer.Exit(4)
 

@@ -13,9 +13,9 @@ from typing import TypeAlias
 
 import numpy as np
 
-from fusecli.errors import FileError, InputError, OutputError, UsageError
+from fusecli.errors import FileError, InputError, OneRowError, OutputError, UsageError
 from fusecli.formats import NumpyArray
-from fusecli.heatmap.dump import Dumps, Wanted, caption
+from fusecli.heatmap.dump import Dump, Dumps, Wanted, caption
 from fusecli.heatmap.figure import OPACITY
 from fusecli.heatmap.lettering import printed
 from fusecli.heatmap.page import as_json, filled, page, with_links
@@ -42,6 +42,7 @@ class Done:
 
     pages: int = 0
     bare: int = 0  # without a picture
+    single: int = 0  # passed over: one image row, nothing to see
     failed: list[str] = field(default_factory=list)  # messages
 
 
@@ -123,7 +124,12 @@ def _write_all(
     for at, id in enumerate(counted(dumps.ids), 1):
         name = f"{at:0{digits}}"
         try:
-            line, thumb, whole = _make(dumps, id, name, wanted, pictures.get(id), style)
+            dump = dumps.open(id, wanted)
+            line, thumb, whole = _make(dump, id, name, pictures.get(id), style)
+        except OneRowError as error:
+            first = first or error
+            done.single += 1
+            continue
         except InputError as error:
             first = first or error
             done.failed.append(f"{id}: {error}")
@@ -151,12 +157,9 @@ def _write_page(folder: str, listed: list[Listed], whole: bytes, following: str 
     _write(f"{folder}/pairs/{listed[-1][-1]}.html", with_links(whole, links))
 
 
-def _make(
-    dumps: Dumps, id: str, name: str, wanted: Wanted, image: str | None, style: tuple[str, str]
-) -> tuple[Listed, bytes, bytes]:
+def _make(dump: Dump, id: str, name: str, image: str | None, style: tuple[str, str]) -> tuple[Listed, bytes, bytes]:
     """What the index has of a pair, its thumbnail and its page."""
     fit, scale = style
-    dump = dumps.open(id, wanted)
     grid = require_map(dump)
     view = look_at(dump)
     picture = load_picture(image) if image else None

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fusecli.errors import ValuesError
+from fusecli.errors import OneRowError
 from fusecli.formats import NumpyArray
 from fusecli.grid import Grid, no_grid
 from fusecli.heatmap.dump import Dump
@@ -129,11 +129,11 @@ def require_map(dump: Dump) -> Grid:
     """The grid of a dump that is to be a picture.
 
     Raises:
-        ValuesError: there is one image row.
+        OneRowError: there is one image row.
         ShapeError: its image rows form no grid.
     """
     if dump.m == 1:
-        raise ValuesError(ONE_ROW[0], where=dump.stored.where, hint=ONE_ROW[1])
+        raise OneRowError(ONE_ROW[0], where=dump.stored.where, hint=ONE_ROW[1])
     if dump.grid is None:
         raise no_grid(dump.m, dump.stored.where)
     return dump.grid
