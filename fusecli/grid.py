@@ -52,7 +52,8 @@ def grid_of(
         if grid.rows == m and (skip is not None or before in (0, 1)):
             return grid
         wanted = f"{size[0]}x{size[1]}" + (f" after {skip} rows" if skip else "")
-        raise no_grid(m, where, wanted, skip, hint=f"--skip-rows {before}" if before > 1 and skip is None else None)
+        likely = skip is None and 1 < before < size[0] * size[1]
+        raise no_grid(m, where, wanted, skip, hint=f"--skip-rows {before}" if likely else None)
     for before in (0, 1) if skip is None else (skip,):
         side = math.isqrt(max(m - before, 0))
         if side > 1 and side * side == m - before:

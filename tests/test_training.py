@@ -213,6 +213,8 @@ def test_a_loss_that_diverges_stops_and_says_where(run: Run, lesson: list[str], 
         assert ("or --layer-norm" in told) == (norm == "--no-layer-norm")
         assert not (tmp_path / "f.state.pt").exists()
         assert not (tmp_path / "f.safetensors").exists()
+    told = _train(run, "--labels", "labels.csv", "--weight-decay", 1e9, code=1)
+    assert "hint: a lower --weight-decay than 1e+09" in told
 
 
 @pytest.mark.parametrize(
@@ -241,6 +243,7 @@ def test_ids_without_label_are_listed_or_passed_over(run: Run, lesson: list[str]
     assert f"1 id without text: {lesson[0]}" in told
     assert "labelled" not in told  # that one has been told of
     _train(run, "--labels", "labels.csv", "--allow-missing", "--epochs", 1)
+    assert b"found the head of a training" in run("show", "f.head.safetensors", code=3).stderr
 
 
 def test_labels_may_have_blanks_behind_commas(run: Run, lesson: list[str], tmp_path: Path) -> None:
@@ -354,7 +357,7 @@ def test_a_training_that_diverges_leaves_an_earlier_checkpoint(run: Run, lesson:
     assert (tmp_path / "f.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("other", ["labels", "features"])
+@pytest.mark.parametrize("other", ["classes", "labels", "features"])
 def test_other_data_are_no_run_to_go_on_with(other: str, run: Run, lesson: list[str], tmp_path: Path) -> None:
     command = [*FUSECLI, "train", "img", "txt", "-o", "f.safetensors", *map(str, QUICK), "--labels", "labels.csv"]
     with subprocess.Popen([*command, "--epochs", "50"], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
@@ -363,14 +366,16 @@ def test_other_data_are_no_run_to_go_on_with(other: str, run: Run, lesson: list[
         process.send_signal(signal.SIGINT)
         assert "--resume" in process.stderr.read()
     assert process.returncode == 130
-    if other == "labels":
-        text = (tmp_path / "labels.csv").read_text()
+    text = (tmp_path / "labels.csv").read_text()
+    if other == "classes":
+        (tmp_path / "labels.csv").write_text(text.replace(",x,", ",w,"))
+    elif other == "labels":
         (tmp_path / "labels.csv").write_text(text.replace(",x,", ",w,").replace(",y,", ",x,").replace(",w,", ",y,"))
     else:
         np.save(tmp_path / f"img/{lesson[0]}.npy", np.ones((2, D), np.float32))
     told = _train(run, "--labels", "labels.csv", "--epochs", 50, "--resume", code=2)
     assert "other data or options" in told
-    assert other in told
+    assert {"classes": "found classes with ['x']", "labels": "labels ", "features": "features "}[other] in told
 
 
 @pytest.mark.parametrize("size", [1e60, 3e38])
@@ -378,7 +383,8 @@ def test_numbers_too_large_are_no_perfect_match(size: float, run: Run, lesson: l
     for id in lesson:
         np.save(tmp_path / f"img/{id}.npy", np.full((2, D), size, np.float64 if size > 1e39 else np.float32))
     run("train", "img", "txt", "-o", "f.safetensors", *QUICK, code=3)
-    assert "too large" in _train(run, "--labels", "labels.csv", code=3)
+    told = _train(run, "--labels", "labels.csv", code=3)
+    assert f"{lesson[0]}.npy: numbers too large to learn from: found {size:.3g}, wanted at most 1e+15" in told
 
 
 def test_a_damaged_state_is_told_of(run: Run, lesson: list[str], tmp_path: Path) -> None:

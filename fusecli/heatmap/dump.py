@@ -245,6 +245,8 @@ def open_dumps(path: str, *, regular: bool = False) -> Dumps:
         raise FileError("no tensors in it", where=path)
     if any(name.endswith(("image_proj.weight", "text_proj.weight")) for name in tensors):
         raise _no_attention(path, "a checkpoint")
+    if tensors.keys() == {"head.weight", "head.bias"}:
+        raise _no_attention(path, "the head of a training")
     about = About.of(first.source)
 
     def find(name: str) -> _Found:

@@ -16,10 +16,11 @@ from typing import IO, Any, TypeVar
 import numpy as np
 import torch
 
-from fusecli.arrays import cast, first_nonfinite
+from fusecli.arrays import cast
 from fusecli.collections import Place
 from fusecli.errors import InputError, OutputError, ShapeError, ValuesError
 from fusecli.formats import NumpyArray
+from fusecli.functional import largest
 from fusecli.pairs import read_finite
 from fusecli.places import features_at
 
@@ -29,6 +30,9 @@ AHEAD = 4
 SORTED_BATCHES = 64
 #: Lengths that differ by no more count as equal when batches are made.
 SAME_LENGTH = 1.1
+
+#: Numbers that features have at most: sums of their squares over all channels and rows stay numbers in float32.
+LARGEST = 1e15
 
 PARTS = ("train", "validation", "held-out")
 Made = TypeVar("Made")
@@ -190,10 +194,11 @@ def _arrays(places: list[Place], side: str, tell: Callable[[int], None] | None) 
         except ValuesError as error:
             raise ValuesError(error.what, where=error.where, found=error.found, wanted=error.wanted) from None
         if rows.dtype != np.float16:
-            with np.errstate(over="ignore"):
-                rows = cast(rows, "float32")
-        if first_nonfinite(rows) is not None:
-            raise ValuesError("numbers too large for float32", where=stored.where, hint="scale the features down")
+            if (most := largest(rows)) > LARGEST:
+                found, wanted, hint = f"{most:.3g}", f"at most {LARGEST:g}", "scale the features down"
+                what = "numbers too large to learn from"
+                raise ValuesError(what, where=stored.where, found=found, wanted=wanted, hint=hint)
+            rows = cast(rows, "float32")
         yield rows
 
 

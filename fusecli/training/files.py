@@ -77,8 +77,8 @@ class Files:
             raise self.damaged() from None
         other = [name for name in self._facts if json.loads(json.dumps(self._facts[name])) != facts.get(name)]
         if other:
-            found = ", ".join(f"{name} {facts.get(name)}" for name in other)
-            wanted = ", ".join(f"{name} {self._facts[name]}" for name in other)
+            found = ", ".join(f"{name} {_apart(facts.get(name), self._facts[name])}" for name in other)
+            wanted = ", ".join(f"{name} {_apart(self._facts[name], facts.get(name))}" for name in other)
             hint = "the same options as before, or --overwrite"
             raise UsageError(
                 "the unfinished run had other data or options", where=self._state, found=found, wanted=wanted, hint=hint
@@ -181,3 +181,12 @@ class Files:
         """The run is over."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._state)
+
+
+def _apart(value: Any, other: Any) -> Any:
+    """A value for a message; of a list only what another list lacks or has beyond it."""
+    if isinstance(value, list) and isinstance(other, list):
+        more, less = ([x for x in a if x not in b] for a, b in ((value, other), (other, value)))
+        if more or less:
+            return f"with {more}" if more else f"without {less}"
+    return value

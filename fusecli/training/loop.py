@@ -229,7 +229,9 @@ class _Run:
         nothing = "no epoch bettered the weights before it, so none are written"
         kept = f"the best weights are kept, of epoch {best}" if best else nothing
         where = f"epoch {self.progress.epoch + 1}, step {step} of {self.steps}"
-        hint = f"a lower --lr than {self._settings.lr:g}"
+        lr, decay = self._settings.lr, self._settings.weight_decay
+        # A step takes off lr * decay of each weight: beyond 1 it changes their signs.
+        hint = f"a lower --lr than {lr:g}" if lr * decay < 1 else f"a lower --weight-decay than {decay:g}"
         hint += "" if self._fusion.config.layer_norm else ", or --layer-norm"
         return TrainingError(f"the training diverged; {kept}", where=where, found=f"loss {loss}", hint=hint)
 
