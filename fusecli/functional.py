@@ -90,7 +90,7 @@ def dot(a: Array, b: Array) -> Array:
     """
     if is_torch(a) or a.shape[-2] >= b.shape[-1]:
         return a @ b
-    if a.ndim == 2 and len(a) <= THIN and b.strides[0] == b.itemsize:
+    if a.ndim == 2 and 1 < len(a) <= THIN and b.strides[0] == b.itemsize:
         return _small_products(b.mT, a.mT).mT
     return (b.mT @ a.mT).mT
 
