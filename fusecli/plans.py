@@ -77,9 +77,18 @@ CARRYING = 80
 
 def plan_of_batch(n: int, m: int, dim: int, image_dim: int, num_heads: int) -> Plan:
     """The plan for a batch of tensors, pairs of ``n`` and ``m`` rows: ``DIRECT`` or, for both halves, ``TEXT``."""
-    direct = m * dim * (image_dim + n)
-    text = n * image_dim * (dim + num_heads * (m + CARRYING))
-    return _both(Order.TEXT if text < direct else Order.DIRECT)
+    costs = costs_of_batch(n, m, dim, image_dim, num_heads)
+    return _both(min(costs, key=costs.__getitem__))
+
+
+def costs_of_batch(
+    n: int, m: int, dim: int, image_dim: int, num_heads: int, carrying: int = CARRYING
+) -> dict[Order, int]:
+    """Multiplications of a pair by scores and values in each order, but for those that both have; half of them."""
+    return {
+        Order.DIRECT: m * dim * (image_dim + n),
+        Order.TEXT: n * image_dim * (dim + num_heads * (m + carrying)),
+    }
 
 
 def plan_to_learn(
@@ -90,17 +99,25 @@ def plan_to_learn(
     That costs a product of matrices in each step, and then no row is projected by it, nor is there a way back through
     what meets the image's own features, which are not learned. With ``keep_direct`` the order is `DIRECT` in any case.
     """
+    costs = costs_to_learn(pairs, n, m, dim, image_dim, num_heads)
+    ways = [way for way in costs if way[0] is Order.DIRECT or not keep_direct]
+    order, first = min(ways, key=costs.__getitem__)
+    return _both(order), first
+
+
+def costs_to_learn(
+    pairs: int, n: int, m: int, dim: int, image_dim: int, num_heads: int, carrying: int = CARRYING
+) -> dict[tuple[Order, bool], int]:
+    """As `costs_of_batch`, of all pairs and with the way back, by order and whether ``image_proj`` is in the maps."""
     costs: dict[tuple[Order, bool], int] = {}
     for first, width in ((False, dim), (True, image_dim)):
         once = 3 * dim * dim * image_dim if first else pairs * m * image_dim * dim
         ways = 2 if first else 3  # forward, and back to the weights, and to the image's rows
         direct = m * dim * (width * ways + 3 * n)
-        text = n * width * (3 * dim + num_heads * (m * ways + 3 * CARRYING))
+        text = n * width * (3 * dim + num_heads * (m * ways + 3 * carrying))
         costs[Order.DIRECT, first] = once + pairs * direct
-        if not keep_direct:
-            costs[Order.TEXT, first] = once + pairs * text
-    order, first = min(costs, key=costs.__getitem__)
-    return _both(order), first
+        costs[Order.TEXT, first] = once + pairs * text
+    return costs
 
 
 def _both(order: Order) -> Plan:

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from torch.utils.flop_counter import FlopCounterMode
 
+from fusecli import methods
 from fusecli.collections import open_collection
 from fusecli.errors import is_out_of_memory
+from fusecli.plans import Order, Plan, costs_of_batch, costs_to_learn
 from fusecli.training.data import Batch, load, read
 from fusecli.training.represent import Fusion
 from tests.oracle_methods import oracle
@@ -69,6 +72,32 @@ def test_an_image_among_texts_is_judged_as_each_pair_is(
         for image in pairs:
             expected = fusion.own(load(data, pairs, [image] * 3))
             torch.testing.assert_close(beside(image), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_costs_of_orders_are_the_products_that_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, n, m, dim, image_dim, heads = shape = (3, 5, 11, 24, 40, 4)
+    weights = oracle("attention", dim, heads, 16, image_dim)[1]
+    drawn = torch.Generator().manual_seed(0)
+    images, texts = (torch.randn(pairs, k, width, generator=drawn) for k, width in ((m, image_dim), (n, 16)))
+    whole = [torch.ones(pairs, k, dtype=torch.bool) for k in (m, n)]
+
+    def counted(order: Order, learn: bool, first: bool = False) -> int:
+        monkeypatch.setattr(methods, "plan_of_batch", lambda *given: Plan(order, order, 0))
+        monkeypatch.setattr(methods, "plan_to_learn", lambda *given: (Plan(order, order, 0), first))
+        fusion = Fusion(weights, learned=learn)
+        with FlopCounterMode(display=False) as counter:
+            vectors: Any = fusion.own(Batch(list(range(pairs)), images, whole[0], texts, whole[1]))
+            if learn:
+                vectors.sum().backward()
+        return int(counter.get_total_flops())
+
+    costs = costs_of_batch(*shape[1:], carrying=0)
+    spared = costs[Order.DIRECT] - costs[Order.TEXT]
+    assert counted(Order.DIRECT, False) - counted(Order.TEXT, False) == 4 * pairs * spared
+    ways = costs_to_learn(*shape, carrying=0)
+    first = counted(Order.DIRECT, True)
+    for way, cost in ways.items():
+        assert counted(way[0], True, way[1]) - first == 4 * (cost - ways[Order.DIRECT, False])
 
 
 def test_memory_that_torch_does_not_get_is_called_so() -> None:
