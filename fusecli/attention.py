@@ -58,7 +58,7 @@ class Keys:
         """``text [N, Dt]`` projected: ``[N, D]``; here and below a batch has an axis ``B`` before all of that."""
         if is_torch(text):
             query = linear(text, self.maps.query, self.maps.query_bias)  # [N, D]
-        else:  # folded
+        else:  # not `linear`: the bar of numbers was held without sums by parts, which take a tenth longer
             query = dot(text, self.maps.query.mT)  # [N, D]
             query += self.maps.query_bias
         if self.maps.scale != 1:
@@ -238,6 +238,7 @@ def _mix(weights: Array, total: Array, side: ImageSide) -> Array:
         seen = dot(weights.reshape(heads * n, m), side.image).reshape(heads, n, -1)  # [H, N, Di]
         value = _by_head(side.maps.value, heads).mT  # [H, Di, d]
         # The reference averages the rounding of M projected rows; here one row carries it all, in a long sum over Di.
+        # (OpenBLAS's small products round less by themselves where there is AVX-512, and elsewhere held the bar too.)
         product = dot if value.shape[-1] * n <= SMALL_RESULT else dot_by_parts
         mixed = product(seen, value)  # [H, N, d]
     else:

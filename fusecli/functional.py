@@ -72,6 +72,9 @@ def _small_products(weight: Array, columns: Array) -> Array:
     """``weight [D, K] @ columns [..., K, n]`` as ``[..., D, n]``, some rows of ``weight`` at a time."""
     (dim, width), n = weight.shape, columns.shape[-1]
     parts = min(dim, max(-(-dim * n // SMALL_RESULT), -(-dim * width * n // SMALL_PRODUCT)))
+    # A rest of one row would be a vector times a matrix, whose sums depend on where a column stands on old processors.
+    while dim % parts == 1:
+        parts += 1
     even = dim - dim % parts  # the rest is a product of its own
     out = np.empty((*columns.shape[:-2], dim, n), columns.dtype)
     blocks = out[..., :even, :].reshape(*columns.shape[:-2], parts, even // parts, n)
@@ -98,8 +101,8 @@ def dot(a: Array, b: Array) -> Array:
 def dot_by_parts(a: Array, b: Array) -> Array:
     """As `dot`, but of arrays the sums are taken in two halves, or `SUM_CHUNK` products at a time: that rounds less.
 
-    OpenBLAS adds up one after the other where torch's libraries add in lanes or in parts: with nothing else to make up
-    for it, as `fusecli.maps.fold` does, the numbers of one pair in 300 would be over the bar. One row is in lanes.
+    OpenBLAS adds up one after the other where torch's libraries add in lanes or in parts. So the numbers of one pair in
+    300 were over the bar where the text meets one matrix (folded maps make up for it). One row is added in lanes.
     """
     if is_torch(a) or a.shape[-2] == 1:
         return dot(a, b)

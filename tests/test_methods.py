@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
@@ -281,7 +284,22 @@ def test_a_row_comes_to_the_same_bits_wherever_it_stands(dim: int, width: int, d
             assert (rows_apart(np.concatenate([x[:at], row[None], x[at + 1 :]]), weight)[at] == alone).all()
 
 
-@pytest.mark.parametrize(("dim", "width"), [(1009, 286), (768, 768), (301, 1000)])
+@pytest.mark.parametrize("processor", ["SkylakeX", "Haswell", "Sandybridge"])
+def test_rows_come_to_the_same_bits_on_other_processors(processor: str) -> None:
+    # OpenBLAS chooses its code as it is loaded; what is no name of its own, or no processor of this kind, it ignores.
+    code = f"""
+import numpy as np
+from fusecli.functional import rows_apart
+for dim, width in {[(768, 1000), (184, 1000), (100, 1336), (131, 790), (1009, 216), (7, 40)]}:
+    rng = np.random.default_rng(dim)
+    weight, row = rng.standard_normal((dim, width), np.float32), rng.standard_normal(width, np.float32)
+    rows = rows_apart(np.tile(row, (33, 1)), weight)
+    assert (rows == rows[0]).all(), (dim, width)
+"""
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "OPENBLAS_CORETYPE": processor}, check=True)
+
+
+@pytest.mark.parametrize(("dim", "width"), [(1009, 216), (1009, 286), (768, 768), (301, 1000)])
 @pytest.mark.parametrize("rows", [1, 2, 5, 12, 13, 77])
 def test_long_sums_round_no_more_than_torchs(dim: int, width: int, rows: int) -> None:
     ours, reference = [], []
@@ -294,6 +312,20 @@ def test_long_sums_round_no_more_than_torchs(dim: int, width: int, rows: int) ->
         single = torch.nn.functional.linear(*map(torch.from_numpy, (x, weight, bias)))
         reference.append(single.numpy() - exact)
     assert np.square(ours).mean() < 1.8 * np.square(reference).mean()
+
+
+@pytest.mark.parametrize("method", ["weighted-sum", "concat"])
+def test_a_text_of_many_rows_rounds_no_more_than_torchs(method: str) -> None:
+    ours, reference = [], []
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        module, weights = oracle(method, 1009, 1, 1009, 64, seed)
+        image, text = features(rng, 1, 64, norm=300), features(rng, 77, 1009, norm=90)
+        single = module.float()(torch.from_numpy(image), torch.from_numpy(text))[0].numpy()
+        exact = module.double()(torch.from_numpy(image).double(), torch.from_numpy(text).double())[0].numpy()
+        ours.append(fuse(weights, image, text) - exact)
+        reference.append(single - exact)
+    assert np.square(ours).mean() < 1.5 * np.square(reference).mean()
 
 
 def test_an_untrained_tanh_gate_changes_nothing() -> None:

@@ -20,6 +20,7 @@ def test_a_loss_that_diverges_stops_and_says_where(run: Run, lesson: list[str], 
         told = train(run, "--labels", "labels.csv", "--lr", 1e30, norm, code=1)
         assert "step" in told
         assert "diverged; no epoch bettered the weights before it, so none are written" in told
+        assert "hint: a lower --lr than 1e+30" in told
         assert ("or --layer-norm" in told) == (norm == "--no-layer-norm")
         assert not (tmp_path / "f.state.pt").exists()
         assert not (tmp_path / "f.safetensors").exists()
@@ -168,7 +169,7 @@ def test_other_data_are_no_run_to_go_on_with(other: str, run: Run, lesson: list[
         np.save(tmp_path / f"img/{lesson[0]}.npy", np.ones((2, D), np.float32))
     told = train(run, "--labels", "labels.csv", "--epochs", 50, "--resume", code=2)
     assert "other data or options" in told
-    assert {"classes": "found classes with ['x']", "labels": "labels ", "features": "features "}[other] in told
+    assert {"classes": "found classes with x, ", "labels": "labels ", "features": "features "}[other] in told
 
 
 @pytest.mark.parametrize("size", [1e60, 3e38])

@@ -120,6 +120,7 @@ def _write_all(
     listed: list[Listed] = []
     held = b""  # the page before this one, until it is known which is the next
     first: InputError | None = None
+    single: InputError | None = None
     digits = len(str(len(dumps.ids)))
     for at, id in enumerate(counted(dumps.ids), 1):
         name = f"{at:0{digits}}"
@@ -127,7 +128,7 @@ def _write_all(
             dump = dumps.open(id, wanted)
             line, thumb, whole = _make(dump, id, name, pictures.get(id), style)
         except OneRowError as error:
-            first = first or error
+            single = error
             done.single += 1
             continue
         except InputError as error:
@@ -140,7 +141,7 @@ def _write_all(
         held = whole
         done.bare += id not in pictures
     if not listed:
-        raise first or FileError("no dumps in it", where=dumps.path)
+        raise first or single or FileError("no dumps in it", where=dumps.path)
     _write_page(folder, listed, held, None)
     _write(f"{folder}/index.html", filled("index.html", {"data": as_json(listed)}))
     done.pages = len(listed)

@@ -24,6 +24,8 @@ from fusecli.weights import Weights
 HEAD, LOG, STATE = ".head.safetensors", ".log.jsonl", ".state.pt"
 #: Where a head's file says what it is, among its metadata.
 ABOUT_HEAD = "fusecli-head"
+#: Values of a list that a message shows.
+SHOWN = 5
 
 
 def beside(output: str, suffix: str) -> str:
@@ -185,8 +187,8 @@ class Files:
 
 def _apart(value: Any, other: Any) -> Any:
     """A value for a message; of a list only what another list lacks or has beyond it."""
-    if isinstance(value, list) and isinstance(other, list):
-        more, less = ([x for x in a if x not in b] for a, b in ((value, other), (other, value)))
-        if more or less:
-            return f"with {more}" if more else f"without {less}"
+    if isinstance(value, list) and isinstance(other, list) and set(value) != set(other):
+        more, less = ([x for x in a if x not in b] for a, b in ((value, set(other)), (other, set(value))))
+        shown = ", ".join(map(str, (more or less)[:SHOWN])) + ("…" if len(more or less) > SHOWN else "")
+        return f"with {shown}" if more else f"without {shown}"
     return value

@@ -230,9 +230,9 @@ class _Run:
         kept = f"the best weights are kept, of epoch {best}" if best else nothing
         where = f"epoch {self.progress.epoch + 1}, step {step} of {self.steps}"
         lr, decay = self._settings.lr, self._settings.weight_decay
-        # A step takes off lr * decay of each weight: beyond 1 it changes their signs.
-        hint = f"a lower --lr than {lr:g}" if lr * decay < 1 else f"a lower --weight-decay than {decay:g}"
-        hint += "" if self._fusion.config.layer_norm else ", or --layer-norm"
+        hint = f"a lower --lr than {lr:g}" + ("" if self._fusion.config.layer_norm else ", or --layer-norm")
+        if decay > 1 and lr * decay > 2:  # a step takes off lr * decay of each weight, and what is left is larger
+            hint = f"a lower --weight-decay than {decay:g}"
         return TrainingError(f"the training diverged; {kept}", where=where, found=f"loss {loss}", hint=hint)
 
     def state(self) -> dict[str, Any]:
