@@ -72,7 +72,7 @@ def load_from(source: Source, path: str, num_heads: int | None, tell: Callable[[
         raise UsageError(
             "--num-heads contradicts the checkpoint", where=path, found=str(config.num_heads), hint="leave it out"
         )
-    return _checked(config, tensors, path)
+    return _checked(config, tensors, path, "its metadata do not fit its tensors: make it anew")
 
 
 def _config(saved: str, path: str) -> Config:
@@ -100,11 +100,16 @@ def _config(saved: str, path: str) -> Config:
         raise _located(error, path) from None
 
 
-def _checked(config: Config, tensors: Mapping[str, Array], path: str) -> Weights:
+def _checked(config: Config, tensors: Mapping[str, Array], path: str, hint: str | None = None) -> Weights:
+    """``hint`` takes the place of those that name options."""
     try:
         weights = Weights(config, tensors)
-    except (InputError, UsageError) as error:
+    except InputError as error:
         raise _located(error, path) from None
+    except UsageError as error:
+        located = _located(error, path)
+        located.hint = hint or error.hint
+        raise located from None
     for name, tensor in tensors.items():
         bad = first_nonfinite(tensor)
         if bad is not None:

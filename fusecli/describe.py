@@ -46,7 +46,7 @@ def describe(
     tensors = tensors_of(source)
     rows = [_scan(stored) for _, stored in sorted(tensors.items())]
     stochastic = [row.pop("stochastic") for row in rows]
-    if any(name.endswith("image_proj.weight") for name in tensors):
+    if any(name.endswith(("image_proj.weight", "text_proj.weight")) for name in tensors):
         try:
             facts = _of_checkpoint(checkpoint.load_from(source, path, num_heads, tell))
         except CheckpointError as error:

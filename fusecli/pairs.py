@@ -45,7 +45,9 @@ def choose(tensors: dict[str, Stored], path: str, side: str, key: str | None) ->
 def _choose(tensors: dict[str, Stored], path: str, side: str, key: str | None) -> Stored:
     if key is None and len(tensors) == 1:
         return next(iter(tensors.values()))
-    found = listed(sorted(tensors), 10) or "no tensors"
+    if not tensors:
+        raise FileError("no tensors in it", where=path, wanted=f"{side} features")
+    found = listed(sorted(tensors), 10)
     if key is not None and "" not in tensors:
         if key in tensors:
             return tensors[key]

@@ -7,6 +7,7 @@ The tensors of each method, and what they are called, stand in `tensor_shapes`; 
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -204,12 +205,24 @@ class Weights:
         if min(self.dim, self.text_dim, self.image_dim) < 1:
             found = f"D={self.dim}, Dt={self.text_dim}, Di={self.image_dim}"
             raise CheckpointError("a width is zero", found=found)
-        for name, shape in tensor_shapes(self.config, self.dim, self.text_dim, self.image_dim).items():
+        for name, shape in tensor_shapes(self.config, *self._likeliest_widths()).items():
             if tuple(self.tensors[name].shape) != shape:
                 raise _misshapen(name, self.tensors[name], str(list(shape)))
             if dtype_name(self.tensors[name]) not in FLOAT_NAMES:
                 found = dtype_name(self.tensors[name])
                 raise CheckpointError("not a floating-point tensor", where=name, found=found, wanted="a float dtype")
+
+    def _likeliest_widths(self) -> tuple[int, int, int]:
+        """``D``, ``Dt``, ``Di`` as most tensors have them, so that it is the odd one which is called misshapen."""
+        marks = (10**9 + 7, 10**9 + 9, 10**9 + 21)  # no sum or multiple of which is another
+        votes: dict[int, list[int]] = defaultdict(list)
+        for name, shape in tensor_shapes(self.config, *marks).items():
+            for mark, width in zip(shape, self.tensors[name].shape, strict=True):
+                votes[mark].append(width)
+        dim, text_dim, image_dim = (Counter(votes[mark] or [0]).most_common(1)[0][0] for mark in marks)
+        if not text_dim:  # of concat, which has no tensor of that width without layer norm
+            text_dim = votes[marks[0] + marks[1]][0] - dim
+        return dim, text_dim, image_dim
 
     @property
     def dim(self) -> int:

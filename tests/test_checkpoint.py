@@ -18,6 +18,7 @@ from fusecli.arrays import cast
 from fusecli.checkpoint import fingerprint, to_bytes
 from fusecli.errors import CheckpointError, FileError, OutputError, UsageError
 from fusecli.formats.safetensors import OURS
+from fusecli.weights import METHODS
 from tests.conftest import Run
 from tests.oracle import article, features
 
@@ -173,6 +174,24 @@ def test_weights_are_shown_in_a_line() -> None:
     shown = repr(init(32, 4))
     assert "method='attention', num_heads=4" in shown
     assert len(shown) < 200
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_of_tensors_that_contradict_each_other_the_odd_one_is_named(method: str, layer_norm: bool) -> None:
+    whole = init(32, 4, method=method, layer_norm=layer_norm)
+    for name in ("image_proj.weight", "image_proj.bias"):
+        tensors = {**whole.tensors, name: whole.tensors[name][:-1]}
+        with pytest.raises(CheckpointError, match=rf"^{name}: .*found \[31.*wanted \[32"):
+            Weights(whole.config, tensors)
+
+
+def test_heads_of_metadata_are_not_to_be_chosen(stored: Any) -> None:
+    path, tensors, metadata = stored
+    save_file(tensors, path, {OURS: metadata[OURS].replace("4", "7")})
+    with pytest.raises(CheckpointError, match="heads do not divide") as caught:
+        load(path)
+    assert "--num-heads" not in str(caught.value.hint)
 
 
 def test_heads_that_contradict_the_checkpoint_are_refused(stored: Any) -> None:
@@ -346,11 +365,14 @@ def test_a_damaged_end_of_an_archive_is_no_mistake_of_ours(tmp_path: Path) -> No
 
 def test_inspect_shows_what_is_no_checkpoint_and_goes_on_after_what_is_no_file(run: Run, tmp_path: Path) -> None:
     save_file({"vision.image_proj.weight": np.ones((2, 3), np.float32)}, tmp_path / "other.safetensors")
+    rest = {name: tensor for name, tensor in init(32, 4).tensors.items() if name != "image_proj.weight"}
+    save_file(rest, tmp_path / "rest.safetensors")
     np.save(tmp_path / "a.npy", np.array([["1e4000", "inf"]]).astype(np.longdouble))
-    done = run("inspect", "none.npy", "other.safetensors", "a.npy", "--json", code=3)
-    other, array = map(json.loads, done.stdout.splitlines())
+    done = run("inspect", "none.npy", "other.safetensors", "rest.safetensors", "a.npy", "--json", code=3)
+    other, cut, array = map(json.loads, done.stdout.splitlines())
     assert (other["kind"], other["tensors"][0]["shape"]) == ("no checkpoint", [2, 3])
     assert "text_proj" in other["problem"]
+    assert "image_proj" in cut["problem"]
     assert array["tensors"][0]["nonfinite"] == 1
     assert b"no such file" in done.stderr
 

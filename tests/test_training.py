@@ -180,6 +180,16 @@ def test_labels_held_out_reach_no_weights(run: Run, lesson: list[str], tmp_path:
     assert scores[0] != {0.0} == scores[1]  # what no pair to train on has, nothing can tell
 
 
+def test_a_run_to_resume_that_is_not_there_begins(run: Run, lesson: list[str], tmp_path: Path) -> None:
+    options = ("--labels", "labels.csv", "--epochs", 2)
+    train(run, *options)
+    whole = _bytes(tmp_path)
+    (tmp_path / "f.safetensors").unlink()
+    told = run("train", "img", "txt", "-o", "f.safetensors", *QUICK, *options, "--resume").stderr.decode()
+    assert "no unfinished run to resume: starting from the beginning" in told
+    assert _bytes(tmp_path) == whole
+
+
 def _held_out(id: str) -> bool:
     return part_of(id, 0.1, 0.2) == "held-out"
 

@@ -162,7 +162,7 @@ def test_a_column_of_labels_twice_is_refused(tmp_path: Path) -> None:
         read_labels(str(tmp_path / "labels.csv"))
 
 
-@pytest.mark.parametrize("line", ["b,", ",x"])
+@pytest.mark.parametrize("line", ["b", ",x"])
 def test_a_line_that_lacks_an_id_or_a_label_is_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / "labels.csv").write_text(f"id,label\na,x\n{line}\n")
     with pytest.raises(FileError, match="line 3: an id or a label is missing"):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from fusecli.training.data import part_of
 from tests.conftest import FUSECLI, Run
 from tests.lessons import QUICK, D, train
 
@@ -53,6 +54,8 @@ def test_ids_without_label_are_listed_or_passed_over(run: Run, lesson: list[str]
     assert f"7 ids without label: {sorted(lesson[-7:])[0]}" in told
     assert f"1 id without text: {lesson[0]}" in told
     assert "labelled" not in told  # that one has been told of
+    (tmp_path / "labels.csv").write_text("\n".join([*lines[:-7], *(f"{id},,," for id in lesson[-7:])]))
+    assert "7 ids without label" in train(run, "--labels", "labels.csv", code=3)
     train(run, "--labels", "labels.csv", "--allow-missing", "--epochs", 1)
     assert b"found the head of a training" in run("show", "f.head.safetensors", code=3).stderr
 
@@ -110,7 +113,6 @@ def test_three_pairs_are_too_few(run: Run, lesson: list[str], tmp_path: Path) ->
         (("--manifest", "-"), "stdin"),
         (("--validation", 0.5, "--held-out", 0.5), "nothing is left"),
         (("--method", "concat", "--gate", "tanh"), "--gate: only for --method gated: found --method concat"),
-        (("--resume",), "no unfinished run"),
         (("--labels", "f.log.jsonl"), "also an input"),
         (("--labels", ""), "--labels: is empty"),
         (("--task", "regression"), "there are no labels"),
@@ -142,6 +144,18 @@ def test_an_output_that_is_an_input_behind_a_link_is_refused(run: Run, lesson: l
 def test_an_output_among_the_inputs_is_refused(run: Run, lesson: list[str]) -> None:
     told = run("train", "img", "txt", "-o", f"img/{lesson[0]}.safetensors", code=2).stderr.decode()
     assert "among the inputs" in told
+    told = run("train", "img", "txt", "-o", "none/f.safetensors", code=1).stderr.decode()
+    assert "no such folder" in told
+    assert "hint: mkdir -p" in told
+
+
+def test_labels_that_no_pair_to_train_on_has_are_told_of(run: Run, lesson: list[str], tmp_path: Path) -> None:
+    held = next(id for id in lesson if part_of(id, 0.1, 0.2) == "held-out")
+    text = (tmp_path / "labels.csv").read_text()
+    (tmp_path / "labels.csv").write_text(text.replace(f"{held},", f"{held},new"))
+    options = ("-o", "f.safetensors", *QUICK, "--labels", "labels.csv", "--epochs", 1)
+    told = run("train", "img", "txt", *options).stderr.decode()
+    assert "1 of the pairs held out or for validation have a label that none to train on has" in told
 
 
 def test_a_training_that_diverges_leaves_an_earlier_checkpoint(run: Run, lesson: list[str], tmp_path: Path) -> None:

@@ -301,6 +301,7 @@ def _method_options(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(sources: Sources, output: str, labels: str | None, weights: str | None, kept: float) -> None:
+    from fusecli.formats import require_folder
     from fusecli.pairs import refuse_same_file
     from fusecli.training.files import files_of
 
@@ -314,8 +315,9 @@ def _check(sources: Sources, output: str, labels: str | None, weights: str | Non
     refuse_same_file(outputs, [*(path for path in sources.paths() if os.path.isfile(path)), labels, weights])
     refuse_inside(output, filter(os.path.isdir, sources.paths()))
     for path in outputs:
-        if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
-            raise OutputError("is a directory, or in none", where=path, hint="name a file in a folder that exists")
+        if os.path.isdir(path):
+            raise OutputError("is a directory", where=path, wanted="a file name")
+        require_folder(path)
 
 
 def _check_labels(given: dict[str, Any]) -> None:

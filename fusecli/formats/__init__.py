@@ -20,6 +20,7 @@ from fusecli.formats.sink import (
     is_stream,
     keep_mode,
     open_sink,
+    require_folder,
     require_replaceable,
     write_whole,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "open_tensors",
     "read_bytes",
     "reason",
+    "require_folder",
     "require_replaceable",
     "safetensors",
     "sniff",

@@ -133,14 +133,20 @@ def open_sink(path: str) -> Iterator[Sink]:
         raise OutputError("cannot be written", where=shown, found=error.strerror or str(error), hint=hint) from error
 
 
+def require_folder(path: str) -> str:
+    """The folder that a file is to be in, links followed; `OutputError` if there is none."""
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):
+        hint = None if os.path.lexists(folder) else f"mkdir -p {shlex.quote(folder)}"
+        raise OutputError("no such folder", where=path, found=folder, hint=hint)
+    return folder
+
+
 def _whole_file(path: str) -> Iterator[Sink]:
     target = os.path.realpath(path)  # a link stays a link
     if os.path.isdir(target):
         raise OutputError("is a directory", where=path, wanted="a file name")
-    folder = os.path.dirname(target)
-    if not os.path.isdir(folder):
-        hint = None if os.path.lexists(folder) else f"mkdir -p {shlex.quote(folder)}"
-        raise OutputError("no such folder", where=path, found=folder, hint=hint)
+    folder = require_folder(path)
     with _Unnamed(target, os.path.join(folder, f".fusecli-{os.urandom(6).hex()}.tmp")) as fd:
         keep_mode(fd, target)
         yield FileSink(path, fd)

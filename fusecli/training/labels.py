@@ -45,6 +45,8 @@ def read_labels(path: str, column: str = "label") -> dict[str, str]:
                     wanted, hint = f"{len(columns)}", "a label with a comma in it stands in quotes"
                     where = f"{path}, line {reader.line_num}"
                     raise FileError("more values than columns", where=where, found=found, wanted=wanted, hint=hint)
+                if id and label == "":  # as good as no line
+                    continue
                 if not id or not label:
                     raise FileError("an id or a label is missing", where=f"{path}, line {reader.line_num}")
                 if id in labels:

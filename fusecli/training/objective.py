@@ -46,6 +46,7 @@ class Objective(Protocol):
     guess_name: str  # of what `guess` does
     texts: int  # that each image of a batch meets as it is learned from
     margin: float  # share of the loss by which training has to better what it began with
+    unknown: int  # pairs whose label no pair to train on has
 
     def head(self, width: int) -> dict[str, nn.Parameter]:
         """A head for vectors of ``width`` that learns along with a fusion."""
@@ -114,6 +115,7 @@ class Supervised:
 
     texts = 1
     margin = 0.02  # a hundred pairs tell no less from chance
+    unknown = 0
     outputs: int
     #: Strengths of the penalty on squared weights that a head is tried with; the validation part chooses.
     penalties: tuple[float, ...] = (1e-3, 1e-2, 3e-2, 1e-1)
@@ -226,6 +228,7 @@ class Classes(Supervised):
     ) -> None:
         super().__init__(targets, text_dropout)
         self.names, self.outputs = names, len(names)
+        self.unknown = int((targets == UNKNOWN).sum())
         self._smoothing, self._weights = smoothing, weights
 
     def loss_of(self, outputs: torch.Tensor, targets: torch.Tensor, smoothing: float | None = None) -> torch.Tensor:

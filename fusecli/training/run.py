@@ -40,6 +40,12 @@ class Reporter(Listener, Protocol):
     def forgets_text(self, pairs: int) -> None:
         """So many pairs have one image row, which is all that the fusion makes of them."""
 
+    def unknown_labels(self, pairs: int) -> None:
+        """So many pairs have a label that no pair to train on has."""
+
+    def nothing_to_resume(self) -> None:
+        """There is no unfinished run to go on with, so one begins."""
+
     def comparing(self, name: str) -> None:
         """A line of the table is being computed."""
 
@@ -83,12 +89,15 @@ def train_on(
         places: where image and text of each lie.
         recipe: what to learn, from what on, and how.
         reporter: is told how far it is.
-        resume: go on with an unfinished run.
+        resume: go on with an unfinished run, if there is one.
         overwrite: forget it.
 
     Raises:
         FusecliError: the pairs cannot be used, or the training diverged.
     """
+    if resume and not overwrite and not os.path.exists(beside(output, STATE)):
+        reporter.nothing_to_resume()
+        resume = False
     # The command multiplies on one thread for the sake of equal bytes everywhere; here it would take twice as long.
     # What goes on keeps to its number of them, or the last digits would differ.
     threads = begun_with(output).get("threads", 0) if resume else 0
@@ -100,6 +109,8 @@ def train_on(
     data = read(ids, places, folder, *shares, lambda done: reporter.read(done, len(ids)))
     require_enough(data)
     lesson, beginning = Lesson(recipe.objective(data), data, recipe.settings), recipe.beginning(data)
+    if unknown := lesson.objective.unknown:
+        reporter.unknown_labels(unknown)
     alone = sum(data.images.length(at) == 1 for at in range(len(data.ids)))
     if alone and beginning.untrained.config.can_forget_text:
         reporter.forgets_text(alone)
@@ -110,16 +121,13 @@ def begin(output: str, resume: bool, overwrite: bool) -> None:
     """See that it is said what to do with an unfinished run, and that what is written can take its place.
 
     Raises:
-        UsageError: there is one, or none to go on with.
+        UsageError: it is not said, or twice.
         OutputError: a file of another user is in the way.
     """
     if resume and overwrite:
         raise UsageError("exclude each other", where="--resume --overwrite", hint="leave out either")
     state = beside(output, STATE)
-    there = os.path.exists(state)
-    if resume and not there:
-        raise UsageError("no unfinished run to resume", where=state, hint="leave out --resume to start over")
-    if there and not resume and not overwrite:
+    if os.path.exists(state) and not resume and not overwrite:
         raise UsageError("there is an unfinished run", where=state, hint="--resume or --overwrite")
     for path in (output, *files_of(output)):
         require_replaceable(path)
