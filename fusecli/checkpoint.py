@@ -81,7 +81,9 @@ def _config(saved: str, path: str) -> Config:
         version = options.pop("format")
         unknown = sorted(set(options) - {field.name for field in fields(Config)})
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise CheckpointError("malformed metadata", where=path, found=saved[:80]) from None
+        raise CheckpointError(
+            "malformed metadata", where=path, found=repr(saved[:80]), wanted="a JSON object with format"
+        ) from None
     if "kind" in options:
         raise CheckpointError("holds attention, not weights", where=path, wanted="a checkpoint")
     if type(version) is not int or version != FORMAT:

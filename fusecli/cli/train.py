@@ -185,7 +185,7 @@ def train(
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Skip ids without image, text or label.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume a stopped run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume a stopped run, if there is one.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start over instead of resuming a stopped run.")
     ] = False,

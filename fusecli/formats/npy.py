@@ -28,8 +28,10 @@ def open_tensors(source: Source) -> dict[str, Stored]:
         ValuesError: the array holds Python objects.
     """
     start = read_bytes(source, 0, 12)
-    if len(start) < 10 or (start[6] > 1 and len(start) < 12):
-        raise FileError("cut short in its header", where=source.name, found=f"{len(start)} bytes")
+    least = 12 if start[6:7] > b"\1" else 10
+    if len(start) < least:
+        found, wanted = f"{len(start)} bytes", f"at least {least}"
+        raise FileError("cut short in its header", where=source.name, found=found, wanted=wanted)
     if start[6] not in (1, 2, 3):
         raise FileError("unknown .npy version", where=source.name, found=str(start[6]), wanted="1, 2 or 3")
     at = 10 if start[6] == 1 else 12
@@ -54,7 +56,8 @@ def _parse(header: bytes, latin: bool) -> tuple[tuple[int, ...], str, bool, bool
             raise ValueError
         dtype = np.dtype(descr)
     except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError):
-        raise FileError("malformed header", found=repr(text[:80])) from None
+        wanted = "a dictionary of descr, fortran_order and shape"
+        raise FileError("malformed header", found=repr(text[:80]), wanted=wanted) from None
     require_sane(shape, None)
     if dtype.hasobject:
         what = "holds pickled Python objects, which are never loaded"

@@ -12,6 +12,7 @@ import math
 import re
 import struct
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -140,7 +141,8 @@ def _entry(source: Source, name: str, value: Any) -> tuple[Kind, int, int]:
         if not all(type(n) is int and 0 <= n < 2**62 for n in (*shape, first, last)):
             raise ValueError
     except (ValueError, TypeError, KeyError):
-        raise FileError("malformed header", where=where, found=repr(value)[:80]) from None
+        wanted = "dtype, shape and data_offsets"
+        raise FileError("malformed header", where=where, found=repr(value)[:80], wanted=wanted) from None
     require_sane(shape, where)
     bits = OTHER_BITS.get(code)
     wanted = last - first
@@ -158,7 +160,8 @@ def _entry(source: Source, name: str, value: Any) -> tuple[Kind, int, int]:
 
 def _check_layout(source: Source, index: Index) -> None:
     if len(set(index.names)) < len(index.names):
-        raise FileError("the header names a tensor twice", where=source.name)
+        twice = Counter(index.names).most_common(1)[0][0]
+        raise FileError("the header names a tensor twice", where=source.name, found=twice, wanted="once")
     end = 0
     order: Iterable[int] = range(len(index.names))
     if any(first > later for first, later in pairwise(index.firsts)):

@@ -317,7 +317,8 @@ def require_sane(shape: Any, where: str | None) -> None:
     if sane:
         sane = math.prod(n for n in shape if n) < 2**58  # in bytes NumPy counts to 2**63, empty axes or not
     if not sane:
-        raise FileError("malformed header", where=where, found=f"shape {shape!r}"[:80])
+        found = f"shape {shape!r}"[:80]
+        raise FileError("malformed header", where=where, found=found, wanted="a shape of whole numbers from 0")
 
 
 def as_bytes(x: NumpyArray) -> memoryview:
