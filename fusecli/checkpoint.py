@@ -109,9 +109,7 @@ def _checked(config: Config, tensors: Mapping[str, Array], path: str, hint: str 
     except InputError as error:
         raise _located(error, path) from None
     except UsageError as error:
-        located = _located(error, path)
-        located.hint = hint or error.hint
-        raise located from None
+        raise _located(error, path, hint) from None
     for name, tensor in tensors.items():
         bad = first_nonfinite(tensor)
         if bad is not None:
@@ -120,9 +118,9 @@ def _checked(config: Config, tensors: Mapping[str, Array], path: str, hint: str 
     return weights
 
 
-def _located(error: FusecliError, path: str) -> CheckpointError:
+def _located(error: FusecliError, path: str, hint: str | None = None) -> CheckpointError:
     where = f"{path}[{error.where}]" if error.where else path
-    return CheckpointError(error.what, where=where, found=error.found, wanted=error.wanted, hint=error.hint)
+    return CheckpointError(error.what, where=where, found=error.found, wanted=error.wanted, hint=hint or error.hint)
 
 
 def _bare(tensors: Mapping[str, Array], path: str, num_heads: int | None, tell: Callable[[str], None]) -> Weights:

@@ -14,7 +14,7 @@ from fusecli.dumps import About, names_of
 from fusecli.errors import CheckpointError
 from fusecli.formats import FLOATS, NumpyArray, Stored, open_source, tensors_of
 from fusecli.state_dict import is_pt
-from fusecli.weights import Weights
+from fusecli.weights import Weights, are_of_weights
 
 #: Bytes read at once, in whole rows: many rows are described in little memory.
 BLOCK = 2**24
@@ -46,7 +46,7 @@ def describe(
     tensors = tensors_of(source)
     rows = [_scan(stored) for _, stored in sorted(tensors.items())]
     stochastic = [row.pop("stochastic") for row in rows]
-    if any(name.endswith(("image_proj.weight", "text_proj.weight")) for name in tensors):
+    if are_of_weights(tensors):
         try:
             facts = _of_checkpoint(checkpoint.load_from(source, path, num_heads, tell))
         except CheckpointError as error:

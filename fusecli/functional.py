@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -129,11 +130,14 @@ def rows_apart(x: Array, weight: Array) -> Array:
     return _small_products(weight, tiles.mT).mT.reshape(-1, len(weight))[:b]  # [tiles, D, rows] -> [B, D]
 
 
-def linear(x: Array, weight: Array, bias: Array) -> Array:
-    """``x [..., rows, K] @ weightᵀ + bias`` with ``weight [D, K]``: ``[..., rows, D]``, as `torch.nn.Linear`."""
+def linear(x: Array, weight: Array, bias: Array, product: Callable[[Array, Array], Array] = dot_by_parts) -> Array:
+    """``x [..., rows, K] @ weightᵀ + bias`` with ``weight [D, K]``: ``[..., rows, D]``, as `torch.nn.Linear`.
+
+    ``product`` is how arrays are multiplied.
+    """
     if is_torch(x):
         return namespace(x).nn.functional.linear(x, weight, bias)
-    y = dot_by_parts(x, weight.mT)
+    y = product(x, weight.mT)
     y += bias
     return y
 

@@ -98,16 +98,18 @@ def few(tmp_path: Path, rng: np.random.Generator, run: Run) -> Path:
 @pytest.fixture
 def lesson(tmp_path: Path, rng: np.random.Generator) -> list[str]:
     """Pairs whose label, one of three, is that of the image row that the text asks for, and ``labels.csv``."""
-    centres = 3 * rng.standard_normal((3, 16))
-    questions = rng.standard_normal((2, 16))
+    from tests.lessons import D
+
+    centres = 3 * rng.standard_normal((3, D))
+    questions = rng.standard_normal((2, D))
     ids = []
     lines = ["id,label,other,number"]
     for k in range(160):
         id = f"{'ab'[k % 2]}/{k:03}"
         label, asked, other = k % 3, k % 2, int(rng.integers(3))
         rows = np.stack([centres[label if row == asked else other] + 3 * questions[row] for row in (0, 1)])
-        image = rows + 0.3 * rng.standard_normal((2, 16))
-        text = questions[asked] + 0.3 * rng.standard_normal((1 + k % 5, 16))
+        image = rows + 0.3 * rng.standard_normal((2, D))
+        text = questions[asked] + 0.3 * rng.standard_normal((1 + k % 5, D))
         for side, array in (("img", image), ("txt", text)):
             path = tmp_path / side / f"{id}.npy"
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,11 +15,10 @@ import torch
 
 import fusecli
 from fusecli import checkpoint
-from fusecli.training.data import part_of
 from fusecli.training.recipe import FROM_NOTHING, SMOOTHING, WITH_LABELS, WITHOUT_LABELS, pace
 from fusecli.training.start import laid_apart
 from tests.conftest import FUSECLI, Run
-from tests.lessons import QUICK, D, scores_of, train
+from tests.lessons import QUICK, D, is_held_out, scores_of, train
 
 
 @pytest.mark.parametrize("method", ["gated", "transformer"])
@@ -171,7 +170,7 @@ def test_labels_held_out_reach_no_weights(run: Run, lesson: list[str], tmp_path:
     wrote, scores = [], []
     head, *lines = (tmp_path / "labels.csv").read_text().splitlines()
     for new in (False, True):
-        held = [line.replace(",", ",new", 1) if new and _held_out(line.split(",")[0]) else line for line in lines]
+        held = [line.replace(",", ",new", 1) if new and is_held_out(line.split(",")[0]) else line for line in lines]
         (tmp_path / "labels.csv").write_text("\n".join([head, *held]))
         facts = train(run, "--labels", "labels.csv", "--epochs", 2, "--class-weights", "balanced")
         scores.append(set(scores_of(facts).values()))
@@ -188,10 +187,6 @@ def test_a_run_to_resume_that_is_not_there_begins(run: Run, lesson: list[str], t
     told = run("train", "img", "txt", "-o", "f.safetensors", *QUICK, *options, "--resume").stderr.decode()
     assert "no unfinished run to resume: starting from the beginning" in told
     assert _bytes(tmp_path) == whole
-
-
-def _held_out(id: str) -> bool:
-    return part_of(id, 0.1, 0.2) == "held-out"
 
 
 def test_points_in_time_can_be_learned(run: Run, lesson: list[str], tmp_path: Path) -> None:

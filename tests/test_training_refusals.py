@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fusecli.training.data import part_of
 from tests.conftest import FUSECLI, Run
-from tests.lessons import QUICK, D, train
+from tests.lessons import QUICK, D, is_held_out, train
 
 
 def test_a_loss_that_diverges_stops_and_says_where(run: Run, lesson: list[str], tmp_path: Path) -> None:
@@ -150,7 +149,7 @@ def test_an_output_among_the_inputs_is_refused(run: Run, lesson: list[str]) -> N
 
 
 def test_labels_that_no_pair_to_train_on_has_are_told_of(run: Run, lesson: list[str], tmp_path: Path) -> None:
-    held = next(id for id in lesson if part_of(id, 0.1, 0.2) == "held-out")
+    held = next(id for id in lesson if is_held_out(id))
     text = (tmp_path / "labels.csv").read_text()
     (tmp_path / "labels.csv").write_text(text.replace(f"{held},", f"{held},new"))
     options = ("-o", "f.safetensors", *QUICK, "--labels", "labels.csv", "--epochs", 1)

@@ -17,6 +17,7 @@ from fusecli.dumps import GATE, About, Tokens, names_of, require_tokens
 from fusecli.errors import FileError, ShapeError, ValuesError, listed
 from fusecli.formats import NumpyArray, Stored, open_tensors
 from fusecli.grid import Grid, grid_of
+from fusecli.weights import are_of_weights
 
 #: How far the sum of a row may be from 1: what rounding to that dtype can do, and a little more.
 TOLERANCE = {"float16": 4e-3, "bfloat16": 2e-2}
@@ -243,7 +244,7 @@ def open_dumps(path: str, *, regular: bool = False) -> Dumps:
     first = next(iter(tensors.values()), None)
     if first is None:
         raise FileError("no tensors in it", where=path)
-    if any(name.endswith(("image_proj.weight", "text_proj.weight")) for name in tensors):
+    if are_of_weights(tensors):
         raise _no_attention(path, "a checkpoint")
     if tensors.keys() == {"head.weight", "head.bias"}:
         raise _no_attention(path, "the head of a training")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fusecli import checkpoint
-from fusecli.errors import FileError, InputError, OutputError, UsageError
+from fusecli.errors import FileError, InputError, OutputError, UsageError, listed
 from fusecli.formats import write_whole
 from fusecli.training.loop import Progress
 from fusecli.training.objective import Head, Objective
@@ -24,8 +24,6 @@ from fusecli.weights import Weights
 HEAD, LOG, STATE = ".head.safetensors", ".log.jsonl", ".state.pt"
 #: Where a head's file says what it is, among its metadata.
 ABOUT_HEAD = "fusecli-head"
-#: Values of a list that a message shows.
-SHOWN = 5
 
 
 def beside(output: str, suffix: str) -> str:
@@ -187,8 +185,9 @@ class Files:
 
 def _apart(value: Any, other: Any) -> Any:
     """A value for a message; of a list only what another list lacks or has beyond it."""
-    if isinstance(value, list) and isinstance(other, list) and set(value) != set(other):
-        more, less = ([x for x in a if x not in b] for a, b in ((value, set(other)), (other, set(value))))
-        shown = ", ".join(map(str, (more or less)[:SHOWN])) + ("…" if len(more or less) > SHOWN else "")
-        return f"with {shown}" if more else f"without {shown}"
-    return value
+    if not (isinstance(value, list) and isinstance(other, list)) or set(value) == set(other):
+        return value
+    if more := set(value) - set(other):
+        return f"with {listed(str(x) for x in value if x in more)}"
+    less = set(other) - set(value)
+    return f"without {listed(str(x) for x in other if x in less)}"

@@ -45,13 +45,12 @@ def read_labels(path: str, column: str = "label") -> dict[str, str]:
                     wanted, hint = f"{len(columns)}", "a label with a comma in it stands in quotes"
                     where = f"{path}, line {reader.line_num}"
                     raise FileError("more values than columns", where=where, found=found, wanted=wanted, hint=hint)
-                if id and label == "":  # as good as no line
-                    continue
-                if not id or not label:
+                if not id or label is None:
                     raise FileError("an id or a label is missing", where=f"{path}, line {reader.line_num}")
                 if id in labels:
                     raise FileError("duplicate id", where=f"{path}, line {reader.line_num}", found=id)
-                labels[id] = label
+                if label:  # an empty one is as good as no line
+                    labels[id] = label
     except FileNotFoundError:
         raise FileError("no such file", where=path) from None
     except OSError as error:

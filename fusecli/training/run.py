@@ -95,16 +95,15 @@ def train_on(
     Raises:
         FusecliError: the pairs cannot be used, or the training diverged.
     """
-    if resume and not overwrite and not os.path.exists(beside(output, STATE)):
+    going_on = _goes_on(output, resume, overwrite)
+    if resume and not going_on:
         reporter.nothing_to_resume()
-        resume = False
     # The command multiplies on one thread for the sake of equal bytes everywhere; here it would take twice as long.
     # What goes on keeps to its number of them, or the last digits would differ.
-    threads = begun_with(output).get("threads", 0) if resume else 0
+    threads = begun_with(output).get("threads", 0) if going_on else 0
     torch.set_num_threads(threads if 0 < threads <= MOST_THREADS else cores())
     if recipe.settings.device != "cpu":
         to_device(recipe.settings.device)
-    begin(output, resume, overwrite)
     folder, shares = os.path.dirname(output) or ".", (recipe.validation, recipe.held_out)
     data = read(ids, places, folder, *shares, lambda done: reporter.read(done, len(ids)))
     require_enough(data)
@@ -114,11 +113,11 @@ def train_on(
     alone = sum(data.images.length(at) == 1 for at in range(len(data.ids)))
     if alone and beginning.untrained.config.can_forget_text:
         reporter.forgets_text(alone)
-    return train(output, beginning, lesson, reporter, resume)
+    return train(output, beginning, lesson, reporter, going_on)
 
 
-def begin(output: str, resume: bool, overwrite: bool) -> None:
-    """See that it is said what to do with an unfinished run, and that what is written can take its place.
+def _goes_on(output: str, resume: bool, overwrite: bool) -> bool:
+    """Whether there is an unfinished run to go on with; that it is said what to do with it, and can be replaced.
 
     Raises:
         UsageError: it is not said, or twice.
@@ -127,10 +126,12 @@ def begin(output: str, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise UsageError("exclude each other", where="--resume --overwrite", hint="leave out either")
     state = beside(output, STATE)
-    if os.path.exists(state) and not resume and not overwrite:
+    there = os.path.exists(state)
+    if there and not resume and not overwrite:
         raise UsageError("there is an unfinished run", where=state, hint="--resume or --overwrite")
     for path in (output, *files_of(output)):
         require_replaceable(path)
+    return resume and there
 
 
 def train(output: str, beginning: Beginning, lesson: Lesson, reporter: Reporter, resume: bool) -> Result:
