@@ -17,15 +17,15 @@ from fusecli.collections import open_collection
 from fusecli.errors import is_out_of_memory
 from fusecli.plans import Order, Plan, costs_of_batch, costs_to_learn
 from fusecli.training.data import Batch, load, read
-from fusecli.training.represent import Fusion
+from fusecli.training.represent import Fusion, fast_in_bfloat16
 from tests.oracle_methods import oracle
 from tests.test_methods import EVERY
 
 D = 16
 
 
-def _fusion(method: str, options: dict[str, Any]) -> Fusion:
-    return Fusion(oracle(method, D, 4, D, D, layer_norm=True, **options)[1])
+def _fusion(method: str, options: dict[str, Any], bfloat16: bool = False) -> Fusion:
+    return Fusion(oracle(method, D, 4, D, D, layer_norm=True, **options)[1], bfloat16=bfloat16)
 
 
 def _batch(m: int) -> Batch:
@@ -55,6 +55,40 @@ def test_an_image_meets_many_texts_as_it_meets_each(method: str, options: dict[s
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()) + 1e-5)
+
+
+@EVERY
+@pytest.mark.parametrize("together", [False, True])
+def test_products_in_bfloat16_teach_the_same_and_judge_nothing(
+    method: str, options: dict[str, Any], together: bool
+) -> None:
+    batch, which = _batch(6), torch.tensor([[0, 3], [1, 1], [4, 2], [0, 2], [3, 4]])
+    learned, judged = [], []
+    for bfloat16 in (False, True):
+        fusion = _fusion(method, options, bfloat16)
+        vectors: Any = fusion.each(batch, which) if together else fusion.own(batch)
+        assert vectors.dtype == torch.float32
+        vectors.square().sum().backward()
+        learned.append([vectors.detach(), *(p.grad for p in fusion.parameters() if p.grad is not None)])
+        with torch.no_grad():
+            judged.append(fusion.own(batch))
+    assert torch.equal(*judged)
+    exact, narrow = (torch.cat([x.flatten() for x in some]) for some in learned)
+    off = (exact - narrow).norm() / exact.norm()
+    assert 2**-16 < off < 2**-5  # 8 bits, and what a few layers make of them
+
+
+@pytest.mark.parametrize(
+    ("found", "fast"), [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx512_bf16": False}, False)]
+)
+def test_a_processor_says_whether_it_is_fast_in_bfloat16(
+    found: dict[str, bool], fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    assert fast_in_bfloat16("cpu") == fast
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in older versions
+    assert not fast_in_bfloat16("cpu")
+    assert fast_in_bfloat16("cuda:0")
 
 
 @EVERY

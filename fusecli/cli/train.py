@@ -190,6 +190,13 @@ def train(
         bool, typer.Option("--overwrite", help="Start over instead of resuming a stopped run.")
     ] = False,
     device: Device = "cpu",
+    bfloat16: Annotated[
+        bool | None,
+        typer.Option(
+            "--bfloat16/--no-bfloat16",
+            help="Learn from products in bfloat16.  [default: on GPUs, and CPUs that have them]",
+        ),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -267,6 +274,7 @@ def _recipe(
         asked["patience"] or usual.patience,
         asked["seed"],
         asked["device"],
+        asked["bfloat16"],
     )
     return recipe.Recipe(objective, beginning, settings, asked["validation"], asked["held_out"])
 

@@ -37,10 +37,11 @@ def files_of(output: str) -> list[str]:
 
 
 def begun_with(output: str) -> dict[str, int]:
-    """Which of the starts an unfinished run began with, and on how many threads, as far as its log says so."""
-    with contextlib.suppress(OSError, ValueError, AttributeError), open(beside(output, LOG), "rb") as file:
+    """Which start an unfinished run began with, on how many threads, if in bfloat16, as far as its log says so."""
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError), open(beside(output, LOG), "rb") as file:
         first = json.loads(file.readline())
-        return {name: first[name] for name in ("start", "threads") if type(first.get(name)) is int}
+        found = {**first, "bfloat16": first.get("run", {}).get("bfloat16")}
+        return {name: found[name] for name in ("start", "threads", "bfloat16") if isinstance(found.get(name), int)}
     return {}
 
 

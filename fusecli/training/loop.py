@@ -41,6 +41,7 @@ class Settings:
         patience: epochs without a lower validation loss after which to stop.
         seed: of the first head, of order and dropout.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
+        bfloat16: whether the fusion learns from products in bfloat16; None: where the device is made for them.
     """
 
     epochs: int
@@ -50,6 +51,7 @@ class Settings:
     patience: int
     seed: int
     device: str
+    bfloat16: bool | None = None
 
 
 @dataclass
@@ -210,11 +212,8 @@ class _Run:
         return batches(data, data.parts["train"], size, generator, self._objective.texts, own)
 
     def _step(self, batch: Batch) -> float:
-        kind = self._settings.device.partition(":")[0]
         self.optimizer.zero_grad()
-        # bfloat16 has the range of float32: no scaling of the loss.
-        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
-            loss = self._objective.loss(self._head, self._fusion, batch)
+        loss = self._objective.loss(self._head, self._fusion, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self._learned, MAX_NORM)
         if not torch.isfinite(norm):

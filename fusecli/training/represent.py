@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -78,16 +78,26 @@ class Means:
         return give
 
 
+def fast_in_bfloat16(device: str) -> bool:
+    """Whether a device has instructions for products in bfloat16; elsewhere they take longer than in float32."""
+    if device != "cpu":
+        return True
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot tell
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
 class Fusion:
     """The mean of the fused tokens.
 
     Args:
         weights: to begin with; learned further if ``learned``.
         device: where to compute.
+        learned: whether gradients are wanted.
+        bfloat16: multiply matrices in bfloat16 where gradients are taken.
     """
 
-    def __init__(self, weights: Weights, device: str = "cpu", learned: bool = True) -> None:
-        self.device, self._learned = device, learned
+    def __init__(self, weights: Weights, device: str = "cpu", learned: bool = True, bfloat16: bool = False) -> None:
+        self.device, self._learned, self._bfloat16 = device, learned, bfloat16
         self.config: Config = weights.config
         self.named = {
             name: nn.Parameter(torch.tensor(cast(tensor, "float32"), device=device), requires_grad=learned)
@@ -119,7 +129,13 @@ class Fusion:
     def of_images(self, batch: Batch, times: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         """See `Representation`."""
         prepared = self._prepared(batch, times)
-        return lambda texts, mask: masked_mean(prepared.fuse(texts, mask=mask).fused, mask)
+
+        def give(texts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            with self._narrow():
+                fused = prepared.fuse(texts, mask=mask).fused
+            return masked_mean(fused.float(), mask)
+
+        return give
 
     def _prepared(self, batch: Batch, times: int = 1) -> Prepared:
         """The images of a batch, ready for as many texts as it has, ``times`` over."""
@@ -127,9 +143,17 @@ class Fusion:
         n = batch.texts.shape[1] * times
         learning = self._learned and torch.is_grad_enabled()
         weights = self._weights if learning else self.frozen()
-        return Prepared(
-            View(weights, batch.images, batch.texts, n, "float32", training=learning, mask=batch.image_mask, drop=drop)
-        )
+        image, mask = batch.images, batch.image_mask
+        with self._narrow():
+            return Prepared(View(weights, image, batch.texts, n, "float32", training=learning, mask=mask, drop=drop))
+
+    def _narrow(self) -> torch.autocast:
+        """Products in bfloat16 where something is learned; its range is that of float32, so no loss has to be scaled.
+
+        All else is float32: means, heads and losses, where the third digit of a cosine counts.
+        """
+        kind = self.device.partition(":")[0]
+        return torch.autocast(kind, torch.bfloat16, enabled=self._bfloat16 and torch.is_grad_enabled())
 
     def frozen(self) -> Weights:
         """The weights as they are now, of which nothing is learned: they are folded, and take fewer operations."""
@@ -152,9 +176,10 @@ class Fusion:
 
         mask = batch.text_mask[which]  # [B, G, N]
         prepared = self._prepared(batch, count)
-        texts = PickedRows(prepared.text_rows(batch.texts), pick)
-        fused = prepared.fuse(texts, mask=mask.flatten(1)).fused  # [B, G*N, D]
-        fused = fused.reshape(size * count, -1, self.width)
+        with self._narrow():
+            texts = PickedRows(prepared.text_rows(batch.texts), pick)
+            fused = prepared.fuse(texts, mask=mask.flatten(1)).fused  # [B, G*N, D]
+        fused = fused.float().reshape(size * count, -1, self.width)
         return masked_mean(fused, mask.flatten(0, 1)).reshape(size, count, -1)
 
     def beside(self, data: Data, texts: list[int]) -> Callable[[int], torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from fusecli.training.files import STATE, Files, begun_with, beside, files_of
 from fusecli.training.loop import Lesson, Listener, Progress, fit
 from fusecli.training.objective import Head, Measured
 from fusecli.training.recipe import Recipe
-from fusecli.training.represent import Fusion
+from fusecli.training.represent import Fusion, fast_in_bfloat16
 from fusecli.training.start import Beginning
 from fusecli.training.table import Judged, Row, compare, verdict
 from fusecli.weights import Weights
@@ -99,15 +99,18 @@ def train_on(
     if resume and not going_on:
         reporter.nothing_to_resume()
     # The command multiplies on one thread for the sake of equal bytes everywhere; here it would take twice as long.
-    # What goes on keeps to its number of them, or the last digits would differ.
-    threads = begun_with(output).get("threads", 0) if going_on else 0
+    # What goes on keeps to its number of them, and its precision, or digits would differ.
+    begun = begun_with(output) if going_on else {}
+    threads, settings = begun.get("threads", 0), recipe.settings
     torch.set_num_threads(threads if 0 < threads <= MOST_THREADS else cores())
-    if recipe.settings.device != "cpu":
-        to_device(recipe.settings.device)
+    if settings.device != "cpu":
+        to_device(settings.device)
+    if settings.bfloat16 is None:
+        settings = replace(settings, bfloat16=bool(begun.get("bfloat16", fast_in_bfloat16(settings.device))))
     folder, shares = os.path.dirname(output) or ".", (recipe.validation, recipe.held_out)
     data = read(ids, places, folder, *shares, lambda done: reporter.read(done, len(ids)))
     require_enough(data)
-    lesson, beginning = Lesson(recipe.objective(data), data, recipe.settings), recipe.beginning(data)
+    lesson, beginning = Lesson(recipe.objective(data), data, settings), recipe.beginning(data)
     if unknown := lesson.objective.unknown:
         reporter.unknown_labels(unknown)
     alone = sum(data.images.length(at) == 1 for at in range(len(data.ids)))
@@ -151,7 +154,8 @@ def train(output: str, beginning: Beginning, lesson: Lesson, reporter: Reporter,
     state = keeper.begin(resume, which)
     try:
         before = start.loss if state is None else None
-        progress = fit(Fusion(start.weights, device), lesson, keeper, reporter, before, state)
+        fusion = Fusion(start.weights, device, bfloat16=bool(lesson.settings.bfloat16))
+        progress = fit(fusion, lesson, keeper, reporter, before, state)
     except (TrainingError, ValuesError):
         keeper.give_up()
         raise
