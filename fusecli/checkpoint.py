@@ -18,7 +18,16 @@ import numpy as np
 from fusecli.arrays import Array, dtype_name, first_nonfinite, to_numpy
 from fusecli.arrays import cast as to_dtype
 from fusecli.drawing import CONSTANTS, HALF_OPEN, drawn, turned
-from fusecli.errors import CheckpointError, FileError, FusecliError, InputError, OutputError, UsageError, ValuesError
+from fusecli.errors import (
+    CheckpointError,
+    FileError,
+    FusecliError,
+    InputError,
+    OutputError,
+    UsageError,
+    ValuesError,
+    listed,
+)
 from fusecli.formats import Source, open_source, safetensors, sniff, write_whole
 from fusecli.state_dict import article_names, is_pt, read_pt
 from fusecli.weights import OPTIONS, Config, Weights, require_heads, tensor_shapes
@@ -90,7 +99,8 @@ def _config(saved: str, path: str) -> Config:
         found = f"format {version}"
         raise CheckpointError("made by another version of fusecli", where=path, found=found, wanted=f"format {FORMAT}")
     if unknown:
-        raise CheckpointError("unknown options in its metadata", where=path, found=", ".join(unknown))
+        wanted = ", ".join(field.name for field in fields(Config))
+        raise CheckpointError("unknown options in its metadata", where=path, found=listed(unknown), wanted=wanted)
     headless = [name for name, having in OPTIONS.items() if "num_heads" not in having]
     needed = ["method"] if options.get("method") in headless else ["method", "num_heads"]
     lacking = [name for name in needed if name not in options]

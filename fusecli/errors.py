@@ -20,6 +20,7 @@ They become words for the user in one place, ``fusecli.cli``.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 
 
@@ -121,6 +122,12 @@ class OneRowError(ValuesError):
 
 class CheckpointError(InputError, ValueError):
     """A checkpoint lacks a tensor, has one too many, or one of the wrong shape."""
+
+
+def unwritable(path: str | None, error: OSError, what: str = "cannot be written") -> OutputError:
+    """What to say of a file or stream that the system does not let be written."""
+    hint = "free some space, or write elsewhere" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+    return OutputError(what, where=path, found=error.strerror or str(error), hint=hint)
 
 
 def listed(names: Iterable[str], most: int = 5, count: int | None = None) -> str:

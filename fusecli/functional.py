@@ -62,6 +62,8 @@ def products_beside(a: Array, b: Array) -> Array:
 SMALL_PRODUCT, SMALL_RESULT = 10**6, 1200
 #: Rows up to which a weight matrix taken in such small products is faster than whole, on one thread or two.
 THIN = 12
+#: OpenBLAS takes so many rows at once, and a rest by 8, 4, 2 and 1: 13 to 15 rows take longer than these.
+STEP = 16
 #: Rows that are multiplied together by `rows_apart`. Not any number will do: of 12, 24 or 32, OpenBLAS's AVX2 code
 #: (`OPENBLAS_CORETYPE=Haswell`) adds up some in another order than the rest. Of 8 or 16 it does not.
 ROWS_APART = 16
@@ -96,6 +98,8 @@ def dot(a: Array, b: Array) -> Array:
         return a @ b
     if a.ndim == 2 and 1 < len(a) <= THIN and b.strides[0] == b.itemsize:
         return _small_products(b.mT, a.mT).mT
+    if a.ndim == 2 and THIN < len(a) < STEP:
+        return (b.mT @ padded(a, STEP).mT).mT[: len(a)]
     return (b.mT @ a.mT).mT
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from fusecli.arrays import first_nonfinite
 from fusecli.errors import FileError, ShapeError, UsageError, ValuesError, listed
 from fusecli.formats import NumpyArray, Stored, open_tensors
+from fusecli.weights import are_of_weights
 
 #: Names that encoders and dataset tools give their tensors, the most telling first.
 KNOWN_NAMES = {
@@ -58,12 +59,8 @@ def _choose(tensors: dict[str, Stored], path: str, side: str, key: str | None) -
         for name in known:
             if name in tensors:
                 return tensors[name]
-    raise FileError(
-        f"cannot tell which tensor holds the {side}",
-        where=path,
-        found=found,
-        hint=f"name it with --{side}-key",
-    )
+    hint = "a checkpoint is given by -w" if are_of_weights(tensors) else f"name it with --{side}-key"
+    raise FileError(f"cannot tell which tensor holds the {side}", where=path, found=found, hint=hint)
 
 
 def read_finite(stored: Stored, finite: bool = True, rows: slice | None = None) -> NumpyArray:

@@ -151,7 +151,10 @@ def test_metadata_that_make_no_sense_are_refused(stored: Any, text: str) -> None
         ('{"format":1,"method":"attention"}', "wanted num_heads"),
         ('{"format":1,"num_heads":8}', "wanted method"),
         ('{"format":1,"kind":"attention","ids":["a"]}', "holds attention, not weights"),
-        ('{"format":1,"method":"attention","num_heads":8,"x":1}', "unknown options in its metadata: found x"),
+        (
+            '{"format":1,"method":"attention","num_heads":8,"x":1}',
+            "unknown options in its metadata: found x, wanted method, num",
+        ),
         ('{"format":9,"method":"attention","num_heads":8,"x":1}', "another version"),
     ],
 )

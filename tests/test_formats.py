@@ -182,6 +182,13 @@ def test_safetensors_headers_that_lie_are_refused(tmp_path: Path, header: Any) -
         open_tensors(str(tmp_path / "x.safetensors"))
 
 
+@pytest.mark.parametrize(("text", "wanted"), [(b"{x", "wanted a JSON object"), (b"\xff{}", "wanted UTF-8")])
+def test_a_header_that_is_no_json_says_so(text: bytes, wanted: str, tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(FileError, match=f"malformed header.*{wanted}"):
+        open_tensors(str(tmp_path / "x.safetensors"))
+
+
 def test_an_empty_array_of_absurd_width_is_refused(tmp_path: Path) -> None:
     text = json.dumps({"x": {"dtype": "F32", "shape": [0, 2**61], "data_offsets": [0, 0]}}).encode()
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)

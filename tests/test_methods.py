@@ -21,7 +21,7 @@ from fusecli import Config, Weights, checkpoint, fuse, methods
 from fusecli.arrays import FLOAT_NAMES
 from fusecli.cli.options import METHOD_OPTIONS, DtypeName, Gate, MethodName
 from fusecli.errors import UsageError
-from fusecli.functional import gelu, layer_norm, linear, rows_apart
+from fusecli.functional import dot, gelu, layer_norm, linear, rows_apart
 from fusecli.fusion import Prepared
 from fusecli.methods import View
 from fusecli.one_row import single_rows
@@ -268,6 +268,13 @@ def test_one_image_row_alone_or_among_others_gives_the_same_bits(method: str, op
     together = single_rows(weights, image)
     for k, row in enumerate(image):
         assert (single_rows(weights, row[None])[0] == together[k]).all()
+
+
+def test_a_product_is_one_however_many_rows_it_has(rng: np.random.Generator) -> None:
+    weight = rng.standard_normal((40, 24))
+    for rows in range(1, 50):
+        x = rng.standard_normal((rows, 24))
+        np.testing.assert_allclose(dot(x, weight.T), np.einsum("nk,dk->nd", x, weight), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

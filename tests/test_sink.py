@@ -65,9 +65,10 @@ def test_a_file_appears_whole_and_in_place_of_the_old_one(tmp_path: Path) -> Non
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
     path = tmp_path / "x.npy"
     path.write_bytes(b"old")
-    with pytest.raises(OutputError, match="No space left"), open_sink(str(path)) as sink:  # noqa: PT012
+    with pytest.raises(OutputError, match="No space left") as caught, open_sink(str(path)) as sink:  # noqa: PT012
         sink.put(0, b"new")
         raise OSError(28, "No space left on device")
+    assert caught.value.hint == "free some space, or write elsewhere"
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["x.npy"]
 

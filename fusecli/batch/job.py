@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from fusecli.batch.store import Store
 from fusecli.collections import Place
-from fusecli.errors import FusecliError, InputError, OutputError, is_out_of_memory
+from fusecli.errors import FusecliError, InputError, is_out_of_memory, unwritable
 from fusecli.machine import listen
 from fusecli.pipeline import Mover
 from fusecli.weights import Weights
@@ -80,7 +80,7 @@ def failed(id: str, error: Exception) -> Outcome:
         here = isinstance(error, MemoryError)
         error = FusecliError("out of memory", hint="use fewer workers" if here else "use --device cpu, or another GPU")
     elif isinstance(error, OSError):
-        error = OutputError("cannot be written", where=error.filename2 or error.filename, found=error.strerror)
+        error = unwritable(error.filename2 or error.filename, error)
     elif not isinstance(error, FusecliError):
         error = FusecliError("internal error", found=f"{type(error).__name__}: {error}")
     hint = {"hint": error.hint} if error.hint else {}

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TypeAlias
 from fusecli.batch.job import Outcome
 from fusecli.batch.lock import is_held, lock_of
 from fusecli.batch.store import GATHERED, Piece, believed
-from fusecli.errors import OutputError, UsageError
+from fusecli.errors import OutputError, UsageError, unwritable
 from fusecli.machine import write_all
 
 #: How the line of a run starts.
@@ -272,7 +272,7 @@ class Ledger:
         try:
             write_all(self._fd, memoryview(data))
         except OSError as error:
-            raise OutputError("cannot be written", where=self.path, found=error.strerror) from error
+            raise unwritable(self.path, error) from error
 
     def close(self) -> None:
         """Nothing more will come."""

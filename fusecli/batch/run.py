@@ -23,7 +23,7 @@ from fusecli.batch.stacks import Stacks, is_stack
 from fusecli.batch.store import STATE, FolderStore, PartStore, Piece, Store
 from fusecli.batch.summary import Recorder, Reporter, Summary, reason_to_stop
 from fusecli.batch.worker import work
-from fusecli.errors import OutputError, UsageError
+from fusecli.errors import UsageError, unwritable
 from fusecli.formats import require_replaceable, safetensors
 from fusecli.machine import undisturbed
 from fusecli.pipeline import takes_gate
@@ -59,7 +59,7 @@ def run(request: Request, plan: Callable[[], Pairs | Manifest], reporter: Report
         except OSError as error:
             if error.filename is None:  # of no file
                 raise
-            raise OutputError("cannot be written", where=error.filename, found=error.strerror) from error
+            raise unwritable(error.filename, error) from error
     finally:
         pool.close()
         stop.close()

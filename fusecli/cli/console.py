@@ -8,7 +8,7 @@ import os
 import sys
 from typing import Any, TextIO
 
-from fusecli.errors import OutputError
+from fusecli.errors import OutputError, unwritable
 from fusecli.machine import write_all
 
 #: Makes one emoji of several; harmless.
@@ -66,8 +66,7 @@ class _Descriptor(io.RawIOBase):
                 raise
         except OSError as error:
             if not self.heedless:
-                what = error.strerror or str(error)
-                raise OutputError("cannot be written", where="standard output", found=what) from error
+                raise unwritable("standard output", error) from error
         return len(data)
 
 

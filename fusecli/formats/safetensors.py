@@ -81,9 +81,8 @@ def read_index(source: Source) -> Index:
     except (ValueError, RecursionError, AttributeError) as error:
         if isinstance(error, FileError):
             raise
-        raise FileError(
-            "the header is not a JSON object of tensors and strings", where=source.name, found=repr(text[:60])
-        ) from None
+        wanted = "a JSON object of tensors and strings"
+        raise FileError("malformed header", where=source.name, found=repr(text[:60]), wanted=wanted) from None
     _check_layout(source, index)
     return index
 
@@ -97,7 +96,7 @@ def _header_text(source: Source) -> tuple[str, int]:
     try:
         return data.decode(), 8 + length
     except ValueError:
-        raise FileError("the header is not valid UTF-8", where=source.name, found=repr(data[:60])) from None
+        raise FileError("malformed header", where=source.name, found=repr(data[:60]), wanted="UTF-8") from None
 
 
 def _members(text: str) -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fusecli.errors import OutputError
+from fusecli.errors import OutputError, unwritable
 from fusecli.formats.source import NumpyArray, as_bytes
 from fusecli.machine import write_all
 
@@ -129,8 +129,7 @@ def open_sink(path: str) -> Iterator[Sink]:
     except OSError as error:
         if error.errno == errno.EBADF:
             raise OutputError("is closed", where=shown) from error
-        hint = {errno.ENOSPC: "free some space, or write elsewhere"}.get(error.errno or 0)
-        raise OutputError("cannot be written", where=shown, found=error.strerror or str(error), hint=hint) from error
+        raise unwritable(shown, error) from error
 
 
 def require_folder(path: str) -> str:

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from fusecli.errors import FileError, InputError, OneRowError, OutputError, UsageError
+from fusecli.errors import FileError, InputError, OneRowError, UsageError, unwritable
 from fusecli.formats import NumpyArray
 from fusecli.heatmap.dump import Dump, Dumps, Wanted, caption
 from fusecli.heatmap.figure import OPACITY
@@ -91,7 +91,7 @@ def write_report(
             done = _write_all(dumps, building, wanted, pictures, (fit, scale), counted)
             _put_in_place(building, target)
     except OSError as error:
-        raise OutputError("cannot be written", where=output, found=error.strerror or str(error)) from error
+        raise unwritable(output, error) from error
     finally:
         with undisturbed():  # by a second Ctrl-C
             for left in (building, _old(building)):

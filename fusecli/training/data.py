@@ -18,7 +18,7 @@ import torch
 
 from fusecli.arrays import cast
 from fusecli.collections import Place
-from fusecli.errors import InputError, OutputError, ShapeError, ValuesError
+from fusecli.errors import InputError, ShapeError, ValuesError, unwritable
 from fusecli.formats import NumpyArray
 from fusecli.functional import largest
 from fusecli.pairs import read_finite
@@ -83,7 +83,7 @@ class Rows:
                 # Copy-on-write: torch wants memory that could be written to.
                 self._all = np.memmap(file, self.dtype, "c", shape=(self.starts[-1], self.width))
         except OSError as error:
-            raise OutputError("no copy of the features can be kept", where=folder, found=error.strerror) from None
+            raise unwritable(folder, error, "no copy of the features can be kept") from None
 
     def _fill(self, file: IO[bytes], arrays: Iterable[NumpyArray], dtype: np.dtype[Any]) -> bool:
         """Write all ``arrays``; False as soon as ``dtype`` does not hold one."""

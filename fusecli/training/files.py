@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fusecli import checkpoint
-from fusecli.errors import FileError, InputError, OutputError, UsageError, listed
+from fusecli.errors import FileError, InputError, UsageError, listed, unwritable
 from fusecli.formats import write_whole
 from fusecli.training.loop import Progress
 from fusecli.training.objective import Head, Objective
@@ -170,7 +170,7 @@ class Files:
             with open(self._log, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
-            raise OutputError("cannot be written", where=self._log, found=error.strerror) from None
+            raise unwritable(self._log, error) from None
 
     def give_up(self) -> None:
         """The run has failed, and would again; where it has kept no weights, the log of those that are there stays."""
