@@ -135,6 +135,9 @@ class Method(Protocol):
     def __init__(self, view: View) -> None:
         """Compute what depends on the image alone."""
 
+    def begin(self, text: TextRows) -> None:
+        """Compute what depends on text rows alone; `fuse` does what has not been done."""
+
     def fuse(self, text: TextRows, mask: Array, need_weights: bool) -> FusedRows:
         """Fuse text rows (of a batch, with ``mask [B, N]``)."""
 
@@ -173,12 +176,17 @@ class CrossAttention:
             image = linear(image, *layers.image)  # [M, D]
         return attention.prepare(image, maps, self._heads, plan, view.mask)
 
+    def query(self, text: TextRows) -> Array | None:
+        """The queries ``[n, D]``, if text is projected before it meets the image."""
+        if self.row is not None or not self._side.keys.meet_queries:
+            return None
+        return text.made("query", lambda whole: self._side.keys.query(self._met(whole)))
+
     def attend(self, text: TextRows, need_weights: bool) -> tuple[Array, Array | None]:
         """``A [n, D]``, or ``[D]`` if all rows are that, and the attention if asked for."""
         if self.row is not None:
             return self.row, ones((self._heads, text.rows.shape[0], 1), self.row) if need_weights else None
-        keys = self._side.keys
-        query = text.made("query", lambda whole: keys.query(self._met(whole))) if keys.meet_queries else None
+        query = self.query(text)
         return attention.attend(self._met(text), self._side, need_weights=need_weights, query=query)
 
     def _met(self, text: TextRows) -> Array:
@@ -195,6 +203,10 @@ class Attention:
         self._attention = CrossAttention(view)
         self._residual = view.weights.config.residual
         self._dim = view.weights.dim
+
+    def begin(self, text: TextRows) -> None:
+        """See `Method`."""
+        self._attention.query(text)
 
     def fuse(self, text: TextRows, mask: Array, need_weights: bool) -> FusedRows:
         """See `Method`."""
@@ -221,14 +233,23 @@ class Gated:
         row = self._attention.row
         self._by_row = None if row is None else self._by_image @ row  # [D]
 
+    def begin(self, text: TextRows) -> None:
+        """See `Method`."""
+        self._attention.query(text)
+        if self._tanh is None:
+            self._gate(text)
+
+    def _gate(self, text: TextRows) -> Array:
+        return text.made("gate", lambda whole: linear(whole.rows, self._by_text, self._bias))  # [n, D]
+
     def fuse(self, text: TextRows, mask: Array, need_weights: bool) -> FusedRows:
         """See `Method`."""
         answer, attended = self._attention.attend(text, need_weights)
         if self._tanh is not None:
             gate = self._tanh
         else:
-            gate = text.made("gate", lambda whole: linear(whole.rows, self._by_text, self._bias))  # [n, D]
-            gate = sigmoid(gate + (dot_by_parts(answer, self._by_image.mT) if self._by_row is None else self._by_row))
+            by_image = dot_by_parts(answer, self._by_image.mT) if self._by_row is None else self._by_row
+            gate = sigmoid(self._gate(text) + by_image)  # [n, D]
         fused = text.rows + gate * answer
         if not need_weights:
             return FusedRows(fused)
@@ -252,9 +273,16 @@ class Pooled:
         else:
             self._weight, self._shift = _text_columns(tensors), row
 
+    def begin(self, text: TextRows) -> None:
+        """See `Method`."""
+        self._projected(text)
+
+    def _projected(self, text: TextRows) -> Array:
+        return text.made("projected", lambda whole: dot_by_parts(whole.rows, self._weight.mT))  # [n, D]
+
     def fuse(self, text: TextRows, mask: Array, need_weights: bool) -> FusedRows:
         """See `Method`."""
-        projected = text.made("projected", lambda whole: dot_by_parts(whole.rows, self._weight.mT))  # [n, D]
+        projected = self._projected(text)
         return FusedRows((projected if self._scale is None else projected * self._scale) + self._shift)
 
 
@@ -287,10 +315,17 @@ class Transformer:
         maps = make() if view.training else view.weights.kept(name, view.template, view.dtype, lambda: merged(make()))
         return attention.prepare(rows, maps, heads, view.plan(rows, view.weights.dim), mask)
 
+    def begin(self, text: TextRows) -> None:
+        """See `Method`."""
+        self._projected(text)
+
+    def _projected(self, text: TextRows) -> Array:
+        return text.made("projected", lambda whole: linear(whole.rows, *self._view.layer("text_proj")))  # [n, D]
+
     def fuse(self, text: TextRows, mask: Array, need_weights: bool) -> FusedRows:
         """See `Method`. The attention is that of the last layer."""
         drop, attended = self._view.drop, None
-        x = text.made("projected", lambda whole: linear(whole.rows, *self._view.layer("text_proj")))  # [n, D]
+        x = self._projected(text)  # [n, D]
         for number, side in enumerate(self._sides):
             layer = partial(self._layer, number)
             if self._config.self_attention:

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 import fusecli
-from fusecli.errors import FileError, InputError
+from fusecli.errors import FileError, InputError, UsageError
 from fusecli.training.data import Rows
 from fusecli.training.files import Files, begun_with
 from fusecli.training.labels import numbers, read_labels
@@ -108,10 +108,24 @@ def test_a_run_that_goes_on_does_not_choose_its_start_again(tmp_path: Path) -> N
     starts: Any = [Start() for _ in range(3)]
     _files(tmp_path).begin(False, start=1)
     begun = begun_with(str(tmp_path / "f.safetensors"))
-    assert begun == {"start": 1, "threads": torch.get_num_threads()}
+    assert begun == {"start": 1, "threads": torch.get_num_threads(), "bfloat16": False}
     assert _best(starts, begun["start"]) == 1
     assert begun_with(str(tmp_path / "none.safetensors")) == {}
     assert _best(starts[:1], 1) == 0  # another command, as will be told: there is but one start now
+
+
+def test_a_run_goes_on_in_the_precision_that_it_began_with(tmp_path: Path) -> None:
+    objective: Any = SimpleNamespace(name="classify", facts=dict)
+    facts: dict[str, Any]
+    for facts, precision in (({}, False), ({"bfloat16": False}, False), ({"bfloat16": True}, True)):
+        files = Files(str(tmp_path / "f.safetensors"), objective, facts)
+        files.begin(False)
+        files.state({"progress": vars(Progress(epoch=1))})
+        begun = begun_with(str(tmp_path / "f.safetensors"))["bfloat16"]
+        assert begun is precision
+        Files(str(tmp_path / "f.safetensors"), objective, {"bfloat16": begun}).begin(True)
+        with pytest.raises(UsageError, match=f"found bfloat16 {precision}, wanted bfloat16 {not precision}"):
+            Files(str(tmp_path / "f.safetensors"), objective, {"bfloat16": not precision}).begin(True)
 
 
 def test_rows_that_belong_to_other_pairs_are_other_features(tmp_path: Path) -> None:

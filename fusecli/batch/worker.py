@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -15,11 +17,12 @@ from fusecli.batch.store import PartStore, Piece
 from fusecli.collections import Place
 from fusecli.errors import OutputError
 from fusecli.formats import NumpyArray, Stored
+from fusecli.fusion import NUMBERS_IN_TURN, PAIRS_IN_TURN, InTurn, fuse_in_turn, numbers_in_turn
 from fusecli.machine import alone_in
 from fusecli.methods import FusedRows
-from fusecli.one_row import one_row_is_enough, single_rows
+from fusecli.one_row import adds_one_row, one_row_is_enough, single_rows
 from fusecli.pairs import read_finite, require_width
-from fusecli.pipeline import Output, Pair, Seconds, fuse_pair
+from fusecli.pipeline import FUSED_ROWS, Output, Pair, Seconds, fuse_pair
 from fusecli.places import features_at
 
 #: Bytes of a text from which its blocks of rows are shared by threads: tenths of a second for one.
@@ -30,19 +33,106 @@ NOT_LARGE = nullcontext(False)
 def work(job: Job, item: Item) -> list[Outcome]:
     """Do ``item``; one outcome a task, in order. A bad pair never raises, nor stops the others.
 
-    Images of one row are computed together: the weights are then read from memory once for all of them.
+    Images of one row are computed together, other short pairs in turn: the weights are then read from memory once for
+    many of them.
     """
-    began = perf_counter()
+    outcomes = []
     with np.errstate(all="ignore"):  # what overflows is found by looking
-        images: list[Stored | Outcome] = [open_side(job, task.id, task.image, "image") for task in item]
-        rows = _rows_of_single_images(job, item, images)
-        shared = (perf_counter() - began) / len(item)
-        outcomes = []
-        for task, image, row in zip(item, images, rows, strict=True):
-            outcomes.append(image if isinstance(image, Outcome) else _fuse(job, task, image, row, shared))
-            if job.ends_with(outcomes[-1]):
-                break
+        for some in _short_together(job, _opened(job, item)):
+            _fuse_in_turn(job, some)
+            for pair in some:
+                outcomes.append(pair.outcome or _write(job, pair))
+                if job.ends_with(outcomes[-1]):
+                    return outcomes
     return outcomes
+
+
+@dataclass(slots=True)
+class _Pair:
+    """A pair on its way: its sides, or what has become of it."""
+
+    task: Task
+    image: Any = None  # Stored
+    text: Any = None  # Stored
+    row: Any = None  # [D], what an image of one row comes to
+    seconds: Seconds = field(default_factory=Seconds)
+    result: FusedRows | None = None
+    outcome: Outcome | None = None
+
+
+def _opened(job: Job, item: Item) -> Iterator[_Pair]:
+    began = perf_counter()
+    images: list[Stored | Outcome] = [open_side(job, task.id, task.image, "image") for task in item]
+    rows = _rows_of_single_images(job, item, images)
+    shared = (perf_counter() - began) / len(item)
+    for task, image, row in zip(item, images, rows, strict=True):
+        if isinstance(image, Outcome):
+            yield _Pair(task, outcome=image)
+            continue
+        began = perf_counter()
+        text = open_side(job, task.id, task.text, "text")
+        if isinstance(text, Outcome):
+            yield _Pair(task, outcome=text)
+            continue
+        if row is not None and compute_dtype(image.dtype) != compute_dtype(image.dtype, text.dtype):
+            row = None  # the text is wider than the image: once more, in its precision
+        yield _Pair(task, image, text, row, Seconds(shared + perf_counter() - began))
+
+
+def _short_together(job: Job, pairs: Iterator[_Pair]) -> Iterator[list[_Pair]]:
+    """Pairs in their order, those together that `fuse_in_turn` may take at once."""
+    some: list[_Pair] = []
+    numbers = 0
+    copies = adds_one_row(job.weights)
+    for pair in pairs:
+        if pair.outcome or (copies and pair.row is not None) or pair.text.shape[0] > FUSED_ROWS:
+            if some:
+                yield some
+            yield [pair]
+            some, numbers = [], 0
+            continue
+        more = numbers_in_turn(job.weights, pair.text.shape[0], pair.image.shape[0])
+        if some and (numbers + more > NUMBERS_IN_TURN or len(some) == PAIRS_IN_TURN):
+            yield some
+            some, numbers = [], 0
+        some.append(pair)
+        numbers += more
+    if some:
+        yield some
+
+
+def _fuse_in_turn(job: Job, pairs: list[_Pair]) -> None:
+    """Read and fuse short pairs; what cannot be read has its outcome then, and a lone one is left as it is."""
+    if len(pairs) == 1:
+        return
+    ready: list[tuple[_Pair, InTurn]] = []
+    finite = not job.options.allow_nonfinite
+    for pair in pairs:
+        began = perf_counter()
+        try:
+            image = None if pair.row is not None else read_finite(pair.image, finite)
+            text = read_finite(pair.text, finite)
+        except MemoryError:
+            continue  # alone it may do
+        except Exception as error:
+            pair.outcome = failed(pair.task.id, error)
+        else:
+            ready.append((pair, InTurn(image, text, compute_dtype(pair.image.dtype, pair.text.dtype), pair.row)))
+        pair.seconds.read += perf_counter() - began
+    began = perf_counter()
+    try:
+        results = fuse_in_turn(job.weights, [one for _, one in ready], need_weights=job.attention is not None)
+    except Exception:
+        return  # each alone may do, or tell what is wrong with it
+    took = perf_counter() - began
+    for (pair, _), result in zip(ready, results, strict=True):
+        pair.result = result
+        pair.seconds.fuse += took / len(ready)
+
+
+def _write(job: Job, pair: _Pair) -> Outcome:
+    result, pair.result = pair.result, None  # it need not stay
+    return fuse_task(job, pair.task, pair.image, pair.text, pair.seconds, pair.row, result)
 
 
 def open_side(job: Job, id: str, place: Place, side: str) -> Stored | Outcome:
@@ -78,16 +168,6 @@ def _rows_of_single_images(job: Job, item: Item, images: list[Stored | Outcome])
         for (at, _), answer in zip(group, answers, strict=True):
             rows[at] = answer
     return rows
-
-
-def _fuse(job: Job, task: Task, image: Stored, row: Any, shared: float) -> Outcome:
-    began = perf_counter()
-    text = open_side(job, task.id, task.text, "text")
-    if isinstance(text, Outcome):
-        return text
-    if row is not None and compute_dtype(image.dtype) != compute_dtype(image.dtype, text.dtype):
-        row = None  # the text is wider than the image: once more, in its precision
-    return fuse_task(job, task, image, text, Seconds(shared + perf_counter() - began), row)
 
 
 def fuse_task(

@@ -194,7 +194,7 @@ def train(
         bool | None,
         typer.Option(
             "--bfloat16/--no-bfloat16",
-            help="Learn from products in bfloat16.  [default: on GPUs, and CPUs that have them]",
+            help="Learn from products in bfloat16.  [default: on GPUs, and CPUs with instructions for them]",
         ),
     ] = None,
     json: Json = False,

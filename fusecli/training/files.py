@@ -40,7 +40,7 @@ def begun_with(output: str) -> dict[str, int]:
     """Which start an unfinished run began with, on how many threads, if in bfloat16, as far as its log says so."""
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError), open(beside(output, LOG), "rb") as file:
         first = json.loads(file.readline())
-        found = {**first, "bfloat16": first.get("run", {}).get("bfloat16")}
+        found = {**first, "bfloat16": first.get("run", {}).get("bfloat16", False)}  # an older version had none
         return {name: found[name] for name in ("start", "threads", "bfloat16") if isinstance(found.get(name), int)}
     return {}
 
@@ -72,7 +72,7 @@ class Files:
         try:
             with open(self._state, "rb") as file:
                 state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-            facts, progress = dict(json.loads(state["facts"])), state["progress"]
+            facts, progress = {"bfloat16": False, **json.loads(state["facts"])}, state["progress"]
             _ = progress["epoch"], progress["best_epoch"], [*progress["log"]]
         except Exception:  # torch raises a dozen kinds for a bad file
             raise self.damaged() from None
