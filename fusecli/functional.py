@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from fusecli.arrays import Array, cast, dtype_name, is_torch, namespace, ones, padded
+from fusecli.arrays import Array, cast, contiguous, dtype_name, is_torch, namespace, ones, padded
 
 
 def exp_and_sums(x: Array) -> tuple[Array, Array]:
@@ -97,7 +97,8 @@ def dot(a: Array, b: Array) -> Array:
     if is_torch(a) or a.shape[-2] >= b.shape[-1]:
         return a @ b
     if a.ndim == 2 and 1 < len(a) <= THIN and b.strides[0] == b.itemsize:
-        return _small_products(b.mT, a.mT).mT
+        # Of rows that do not lie one after the other, from 9 on, sums are taken one by one, which rounds more.
+        return _small_products(b.mT, contiguous(a).mT).mT
     if a.ndim == 2 and THIN < len(a) < STEP:
         return (b.mT @ padded(a, STEP).mT).mT[: len(a)]
     return (b.mT @ a.mT).mT

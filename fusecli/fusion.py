@@ -106,9 +106,10 @@ NUMBERS_IN_TURN, PAIRS_IN_TURN = 2**22, 16
 
 
 def numbers_in_turn(weights: Weights, n: int, m: int) -> int:
-    """About how many numbers a pair has in memory while others are computed."""
-    width = weights.text_dim + weights.image_dim + 4 * weights.dim * weights.config.num_layers
-    return (n + m) * width + weights.config.num_heads * n * m
+    """About how many numbers a pair has in memory while others are computed: rows, what is made of them, attention."""
+    of_text = weights.text_dim + 2 * weights.dim
+    of_image = weights.image_dim + 2 * weights.dim * weights.config.num_layers
+    return n * of_text + m * of_image + weights.config.num_heads * n * m
 
 
 def fuse_in_turn(weights: Weights, pairs: Sequence[InTurn], *, need_weights: bool = False) -> list[FusedRows]:

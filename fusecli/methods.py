@@ -211,10 +211,10 @@ class Attention:
     def fuse(self, text: TextRows, mask: Array, need_weights: bool) -> FusedRows:
         """See `Method`."""
         fused, attended = self._attention.attend(text, need_weights)
-        if self._attention.row is not None:
-            fused = filled((text.rows.shape[0], self._dim), fused)
         if self._residual:
-            fused += text.rows
+            fused = fused + text.rows  # not in place: where products are in bfloat16, the text would be rounded to it
+        elif self._attention.row is not None:
+            fused = filled((text.rows.shape[0], self._dim), fused)
         return FusedRows(fused, attended)
 
 
@@ -325,7 +325,7 @@ class Transformer:
     def fuse(self, text: TextRows, mask: Array, need_weights: bool) -> FusedRows:
         """See `Method`. The attention is that of the last layer."""
         drop, attended = self._view.drop, None
-        x = self._projected(text)  # [n, D]
+        x = cast(self._projected(text), self._view.dtype)  # [n, D]; sums stay in float32 where products are not
         for number, side in enumerate(self._sides):
             layer = partial(self._layer, number)
             if self._config.self_attention:

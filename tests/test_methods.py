@@ -275,6 +275,16 @@ def test_a_product_is_one_however_many_rows_it_has(rng: np.random.Generator) -> 
     for rows in range(1, 50):
         x = rng.standard_normal((rows, 24))
         np.testing.assert_allclose(dot(x, weight.T), np.einsum("nk,dk->nd", x, weight), rtol=1e-12, atol=1e-12)
+        stack = np.stack([x, 2 * x, -x], 1)  # as many stacks as there were rows
+        np.testing.assert_allclose(dot(stack, weight.T)[:, 2], -dot(x, weight.T), rtol=1e-12, atol=1e-12)
+
+
+def test_a_few_rows_come_to_the_same_bits_however_they_lie(rng: np.random.Generator) -> None:
+    # OpenBLAS would add up one by one what it takes across, and that rounds more.
+    weight = rng.standard_normal((768, 768), np.float32)
+    for rows in range(2, 13):
+        x = rng.standard_normal((rows, 768), np.float32)
+        np.testing.assert_array_equal(dot(np.asfortranarray(x), weight.T), dot(x, weight.T))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -307,7 +317,7 @@ for dim, width in {[(768, 1000), (184, 1000), (100, 1336), (131, 790), (1009, 21
 
 
 @pytest.mark.parametrize(("dim", "width"), [(1009, 216), (1009, 286), (768, 768), (301, 1000)])
-@pytest.mark.parametrize("rows", [1, 2, 5, 12, 13, 77])
+@pytest.mark.parametrize("rows", [1, 2, 5, 9, 12, 13, 77])
 def test_long_sums_round_no_more_than_torchs(dim: int, width: int, rows: int) -> None:
     ours, reference = [], []
     for seed in range(8):

@@ -167,6 +167,7 @@ def test_the_same_seed_gives_the_same_bytes_killed_or_not(run: Run, lesson: list
     assert _bytes(tmp_path) == whole
     log = [json.loads(line) for line in (tmp_path / "f.log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in log if "epoch" in line] == list(range(1, 21))
+    assert log[0]["run"]["bfloat16"] is not fast_in_bfloat16("cpu")
     assert not (tmp_path / "f.state.pt").exists()
 
 

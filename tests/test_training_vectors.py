@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusecli import methods
@@ -76,6 +77,39 @@ def test_products_in_bfloat16_teach_the_same_and_judge_nothing(
     exact, narrow = (torch.cat([x.flatten() for x in some]) for some in learned)
     off = (exact - narrow).norm() / exact.norm()
     assert 2**-16 < off < 2**-5  # 8 bits, and what a few layers make of them
+
+
+class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Watches which dtypes matrices are multiplied in."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm"):
+            self.dtypes |= {x.dtype for x in args if isinstance(x, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+@EVERY
+def test_all_products_of_learning_are_in_bfloat16_and_the_text_is_not(method: str, options: dict[str, Any]) -> None:
+    batch = _batch(40)
+    batch = replace(batch, texts=batch.texts + 100)  # in bfloat16 that takes all digits but one
+    fusion, exact = _fusion(method, options, True), _fusion(method, options)
+    with _Products() as products:
+        vectors: Any = fusion.own(batch)
+        vectors.square().sum().backward()
+    assert products.dtypes == {torch.bfloat16}
+    if exact.config.adds_text:
+        assert (vectors - exact.own(batch)).abs().max() < 0.05
+
+
+def test_what_does_not_learn_is_computed_in_float32() -> None:
+    fusion = Fusion(oracle("gated", D, 4, D, D)[1], learned=False, bfloat16=True)
+    with _Products() as products:
+        fusion.own(_batch(6))
+    assert torch.bfloat16 not in products.dtypes
 
 
 @pytest.mark.parametrize(

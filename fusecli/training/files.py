@@ -41,7 +41,8 @@ def begun_with(output: str) -> dict[str, int]:
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError), open(beside(output, LOG), "rb") as file:
         first = json.loads(file.readline())
         found = {**first, "bfloat16": first.get("run", {}).get("bfloat16", False)}  # an older version had none
-        return {name: found[name] for name in ("start", "threads", "bfloat16") if isinstance(found.get(name), int)}
+        kinds = {"start": int, "threads": int, "bfloat16": bool}
+        return {name: found[name] for name, kind in kinds.items() if type(found.get(name)) is kind}
     return {}
 
 

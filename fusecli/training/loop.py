@@ -41,7 +41,7 @@ class Settings:
         patience: epochs without a lower validation loss after which to stop.
         seed: of the first head, of order and dropout.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
-        bfloat16: whether the fusion learns from products in bfloat16; None: where the device is made for them.
+        bfloat16: whether the fusion learns from products in bfloat16; None: `train_on` sees what is fast.
     """
 
     epochs: int

@@ -79,7 +79,7 @@ class Means:
 
 
 def fast_in_bfloat16(device: str) -> bool:
-    """Whether a device has instructions for products in bfloat16; elsewhere they take longer than in float32."""
+    """Whether a processor has instructions for products in bfloat16, or else they take longer; GPUs are taken to."""
     if device != "cpu":
         return True
     able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot tell
@@ -148,12 +148,13 @@ class Fusion:
             return Prepared(View(weights, image, batch.texts, n, "float32", training=learning, mask=mask, drop=drop))
 
     def _narrow(self) -> torch.autocast:
-        """Products in bfloat16 where something is learned; its range is that of float32, so no loss has to be scaled.
+        """What is learned computes products in bfloat16, whose range is that of float32: no loss has to be scaled.
 
-        All else is float32: means, heads and losses, where the third digit of a cosine counts.
+        torch leaves some of what follows products in bfloat16. Means, heads and losses are outside: there the third
+        digit of a cosine counts.
         """
-        kind = self.device.partition(":")[0]
-        return torch.autocast(kind, torch.bfloat16, enabled=self._bfloat16 and torch.is_grad_enabled())
+        kind, learning = self.device.partition(":")[0], self._learned and torch.is_grad_enabled()
+        return torch.autocast(kind, torch.bfloat16, enabled=self._bfloat16 and learning)
 
     def frozen(self) -> Weights:
         """The weights as they are now, of which nothing is learned: they are folded, and take fewer operations."""
