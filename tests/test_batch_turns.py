@@ -20,7 +20,8 @@ from tests.test_methods import EVERY
 D = 16
 #: Image and text rows of the pairs; in one item the short ones stand between ones that are not.
 SHAPES = [(5, 3), (16, 14), (1, 4), (2, 1), (3, 3_000), (30, 30), (1, 1), (9, 13), (40, 7)]
-BAD = len(SHAPES)  # the number of a pair with a NaN
+WIDER = 6  # the number of a pair with one image row, whose text is wider than it
+BAD = len(SHAPES)  # and of one with a NaN
 
 
 @pytest.fixture
@@ -30,7 +31,8 @@ def tasks(tmp_path: Path, rng: np.random.Generator) -> list[Task]:
     for k, (m, n) in enumerate([*SHAPES, (3, 3)]):
         sides = []
         for side, rows in (("image", m), ("text", n)):
-            array = rng.standard_normal((rows, D)).astype(["float32", "float16", "float64"][k % 3])
+            dtype = "float64" if k == WIDER and side == "text" else ["float32", "float16", "float64"][k % 3]
+            array = rng.standard_normal((rows, D)).astype(dtype)
             array[-1, -1] = np.nan if k == BAD and side == "text" else 1
             np.save(tmp_path / f"{k}.{side}.npy", array)
             sides.append(Place(f"{tmp_path}/{k}.{side}.npy"))
@@ -90,8 +92,8 @@ def test_each_pair_has_its_own_try_where_memory_is_short(
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (50, 77), (197, 77), (600, 600)])
 def test_pairs_in_turn_are_as_many_as_memory_allows(m: int, n: int) -> None:
     weights = oracle("gated", 768, 8, 768, 768)[1]
-    nowhere: Any = None
-    job, pair = Job(weights, Options(), nowhere, None), worker._Pair(nowhere, np.empty((m, 1)), np.empty((n, 1)))
+    none: Any = ()
+    job, pair = Job(weights, Options(), none, None), worker._Pair(none, np.empty((m, 1)), np.empty((n, 1)), none)
     sizes = [len(some) for some in worker._short_together(job, iter([pair] * 64))]
     assert sum(sizes) == 64
     fitting = NUMBERS_IN_TURN // numbers_in_turn(weights, n, m)

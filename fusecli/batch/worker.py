@@ -83,9 +83,8 @@ def _short_together(job: Job, pairs: Iterator[_Pair]) -> Iterator[list[_Pair]]:
     """Pairs in their order, those together that `fuse_in_turn` may take at once."""
     some: list[_Pair] = []
     numbers = 0
-    copies = adds_one_row(job.weights)
     for pair in pairs:
-        if pair.outcome or (copies and pair.row is not None) or pair.text.shape[0] > FUSED_ROWS:
+        if pair.outcome or pair.text.shape[0] > FUSED_ROWS or _is_done_by_row(job, pair):
             if some:
                 yield some
             yield [pair]
@@ -99,6 +98,12 @@ def _short_together(job: Job, pairs: Iterator[_Pair]) -> Iterator[list[_Pair]]:
         numbers += more
     if some:
         yield some
+
+
+def _is_done_by_row(job: Job, pair: _Pair) -> bool:
+    """Whether the only image row is all that there is to do, or has still to be brought to what it adds."""
+    alone = pair.image.shape[0] == 1 and one_row_is_enough(job.weights)
+    return alone and (pair.row is None or adds_one_row(job.weights))
 
 
 def _fuse_in_turn(job: Job, pairs: list[_Pair]) -> None:
