@@ -42,7 +42,7 @@ types: .venv/installed  ## mypy, strict
 weights: .venv/installed  ## train the demo's checkpoint: make weights DATA=folder (regions and texts)
 	@test -n "$(DATA)" || { echo "make weights DATA=folder" >&2; exit 2; }
 	@mkdir -p $(OUT)
-	$(BIN)/fusecli train $(DATA)/regions.safetensors $(DATA)/texts.safetensors -o $(OUT)/trained.safetensors --overwrite
+	$(BIN)/fusecli train $(DATA)/regions.safetensors $(DATA)/texts.safetensors -o $(OUT)/trained.safetensors --no-bfloat16 --overwrite
 	$(BIN)/fusecli convert $(OUT)/trained.safetensors -o sample_data/fusion.safetensors --dtype float16
 
 bench: .venv/installed  ## measure and print ratios (minutes; leave the machine alone)
