@@ -93,7 +93,7 @@ def test_each_pair_has_its_own_try_where_memory_is_short(
 def test_pairs_in_turn_are_as_many_as_memory_allows(m: int, n: int) -> None:
     weights = oracle("gated", 768, 8, 768, 768)[1]
     none: Any = ()
-    job, pair = Job(weights, Options(), none, None), worker._Pair(none, np.empty((m, 1)), np.empty((n, 1)), none)
+    job, pair = Job(weights, Options(), none, None), worker.Underway(none, np.empty((m, 1)), np.empty((n, 1)), none)
     sizes = [len(some) for some in worker._short_together(job, iter([pair] * 64))]
     assert sum(sizes) == 64
     fitting = NUMBERS_IN_TURN // numbers_in_turn(weights, n, m)

@@ -41,14 +41,14 @@ def work(job: Job, item: Item) -> list[Outcome]:
         for some in _short_together(job, _opened(job, item)):
             _fuse_in_turn(job, some)
             for pair in some:
-                outcomes.append(pair.outcome or _write(job, pair))
+                outcomes.append(pair.outcome or write(job, pair))
                 if job.ends_with(outcomes[-1]):
                     return outcomes
     return outcomes
 
 
 @dataclass(slots=True)
-class _Pair:
+class Underway:
     """A pair on its way: its sides, or what has become of it."""
 
     task: Task
@@ -60,31 +60,31 @@ class _Pair:
     outcome: Outcome | None = None
 
 
-def _opened(job: Job, item: Item) -> Iterator[_Pair]:
+def _opened(job: Job, item: Item) -> Iterator[Underway]:
     began = perf_counter()
     images: list[Stored | Outcome] = [open_side(job, task.id, task.image, "image") for task in item]
     rows = _rows_of_single_images(job, item, images)
     shared = (perf_counter() - began) / len(item)
     for task, image, row in zip(item, images, rows, strict=True):
         if isinstance(image, Outcome):
-            yield _Pair(task, outcome=image)
+            yield Underway(task, outcome=image)
             continue
         began = perf_counter()
         text = open_side(job, task.id, task.text, "text")
         if isinstance(text, Outcome):
-            yield _Pair(task, outcome=text)
+            yield Underway(task, outcome=text)
             continue
         if row is not None and compute_dtype(image.dtype) != compute_dtype(image.dtype, text.dtype):
             row = None  # the text is wider than the image: once more, in its precision
-        yield _Pair(task, image, text, row, Seconds(shared + perf_counter() - began))
+        yield Underway(task, image, text, row, Seconds(shared + perf_counter() - began))
 
 
-def _short_together(job: Job, pairs: Iterator[_Pair]) -> Iterator[list[_Pair]]:
+def _short_together(job: Job, pairs: Iterator[Underway]) -> Iterator[list[Underway]]:
     """Pairs in their order, those together that `fuse_in_turn` may take at once."""
-    some: list[_Pair] = []
+    some: list[Underway] = []
     numbers = 0
     for pair in pairs:
-        if pair.outcome or pair.text.shape[0] > FUSED_ROWS or _is_done_by_row(job, pair):
+        if _goes_alone(job, pair):
             if some:
                 yield some
             yield [pair]
@@ -100,42 +100,56 @@ def _short_together(job: Job, pairs: Iterator[_Pair]) -> Iterator[list[_Pair]]:
         yield some
 
 
-def _is_done_by_row(job: Job, pair: _Pair) -> bool:
-    """Whether the only image row is all that there is to do, or has still to be brought to what it adds."""
-    alone = pair.image.shape[0] == 1 and one_row_is_enough(job.weights)
-    return alone and (pair.row is None or adds_one_row(job.weights))
+def _goes_alone(job: Job, pair: Underway) -> bool:
+    """Whether a pair is bad, is taken in blocks, or has one image row that is all there is, or not yet looked at."""
+    if pair.outcome or pair.text.shape[0] > FUSED_ROWS:
+        return True
+    one_row = pair.image.shape[0] == 1 and one_row_is_enough(job.weights)
+    return one_row and (pair.row is None or adds_one_row(job.weights))
 
 
-def _fuse_in_turn(job: Job, pairs: list[_Pair]) -> None:
-    """Read and fuse short pairs; what cannot be read has its outcome then, and a lone one is left as it is."""
+def _fuse_in_turn(job: Job, pairs: list[Underway]) -> None:
+    """Read and fuse short pairs; a lone one is left as it is."""
     if len(pairs) == 1:
         return
-    ready: list[tuple[_Pair, InTurn]] = []
+    sides = read_sides(job, pairs)
+    ready = [
+        InTurn(image, text, compute_dtype(pair.image.dtype, pair.text.dtype), pair.row) for pair, image, text in sides
+    ]
+    began = perf_counter()
+    try:
+        results = fuse_in_turn(job.weights, ready, need_weights=job.attention is not None)
+    except Exception:
+        return  # each alone may do, or tell what is wrong with it
+    take_over([pair for pair, _, _ in sides], results, perf_counter() - began)
+
+
+def read_sides(job: Job, pairs: list[Underway]) -> list[tuple[Underway, Any, Any]]:
+    """Those of ``pairs`` that can be read, with image, unless there is a `row`, and text; the others have failed."""
+    read = []
     finite = not job.options.allow_nonfinite
     for pair in pairs:
         began = perf_counter()
         try:
             image = None if pair.row is not None else read_finite(pair.image, finite)
-            text = read_finite(pair.text, finite)
+            read.append((pair, image, read_finite(pair.text, finite)))
         except MemoryError:
             continue  # alone it may do
         except Exception as error:
             pair.outcome = failed(pair.task.id, error)
-        else:
-            ready.append((pair, InTurn(image, text, compute_dtype(pair.image.dtype, pair.text.dtype), pair.row)))
         pair.seconds.read += perf_counter() - began
-    began = perf_counter()
-    try:
-        results = fuse_in_turn(job.weights, [one for _, one in ready], need_weights=job.attention is not None)
-    except Exception:
-        return  # each alone may do, or tell what is wrong with it
-    took = perf_counter() - began
-    for (pair, _), result in zip(ready, results, strict=True):
+    return read
+
+
+def take_over(pairs: list[Underway], results: list[FusedRows], seconds: float) -> None:
+    """Keep what was computed for ``pairs`` together, in so many ``seconds``, until it is written."""
+    for pair, result in zip(pairs, results, strict=True):
         pair.result = result
-        pair.seconds.fuse += took / len(ready)
+        pair.seconds.fuse += seconds / len(pairs)
 
 
-def _write(job: Job, pair: _Pair) -> Outcome:
+def write(job: Job, pair: Underway) -> Outcome:
+    """Write a pair, fused already or not."""
     result, pair.result = pair.result, None  # it need not stay
     return fuse_task(job, pair.task, pair.image, pair.text, pair.seconds, pair.row, result)
 

@@ -141,7 +141,7 @@ class Fusion:
         """The images of a batch, ready for as many texts as it has, ``times`` over."""
         drop = partial(nn.functional.dropout, p=self._drop) if self._drop else lambda x: x
         n = batch.texts.shape[1] * times
-        learning = self._learned and torch.is_grad_enabled()
+        learning = self._learning
         weights = self._weights if learning else self.frozen()
         image, mask = batch.images, batch.image_mask
         with self._narrow():
@@ -153,8 +153,12 @@ class Fusion:
         torch leaves some of what follows products in bfloat16. Means, heads and losses are outside: there the third
         digit of a cosine counts.
         """
-        kind, learning = self.device.partition(":")[0], self._learned and torch.is_grad_enabled()
-        return torch.autocast(kind, torch.bfloat16, enabled=self._bfloat16 and learning)
+        kind = self.device.partition(":")[0]
+        return torch.autocast(kind, torch.bfloat16, enabled=self._bfloat16 and self._learning)
+
+    @property
+    def _learning(self) -> bool:
+        return self._learned and torch.is_grad_enabled()
 
     def frozen(self) -> Weights:
         """The weights as they are now, of which nothing is learned: they are folded, and take fewer operations."""
