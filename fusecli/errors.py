@@ -23,6 +23,9 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable
 
+#: What the standard streams are called where a message names a file.
+STDIN, STDOUT = "<stdin>", "<stdout>"
+
 
 class FusecliError(Exception):
     """Root of the tree.

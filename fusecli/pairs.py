@@ -18,6 +18,8 @@ KNOWN_NAMES = {
 }
 #: What a model's output is called whatever went in.
 SHARED_NAMES = ("last_hidden_state", "features", "embeddings", "hidden_states")
+#: A hint for who gives the fusion's weights as features.
+GIVE_WEIGHTS = "a checkpoint is given by -w"
 
 
 def find_features(path: str, side: str, key: str | None = None, at_once: int = 0) -> Stored:
@@ -49,17 +51,18 @@ def _choose(tensors: dict[str, Stored], path: str, side: str, key: str | None) -
     if not tensors:
         raise FileError("no tensors in it", where=path, wanted=f"{side} features")
     found = listed(sorted(tensors), 10)
+    hint = GIVE_WEIGHTS if are_of_weights(tensors) else None
     if key is not None and "" not in tensors:
         if key in tensors:
             return tensors[key]
-        raise FileError("no such tensor", where=f"{path}[{key}]", found=found)
+        raise FileError("no such tensor", where=f"{path}[{key}]", found=found, hint=hint)
     if key is not None:
         raise FileError("a .npy has one array without a name", where=path, hint=f"leave out --{side}-key")
     for known in (KNOWN_NAMES[side], SHARED_NAMES):
         for name in known:
             if name in tensors:
                 return tensors[name]
-    hint = "a checkpoint is given by -w" if are_of_weights(tensors) else f"name it with --{side}-key"
+    hint = hint or f"name it with --{side}-key"
     raise FileError(f"cannot tell which tensor holds the {side}", where=path, found=found, hint=hint)
 
 

@@ -57,7 +57,7 @@ def test_attention_of_too_few_axes_is_none_of_ours(run: Run, few: Path, suffix: 
 def test_a_full_standard_output_is_named(run: Run, few: Path) -> None:
     with open("/dev/full", "wb") as full:
         told = batch(run, "img", "txt", "-o", "out", "--json", code=1, stdout=full).stderr
-    assert b"standard output: cannot be written: found No space" in told
+    assert b"<stdout>: cannot be written: found No space" in told
 
 
 def test_long_words_in_both_directions_do_not_block() -> None:

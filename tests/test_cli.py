@@ -164,8 +164,9 @@ def test_tensors_are_chosen_by_name_and_doubt_is_an_error(run: Run, pair: tuple[
     for flags, words in (([], b"--image-key"), (["--image-key", "c"], b"x.safetensors[c]")):
         assert words in run("fuse", "x.safetensors", "txt.npy", *flags, "-o", "out.npy", code=3).stderr
     run("init", "-o", "w.safetensors", "-q")
-    told = run("fuse", "w.safetensors", "txt.npy", "-o", "out.npy", code=3).stderr
-    assert b"a checkpoint is given by -w" in told
+    for command in (["fuse"], ["fuse", "--image-key", "image"], ["batch"]):
+        told = run(*command, "w.safetensors", "txt.npy", "-o", "out.npy", code=3).stderr
+        assert b"a checkpoint is given by -w" in told
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_a_full_standard_output_is_told_and_a_closed_one_is_none(
     env = {"PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "wb") as full:
         told = run(*command, code=1, env=env, stdout=full).stderr
-    error = b"error: standard output: cannot be written: found No space left on device"
+    error = b"error: <stdout>: cannot be written: found No space left on device"
     assert told.splitlines()[-2:] == [error, b"hint: free some space, or write elsewhere"]
     reader, writer = os.pipe()
     os.close(reader)

@@ -38,7 +38,7 @@ from fusecli.cli.sources import (
     find_stream,
     refuse_inside,
 )
-from fusecli.errors import InputError, UsageError
+from fusecli.errors import STDIN, InputError, UsageError
 
 if TYPE_CHECKING:
     from fusecli.batch.feed import Pairs
@@ -158,7 +158,7 @@ def batch(
         note(f"{summary.one_row:,} of the pairs: {ONE_ROW}", quiet)
     came = summary.fused or summary.skipped or summary.failures or summary.missed or retry_failed
     if manifest == "-" and not came and not shard and limit != 0:
-        raise InputError("no pairs arrived", where="<stdin>", wanted="lines with id,image,text")
+        raise InputError("no pairs arrived", where=STDIN, wanted="lines with id,image,text")
     code = report(summary, request, allow_missing, quiet)
     if code:
         raise typer.Exit(code)

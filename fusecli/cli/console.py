@@ -8,7 +8,7 @@ import os
 import sys
 from typing import Any, TextIO
 
-from fusecli.errors import OutputError, unwritable
+from fusecli.errors import STDOUT, OutputError, unwritable
 from fusecli.machine import write_all
 
 #: Makes one emoji of several; harmless.
@@ -43,7 +43,7 @@ class _Descriptor(io.RawIOBase):
     Args:
         fd: the descriptor.
         heedless: what cannot be written is dropped: nobody may be listening (a full disk, a reader that has gone), and
-            that must not stop the work. Otherwise errors say that they are of standard output.
+            that must not stop the work. Otherwise errors say where they are from.
     """
 
     def __init__(self, fd: int, heedless: bool) -> None:
@@ -66,7 +66,7 @@ class _Descriptor(io.RawIOBase):
                 raise
         except OSError as error:
             if not self.heedless:
-                raise unwritable("standard output", error) from error
+                raise unwritable(STDOUT, error) from error
         return len(data)
 
 

@@ -12,7 +12,7 @@ import typer
 
 from fusecli.cli.console import note
 from fusecli.cli.options import require_names
-from fusecli.errors import FileError, InputError, UsageError, listed
+from fusecli.errors import STDIN, FileError, InputError, UsageError, listed
 
 if TYPE_CHECKING:
     from fusecli.batch.feed import Pairs
@@ -124,8 +124,8 @@ def find_stream(sources: Sources) -> Manifest:
     from fusecli.batch.manifest import Manifest
 
     if sys.stdin is None:
-        raise FileError("standard input is closed", where="-")
-    return Manifest("<stdin>", "", sources.image_key, sources.text_key)
+        raise FileError("is closed", where=STDIN)
+    return Manifest(STDIN, "", sources.image_key, sources.text_key)
 
 
 def find_pairs(
@@ -137,6 +137,8 @@ def find_pairs(
     from fusecli.batch.manifest import Manifest
     from fusecli.batch.plan import match
     from fusecli.collections import open_collection
+    from fusecli.pairs import GIVE_WEIGHTS
+    from fusecli.weights import are_of_weights
 
     inputs = Inputs(filter(None, outputs))
     for place in (*sources.paths(), weights):
@@ -155,11 +157,12 @@ def find_pairs(
     found = match(images, texts, shard)
     if not found.both and not shard:
         shown = [", ".join(ids[:3]) or "nothing" for ids in (found.no_text, found.no_image)]
+        hint = "ids are paths without suffix, names of tensors or numbers of rows; see --image-pattern"
         raise InputError(
             "no id has both an image and a text",
             found=f"{shown[0]} in {image_place}; {shown[1]} in {text_place}",
             wanted="the same names on both sides",
-            hint="ids are paths without suffix, names of tensors or numbers of rows; see --image-pattern",
+            hint=GIVE_WEIGHTS if are_of_weights(images) or are_of_weights(texts) else hint,
         )
     return from_collections(images, texts, found, inputs)
 

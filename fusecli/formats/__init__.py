@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
-from fusecli.errors import FileError, UsageError
+from fusecli.errors import STDIN, FileError, UsageError
 from fusecli.formats import npy, safetensors
 from fusecli.formats.sink import (
     FileSink,
@@ -79,7 +79,7 @@ def sniff(source: Source, what: str = "feature file") -> str:
     start, weights = read_bytes(source, 0, 9), what == "checkpoint"
     wanted = ".safetensors or a file of torch.save" if weights else ".npy or .safetensors"
     if not start:
-        what = "ended before an array arrived" if source.name == "<stdin>" else "is empty"
+        what = "ended before an array arrived" if source.name == STDIN else "is empty"
         raise FileError(what, where=source.name, wanted=wanted)
     if npy.MAGIC.startswith(start[:6]):
         return "npy"

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fusecli.errors import OutputError, unwritable
+from fusecli.errors import STDOUT, OutputError, unwritable
 from fusecli.formats.source import NumpyArray, as_bytes
 from fusecli.machine import write_all
 
@@ -114,7 +114,7 @@ def open_sink(path: str) -> Iterator[Sink]:
         OutputError: no such folder, no permission, no space.
         BrokenPipeError: nobody reads the pipe any more.
     """
-    shown = "<stdout>" if path == "-" else path
+    shown = STDOUT if path == "-" else path
     try:
         if is_stream(path):
             fd = os.dup(1) if path == "-" else os.open(path, os.O_WRONLY | os.O_CLOEXEC)

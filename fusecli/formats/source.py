@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 import numpy as np
 
 from fusecli.arrays import FLOAT_NAMES, rows_of
-from fusecli.errors import FileError, ValuesError
+from fusecli.errors import STDIN, FileError, ValuesError
 
 NumpyArray: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
@@ -147,8 +147,8 @@ def open_source(path: str, *, regular: bool = False, at_once: int = 0) -> Source
     """
     if path == "-":
         if sys.stdin is None or sys.stdin.closed:
-            raise FileError("standard input is closed", where="-")
-        return StreamSource("<stdin>", os.dup(0))  # a file on stdin too: a second array may follow the first
+            raise FileError("is closed", where=STDIN)
+        return StreamSource(STDIN, os.dup(0))  # a file on stdin too: a second array may follow the first
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_NONBLOCK if regular or at_once else 0))
     except FileNotFoundError:
