@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from fusecli.cli.train import train as command
+from fusecli.errors import UsageError
 from tests.conftest import FUSECLI, Run
 from tests.lessons import QUICK, D, is_held_out, train
 
@@ -183,6 +185,22 @@ def test_other_data_are_no_run_to_go_on_with(other: str, run: Run, lesson: list[
     told = train(run, "--labels", "labels.csv", "--epochs", 50, "--resume", code=2)
     assert "other data or options" in told
     assert {"classes": "found classes with x, ", "labels": "labels ", "features": "features "}[other] in told
+
+
+def test_a_run_that_an_error_stops_says_what_is_kept(
+    lesson: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_memory(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fusecli.training.run.compare", no_memory)
+    with pytest.raises(MemoryError):
+        command("img", "txt", "f.safetensors", epochs=1)
+    assert "run the same command with --resume to continue" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="there is an unfinished run"):
+        command("img", "txt", "f.safetensors", epochs=1)
+    assert "to continue" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", [1e60, 3e38])

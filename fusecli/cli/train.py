@@ -232,13 +232,16 @@ def train(
         with Epochs(quiet) as reporter:
             result = train_on(output, ids, pairs.places, chosen, reporter, resume, overwrite)
     except KeyboardInterrupt:
-        go_on = _stamp(state) not in (None, before if overwrite else None)
-        how = "--resume in place of --overwrite" if overwrite else "--resume"
-        note(f"interrupted; {f'run the same command with {how} to continue' if go_on else 'nothing is kept'}", quiet)
+        kept = _stamp(state) not in (None, before if overwrite else None)
+        note(f"interrupted; {_to_continue(overwrite) if kept else 'nothing is kept'}", quiet)
         raise typer.Exit(130) from None
-    kept = len(result.rows[0].scores)
-    if kept < FEW:
-        note(f"only {kept} held-out pairs: too few for a reliable table", quiet)
+    except Exception:
+        if _stamp(state) not in (None, before):  # written by this run
+            note(f"stopped; {_to_continue(overwrite)}", quiet)
+        raise
+    held = len(result.rows[0].scores)
+    if held < FEW:
+        note(f"only {held} held-out pairs: too few for a reliable table", quiet)
     if json:
         emit({"output": output, **result.facts()})
     else:
@@ -277,6 +280,10 @@ def _recipe(
         asked["bfloat16"],
     )
     return recipe.Recipe(objective, beginning, settings, asked["validation"], asked["held_out"])
+
+
+def _to_continue(overwrite: bool) -> str:
+    return f"run the same command with {'--resume in place of --overwrite' if overwrite else '--resume'} to continue"
 
 
 def _stamp(path: str) -> tuple[int, ...] | None:
