@@ -10,7 +10,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from fusecli.arrays import FLOAT_NAMES, Array, cast, dtype_name, is_torch, kind_and_device, lasting, like, needs_grad
@@ -172,8 +172,8 @@ def _multihead(name: str, dim: int) -> dict[str, tuple[int, ...]]:
 class Weights:
     """A fusion: its config and its tensors (NumPy or torch, any float dtype), checked at once.
 
-    Folded maps are kept beside them, so that many calls fold once; do not change the tensors after the
-    first `fuse`.
+    Folded maps are kept beside them, so that many calls fold once. They are folded anew after tensors of torch have
+    been changed in place, by an optimizer, say; do not change arrays of NumPy after the first `fuse`.
 
     Raises:
         CheckpointError: a tensor is missing, misshapen, or one too many.
@@ -183,6 +183,7 @@ class Weights:
     config: Config
     tensors: Mapping[str, Array]
     _cache: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False)
+    _versions: list[int] = field(default_factory=list, repr=False)  # of the tensors that the cache is true of
 
     def __post_init__(self) -> None:
         self._check_tensors()
@@ -289,6 +290,10 @@ class Weights:
 
     def kept(self, what: str, template: Array, dtype: str, make: Callable[[], Kept]) -> Kept:
         """What ``make`` gives, made once for each kind of ``template`` and ``dtype``."""
+        versions = [tensor._version for tensor in self._changeable]
+        if versions != self._versions:
+            self._cache.clear()
+            self._versions[:] = versions
         # `with_options` shares the cache, and the maps hold 1/sqrt(d).
         key = (what, str(self.config.num_heads), *kind_and_device(template), dtype)
         if key not in self._cache:
@@ -296,6 +301,11 @@ class Weights:
                 self._cache[key] = make()
         kept: Kept = self._cache[key]
         return kept
+
+    @cached_property
+    def _changeable(self) -> list[Array]:
+        """The tensors of which torch counts how often they have been changed."""
+        return [tensor for tensor in self.tensors.values() if is_torch(tensor) and not tensor.is_inference()]
 
 
 def require_heads(num_heads: int, dim: int) -> None:

@@ -303,6 +303,21 @@ def test_a_text_has_a_gradient_where_only_it_wants_one(m: int) -> None:
     assert bool(text.grad.any()) == (m > 1)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_weights_that_an_optimizer_changes_are_folded_anew(rows: int) -> None:
+    drawn = checkpoint.init(16, 4)
+    tensors = {name: torch.tensor(tensor, requires_grad=True) for name, tensor in drawn.tensors.items()}
+    weights, image, text = Weights(drawn.config, tensors), torch.ones(rows, 16), torch.ones(5, 16)
+    with torch.no_grad():
+        before = fuse(weights, image, text)
+    fuse(weights, image, text).sum().backward()
+    torch.optim.SGD(tensors.values(), 0.1).step()
+    with torch.no_grad():
+        after = fuse(weights, image, text)
+        torch.testing.assert_close(after, fuse(Weights(drawn.config, tensors), image, text))
+    assert not torch.allclose(after, before)
+
+
 def test_weights_first_used_in_inference_mode_are_of_use_later(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fusecli.fusion.numpy_can_have", lambda *arrays: False)  # as on a GPU
     weights = checkpoint.init(16, 4)
