@@ -9,9 +9,11 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
+from multiprocessing import Pipe
 from pathlib import Path
 
 import ml_dtypes
@@ -19,8 +21,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fusecli.batch.job import Outcome, Stop, Task, failed
-from fusecli.batch.local import Pool
+from fusecli.batch.job import Outcome, Stop, Task, failed, unfailing
+from fusecli.batch.local import SMALL, Pool, _make_room
 from fusecli.collections import Place
 from fusecli.errors import FileError, FusecliError
 from fusecli.formats import FileSink, open_source
@@ -60,6 +62,17 @@ def test_a_full_standard_output_is_named(run: Run, few: Path) -> None:
     assert b"<stdout>: cannot be written: found No space" in told
 
 
+def test_a_pipe_has_room_for_what_is_sent_ahead() -> None:
+    mine, theirs = Pipe()
+    with socket.socket(fileno=os.dup(mine.fileno())) as opened:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # as little as there may be
+    _make_room(mine, theirs)
+    os.set_blocking(mine.fileno(), False)
+    mine.send_bytes(bytes(SMALL))
+    mine.close()
+    theirs.close()
+
+
 def test_long_words_in_both_directions_do_not_block() -> None:
     def work(item: list[Task]) -> list[Outcome]:
         return [Outcome(task.id, "fused", {}) for task in item]
@@ -80,6 +93,17 @@ def test_long_words_in_both_directions_do_not_block() -> None:
     pool = Pool(work, 1)
     assert sum(len(outcomes) for outcomes in pool.run(Feed(), Stop())) == 6
     pool.close()
+
+
+def test_an_error_that_nobody_foresaw_fails_its_pair_alone() -> None:
+    def work(item: list[Task]) -> list[Outcome]:
+        if any(task.id == "b" for task in item):
+            raise RuntimeError("unforeseen")
+        return [Outcome(task.id, "fused", {}) for task in item]
+
+    outcomes = unfailing(work)([Task(id, Place(""), Place("")) for id in "abc"])
+    assert [outcome.status for outcome in outcomes] == ["fused", "failed", "fused"]
+    assert "unforeseen" in outcomes[1].facts["message"]
 
 
 def _lives(pid: str) -> bool:

@@ -110,6 +110,18 @@ class Job:
 Work: TypeAlias = Callable[[Item], "list[Outcome]"]
 
 
+def unfailing(work: Work) -> Work:
+    """``work`` that never raises: after an error that nobody foresaw each pair of the item is tried alone."""
+
+    def do(item: Item) -> list[Outcome]:
+        try:
+            return work(item)
+        except Exception as error:
+            return [failed(item[0].id, error)] if len(item) == 1 else [do([task])[0] for task in item]
+
+    return do
+
+
 class Items(Protocol):
     """Items as they come."""
 

@@ -7,6 +7,7 @@ import gc
 import os
 import pickle
 import signal
+import socket
 import sys
 import time
 from collections import deque
@@ -22,7 +23,7 @@ from fusecli.machine import ENDING, listen, undisturbed
 
 #: Items that a worker has before it at a time: the next one is there when one is done.
 AHEAD = 2
-#: Bytes that fit in a pipe while nobody reads. A worker that sends to us while we send to it would wait for ever.
+#: Bytes that a pipe is to have room for while nobody reads: two that send to each other at once would wait for ever.
 SMALL = 2**16
 #: Seconds that items under way are given to finish after an interruption.
 PATIENCE = 10.0
@@ -162,12 +163,21 @@ def _forked() -> tuple[Connection, Connection, int]:
     ends: tuple[Connection, ...] = ()
     try:
         mine, theirs = ends = Pipe()
+        _make_room(mine, theirs)
         return mine, theirs, os.fork()
     except OSError as error:
         for end in ends:
             end.close()
         hint = "use fewer --workers"
         raise FusecliError("cannot start another process", found=error.strerror, hint=hint) from error
+
+
+def _make_room(sender: Connection, receiver: Connection) -> None:
+    """See that `SMALL` bytes fit in a pipe: some systems begin with 8 KiB (macOS)."""
+    for end, buffer in ((sender, socket.SO_SNDBUF), (receiver, socket.SO_RCVBUF)):
+        with socket.socket(fileno=os.dup(end.fileno())) as opened:
+            if opened.getsockopt(socket.SOL_SOCKET, buffer) < 2 * SMALL:  # half of it may be for bookkeeping
+                opened.setsockopt(socket.SOL_SOCKET, buffer, 2 * SMALL)
 
 
 def _die_with_parent() -> None:

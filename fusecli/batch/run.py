@@ -11,7 +11,7 @@ from fusecli.arrays import to_device
 from fusecli.batch.apart import require_apart
 from fusecli.batch.feed import ListFeed, Pairs, StreamFeed
 from fusecli.batch.gather import is_whole, read_history, remove_left
-from fusecli.batch.job import Job, Outcome, Stop
+from fusecli.batch.job import Job, Outcome, Stop, unfailing
 from fusecli.batch.ledger import History, Ledger, require_same_run, runs_beside
 from fusecli.batch.local import Pool
 from fusecli.batch.lock import Lock, claim, require_unclaimed
@@ -44,7 +44,7 @@ def run(request: Request, plan: Callable[[], Pairs | Manifest], reporter: Report
     """
     folder, attended = request.states()
     job, lock, stop = _job(request, folder), Lock(), Stop()
-    pool = Pool(partial(work, job), request.workers if request.device == "cpu" else 0, lock.release)
+    pool = Pool(unfailing(partial(work, job)), request.workers if request.device == "cpu" else 0, lock.release)
     try:
         pairs = plan()
         if isinstance(pairs, Pairs):
@@ -228,7 +228,7 @@ def _drive(request: Request, job: Job, feed: ListFeed | StreamFeed, recorder: Re
     if request.device != "cpu":
         from fusecli.batch import inline, together  # 10 ms that only a GPU needs
 
-        runner = partial(inline.run, partial(together.work, job))
+        runner = partial(inline.run, unfailing(partial(together.work, job)))
     with stop.on_interrupt():
         for outcomes in runner(feed, stop):
             outcomes = [*feed.outcomes(), *outcomes]
