@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -138,19 +139,32 @@ def test_without_a_ledger_gathered_results_count_for_nothing(run: Run, few: Path
     assert (np.load(few / "o.npy") != old).any()
 
 
-def test_stacks_of_one_header_in_two_orders_are_not_mixed_up(tmp_path: Path) -> None:
-    def gather_in(order: str) -> PartStore:
-        store, told = PartStore(str(tmp_path / "o.npy"), str(tmp_path), "fused"), []  # type: ignore[var-annotated]
-        for id in order:
-            with store.open(id, "fused", (1, 2), "float32", told) as (sink, at):
-                sink.put(at, np.full((1, 2), ord(id), np.float32))
-        gather(store, lambda: iter(list(zip(order, told, strict=True))))
-        return store
+def _gathered_in(order: str, folder: Path) -> PartStore:
+    store, told = PartStore(str(folder / "o.npy"), str(folder), "fused"), []  # type: ignore[var-annotated]
+    for id in order:
+        with store.open(id, "fused", (1, 2), "float32", told) as (sink, at):
+            sink.put(at, np.full((1, 2), ord(id), np.float32))
+    gather(store, lambda: iter(list(zip(order, told, strict=True))))
+    return store
 
+
+def test_parts_stay_until_the_one_file_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        _gathered_in("ab", tmp_path)
+    assert not (tmp_path / "o.npy").exists()
+    [part] = tmp_path.glob("*.part")
+    assert part.stat().st_size == 2 * 2 * 4
+
+
+def test_stacks_of_one_header_in_two_orders_are_not_mixed_up(tmp_path: Path) -> None:
     index, file = tmp_path / "fused.index", tmp_path / "o.npy"
-    gather_in("ab")
+    _gathered_in("ab", tmp_path)
     old_index, old_file = index.read_bytes(), file.read_bytes()
-    store = gather_in("ba")
+    store = _gathered_in("ba", tmp_path)
     index.rename(tmp_path / "fused.new.index")  # a run was killed after it had moved the file to its place
     index.write_bytes(old_index)
     assert [id for id, _ in gathered(store)] == ["b", "a"]

@@ -7,6 +7,7 @@ the results again when the parts are gone. While the file is replaced there are 
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import json
 import operator
@@ -104,8 +105,22 @@ def gather(store: PartStore, results: Callable[[], Iterator[Result]]) -> None:
         _copy(store, results(), sink, len(header), hole)
         info = os.fstat(fd)
         _write_index(store, results(), [info.st_size, len(header), zlib.crc32(header), info.st_ino], len(hole))
+        for written in (temporary, _new_index(store)):  # the parts go now, and with them the only other copy
+            _reach_the_disk(written)
     os.replace(_new_index(store), _index(store))
     remove_parts(store)
+
+
+def _reach_the_disk(path: str) -> None:
+    """Wait until a file would outlive a power failure, where the system can tell."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)
 
 
 def _tensors(results: Iterator[Result], gate: bool) -> Iterator[tuple[str, tuple[int, ...], str]]:
