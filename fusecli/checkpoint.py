@@ -28,7 +28,7 @@ from fusecli.errors import (
     ValuesError,
     listed,
 )
-from fusecli.formats import Source, open_source, safetensors, sniff, write_whole
+from fusecli.formats import Source, as_bytes, open_source, safetensors, sniff, write_whole
 from fusecli.state_dict import article_names, is_pt, read_pt
 from fusecli.weights import OPTIONS, Config, Weights, require_heads, tensor_shapes
 
@@ -190,10 +190,22 @@ def stored_as(weights: Weights, dtype: str) -> Weights:
 
 
 def fingerprint(weights: Weights) -> str:
-    """12 hexadecimal digits that tell these weights and options from any others."""
+    """12 hexadecimal digits that tell these weights and options from any others, today and in later versions.
+
+    SHA-256 of the method with those of its options that are not the usual ones, and of each tensor, by name: name,
+    dtype, shape, numbers.
+    """
     import hashlib  # not needed to fuse
 
-    return hashlib.sha256(to_bytes(weights)).hexdigest()[:12]
+    config = weights.config
+    usual = Config(config.method).options()
+    options = {name: value for name, value in config.options().items() if value != usual[name]}
+    digest = hashlib.sha256(json.dumps([config.method, options], sort_keys=True).encode())
+    for name in sorted(weights.tensors):
+        tensor = np.ascontiguousarray(to_numpy(weights.tensors[name]))
+        digest.update(json.dumps([name, dtype_name(tensor), tensor.shape]).encode())
+        digest.update(as_bytes(tensor.astype(tensor.dtype.newbyteorder("<"), copy=False)))
+    return digest.hexdigest()[:12]
 
 
 def dump_facts(config: Config, fingerprint: str, mean: bool) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from fusecli import Config, ImageTextFusion, Weights, checkpoint, fuse, identity, init, load, save
 from fusecli.arrays import cast
-from fusecli.checkpoint import fingerprint, to_bytes
+from fusecli.checkpoint import fingerprint, stored_as, to_bytes
 from fusecli.errors import CheckpointError, FileError, OutputError, UsageError
 from fusecli.formats.safetensors import OURS
 from fusecli.weights import METHODS
@@ -64,6 +64,16 @@ def test_saved_and_loaded_weights_are_the_same_bytes(tmp_path: Path) -> None:
     assert again.config == weights.config
     assert to_bytes(again) == (tmp_path / "w.safetensors").read_bytes()
     assert fingerprint(again) == fingerprint(weights) != fingerprint(init(32, 4, seed=4))
+
+
+def test_a_fingerprint_is_of_the_numbers_however_they_lie() -> None:
+    weights = init(32, 4)
+    tensors = {name: np.asfortranarray(tensor).astype(">f4") for name, tensor in reversed([*weights.tensors.items()])}
+    assert fingerprint(Weights(weights.config, tensors)) == fingerprint(weights)
+    last = tensors["attention.out_proj.bias"]
+    last[-1] = np.nextafter(last[-1], 1, dtype=np.float32)
+    others = [Weights(weights.config, tensors), stored_as(weights, "float64"), init(32, 8), init(32, 4, residual=True)]
+    assert len({fingerprint(other) for other in (weights, *others)}) == 5
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "fusion."])
