@@ -119,7 +119,8 @@ def numpy_can_have(*arrays: Array) -> bool:
     torch = sys.modules["torch"]
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
         return False
-    if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:  # somebody wants to see every operation
+    mode = getattr(torch.utils._python_dispatch, "_get_current_dispatch_mode", object)  # without it, torch computes
+    if mode() is not None:  # somebody wants to see every operation
         return False
     return all(map(_is_plain, tensors))
 

@@ -57,8 +57,8 @@ def products_beside(a: Array, b: Array) -> Array:
     return beside.reshape(a.shape[1], -1)
 
 
-#: OpenBLAS does products of up to so many multiplications, and so many numbers in the result, without copying the
-#: matrices first, where it knows AVX-512; and sums in many lanes then, which rounds less.
+#: Up to so many multiplications, and so many numbers in the result, OpenBLAS for AVX-512 multiplies matrices where they
+#: lie, without copying them first. It then sums in several lanes, which rounds less.
 SMALL_PRODUCT, SMALL_RESULT = 10**6, 1200
 #: Rows up to which a weight matrix taken in such small products is faster than whole, on one thread or two.
 THIN = 12

@@ -203,9 +203,10 @@ class _Whole:
 
     def __init__(self, weights: Weights, pair: Pair, output: Output, to_device: Mover) -> None:
         self.seconds = Seconds()
-        if pair.result is not None or to_device is None:
+        if pair.result is not None:
             self._result = pair.result
             return
+        assert to_device is not None
         began = perf_counter()
         sides = [read_finite(pair.image, output.finite)], [read_finite(pair.text, output.finite)]
         read, compute = perf_counter(), compute_dtype(pair.image.dtype, pair.text.dtype)
@@ -215,7 +216,6 @@ class _Whole:
     def do_all(self, results: _Results) -> None:
         """Write it."""
         began = perf_counter()
-        assert self._result is not None
         results.put(0, self._result)
         self.seconds.write += perf_counter() - began
 

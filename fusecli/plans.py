@@ -71,7 +71,7 @@ def _flops(weights: list[tuple[int, int, int]], rest: int, extra_rows: int) -> i
     return 2 * (rest + sum((rows + extra_rows) * height * width for rows, height, width in weights))
 
 
-#: Carrying a number from where pairs are side by side to where heads are takes the time of so many multiplications.
+#: Copying a number between the layouts of pairs, ``[B, N, ...]``, and of heads takes so many multiplications.
 CARRYING = 80
 
 
@@ -96,8 +96,8 @@ def plan_to_learn(
 ) -> tuple[Plan, bool]:
     """The plan for a batch that is learned from, and whether to bring ``image_proj`` into the maps of keys and values.
 
-    That costs a product of matrices in each step, and then no row is projected by it, nor is there a way back through
-    what meets the image's own features, which are not learned. With ``keep_direct`` the order is `DIRECT` in any case.
+    That costs a product of two weight matrices in each step. In return no image row is projected, and no gradient has
+    to reach the image's features, which are not learned. With ``keep_direct`` the order is `DIRECT` in any case.
     """
     costs = costs_to_learn(pairs, n, m, dim, image_dim, num_heads)
     ways = [way for way in costs if way[0] is Order.DIRECT or not keep_direct]

@@ -1,4 +1,4 @@
-"""Text rows on their way to images, and what has been made of them: once, however many images they meet."""
+"""Text rows, and what is computed from them alone: once, however many images they meet."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from fusecli.arrays import Array
 
 
 class TextRows:
-    """Text rows ``[n, Dt]`` (of a batch ``[B, N, Dt]``), and what is made of them whatever the image: once for all."""
+    """Text rows ``[n, Dt]`` (of a batch ``[B, N, Dt]``), and what is computed from them whatever the image is."""
 
     def __init__(self, rows: Array) -> None:
         self.rows = rows
         self._made: dict[str, Array] = {}
 
     def made(self, what: str, make: Callable[[TextRows], Array]) -> Array:
-        """What ``make`` gives, a row for each, by a name; not to be changed."""
+        """What ``make`` gives for all rows, computed when the name ``what`` is first asked for; do not change it."""
         if what not in self._made:
             self._made[what] = make(self)
         return self._made[what]
 
 
 class PickedRows(TextRows):
-    """Some of the rows of another, as often as one likes; what is made of them is made once, and then picked.
+    """Rows picked from another, as often as one likes. What is computed from rows is computed before they are picked.
 
     Args:
         whole: what they are picked from.

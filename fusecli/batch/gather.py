@@ -1,7 +1,8 @@
 """Parts become one file: a packed ``.safetensors`` or a stacked ``.npy``.
 
 Beside it lies an index, a JSON line ``[id, shape, dtype, offset]`` a result in order, so that a later run finds
-the results again when the parts are gone. While the file is replaced there are two, and one of them fits it.
+the results again when the parts are gone. While the file is replaced there are an old and a new index; the one whose
+size and checksum are those of the file is true.
 """
 
 from __future__ import annotations

@@ -325,14 +325,14 @@ def ahead(make: Callable[[list[int]], Made], items: Sequence[list[int]]) -> Gene
                 continue
 
 
-def require_enough(data: Data, least: int = 2) -> None:
-    """Raise `InputError` if a part has fewer than ``least`` pairs."""
+def require_enough(data: Data) -> None:
+    """Raise `InputError` if a part has fewer than two pairs."""
     counts = {part: len(which) for part, which in data.parts.items()}
-    if min(counts.values()) < least:
+    if min(counts.values()) < 2:
         found = ", ".join(f"{count} for {part}" for part, count in counts.items())
         raise InputError(
             f"too few pairs to train and validate on: {len(data.ids)}",
             found=found,
-            wanted=f"{least} of each at least",
+            wanted="2 of each at least",
             hint="more pairs, or other --validation and --held-out shares",
         )

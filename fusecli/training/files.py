@@ -37,7 +37,7 @@ def files_of(output: str) -> list[str]:
 
 
 def begun_with(output: str) -> dict[str, int]:
-    """Which start an unfinished run began with, on how many threads, if in bfloat16, as far as its log says so."""
+    """``start``, ``threads`` and ``bfloat16`` of an unfinished run, as far as the first line of its log has them."""
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError), open(beside(output, LOG), "rb") as file:
         first = json.loads(file.readline())
         found = {**first, "bfloat16": first.get("run", {}).get("bfloat16", False)}  # an older version had none

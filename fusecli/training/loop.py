@@ -209,7 +209,7 @@ class _Run:
     def _batches(self, generator: torch.Generator) -> list[list[int]]:
         data, size = self._data, self._settings.batch_size
         own = self._fusion.config.self_attention
-        return batches(data, data.parts["train"], size, generator, self._objective.texts, own)
+        return batches(data, data.parts["train"], size, generator, self._objective.texts_per_image, own)
 
     def _step(self, batch: Batch) -> float:
         self.optimizer.zero_grad()

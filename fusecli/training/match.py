@@ -43,7 +43,7 @@ class Match:
     unknown = 0
     #: Width that text and fusion are compared in at most; pairs of a group; pairs that are measured.
     space, group, pool = 256, 16, 200
-    texts = group
+    texts_per_image = group
 
     def __init__(self, text_dim: int) -> None:
         self._text_dim = text_dim

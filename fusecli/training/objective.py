@@ -44,7 +44,7 @@ class Objective(Protocol):
     name: str
     score_name: str
     guess_name: str  # of what `guess` does
-    texts: int  # that each image of a batch meets as it is learned from
+    texts_per_image: int  # that it meets in a batch that is learned from
     margin: float  # share of the loss by which training has to better what it began with
     unknown: int  # pairs whose label no pair to train on has
 
@@ -113,7 +113,7 @@ class Supervised:
     (Neverova et al. 2016, section 3.3, of dropping whole modalities).
     """
 
-    texts = 1
+    texts_per_image = 1
     margin = 0.02  # a hundred pairs tell no less from chance
     unknown = 0
     outputs: int
