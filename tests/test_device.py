@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import fusecli
-from fusecli import Weights, fuse
+from fusecli import ImageTextFusion, Weights, fuse
 from fusecli.arrays import to_numpy
 from fusecli.batch import together
 from fusecli.batch.job import Job, Options, Task
@@ -209,7 +209,7 @@ def test_no_such_device(run: Run, pair: tuple[Any, Any]) -> None:
 
 @needs_cuda
 @EVERY
-def test_the_module_and_fuse_on_cuda(method: str, options: dict[str, Any], rng: np.random.Generator) -> None:
+def test_fuse_of_tensors_on_cuda(method: str, options: dict[str, Any], rng: np.random.Generator) -> None:
     """`fuse` on tensors there: all orders of the products, with gradients and without."""
     _, weights = oracle(method, 64, 4, 64, 80, 2, **options)
     on_cuda = Weights(weights.config, {k: torch.from_numpy(np.array(v)).cuda() for k, v in weights.tensors.items()})
@@ -225,6 +225,21 @@ def test_the_module_and_fuse_on_cuda(method: str, options: dict[str, Any], rng: 
         np.testing.assert_allclose(to_numpy(again.detach()), to_numpy(fused), atol=2e-5)
         for tensor in on_cuda.tensors.values():
             tensor.requires_grad_(False)
+
+
+@needs_cuda
+@pytest.mark.parametrize("m", [1, 7])
+def test_the_module_on_cuda(m: int, rng: np.random.Generator) -> None:
+    module = ImageTextFusion(64, 4)
+    image = torch.from_numpy(rng.standard_normal((m, 64)).astype(np.float32))
+    text = torch.from_numpy(rng.standard_normal((9, 64)).astype(np.float32))
+    wanted = module(image, text)
+    module.cuda()
+    fused = module(image.cuda(), text.cuda())
+    assert fused.is_cuda
+    fused.sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.is_cuda for parameter in module.parameters())
+    torch.testing.assert_close(fused.cpu(), wanted, atol=2e-5, rtol=0)
 
 
 @pytest.fixture
