@@ -148,12 +148,6 @@ def take_over(pairs: list[Underway], results: list[FusedRows], seconds: float) -
         pair.seconds.fuse += seconds / len(pairs)
 
 
-def write(job: Job, pair: Underway) -> Outcome:
-    """Write a pair, fused already or not."""
-    result, pair.result = pair.result, None  # it need not stay
-    return fuse_task(job, pair.task, pair.image, pair.text, pair.seconds, pair.row, result)
-
-
 def open_side(job: Job, id: str, place: Place, side: str) -> Stored | Outcome:
     """The features of one side of a pair, or why it has failed."""
     try:
@@ -189,10 +183,10 @@ def _rows_of_single_images(job: Job, item: Item, images: list[Stored | Outcome])
     return rows
 
 
-def fuse_task(
-    job: Job, task: Task, image: Stored, text: Stored, before: Seconds, row: Any = None, result: FusedRows | None = None
-) -> Outcome:
-    """Fuse a pair and write it; ``row`` and ``result`` as in `Pair`, ``before`` what has been spent on it."""
+def write(job: Job, pair: Underway) -> Outcome:
+    """Write a pair, and fuse it before if that has not been done."""
+    task, image, text = pair.task, pair.image, pair.text
+    result, pair.result = pair.result, None  # it need not stay
     for store in (job.fused, job.attention):
         if store and store.is_input(task.id, task.image.path, task.text.path, *job.read):
             outcome = failed(task.id, OutputError("the result would replace an input", where=task.id))
@@ -205,10 +199,10 @@ def fuse_task(
         # With threads in all workers that are at large texts, memory would not stay in bounds.
         with alone_in(job.folder) if large else NOT_LARGE as alone:
             output = output._replace(threads=job.threads) if alone else output
-            seconds = fuse_pair(job.weights, Pair(image, text, row, result), output, job.to_device).seconds
+            seconds = fuse_pair(job.weights, Pair(image, text, pair.row, result), output, job.to_device).seconds
     except Exception as error:
         return failed(task.id, error)
-    read, fuse = before.read + seconds.read, before.fuse + seconds.fuse
+    read, fuse = pair.seconds.read + seconds.read, pair.seconds.fuse + seconds.fuse
     facts = {
         "image": image.shape,
         "text": text.shape,
