@@ -12,7 +12,7 @@ from itertools import islice
 from fusecli.batch.apart import Inputs
 from fusecli.batch.job import Item, Outcome, Task, failed
 from fusecli.batch.manifest import Entry, Manifest
-from fusecli.batch.plan import ITEM_PAIRS, Match, Shard
+from fusecli.batch.plan import ITEM_PAIRS, Matched, Shard
 from fusecli.collections import Collection, Place
 from fusecli.errors import FileError, InputError
 
@@ -33,7 +33,7 @@ class Pairs:
     inside: set[str] = field(default_factory=set)  # inputs that lie in an output
 
 
-def from_collections(images: Collection, texts: Collection, found: Match, inputs: Inputs | None = None) -> Pairs:
+def from_collections(images: Collection, texts: Collection, found: Matched, inputs: Inputs | None = None) -> Pairs:
     """What `fusecli.batch.plan.match` brought together."""
     known = [Outcome(id, "missing", {"missing": "text"}) for id in found.no_text]
     known += [Outcome(id, "missing", {"missing": "image"}) for id in found.no_image]

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from fusecli.batch.ledger import History
-from fusecli.batch.stacks import Stacked, is_stack
+from fusecli.batch.stacks import OneShape, is_stack
 from fusecli.batch.store import GATHERED, STATE, PartStore, Piece, Store, believed, look_into
 from fusecli.dumps import GATE
 from fusecli.errors import OutputError
@@ -145,13 +145,13 @@ def _named(path: str) -> Iterator[None]:
 
 def _common(store: PartStore, results: Iterator[Result]) -> tuple[tuple[int, ...], str]:
     """Shape and dtype that all results share."""
-    stacked = Stacked(store.path)
+    shared = OneShape(store.path)
     for id, piece in results:
         if piece:
-            stacked.add(id, piece.shape, piece.dtype)
-    if stacked.first is None:
+            shared.add(id, piece.shape, piece.dtype)
+    if shared.first is None:
         raise OutputError("no pair was fused, so there is nothing to stack", where=store.path)
-    return stacked.first[1:]
+    return shared.first[1:]
 
 
 def _copy(store: PartStore, results: Iterator[Result], sink: Sink, begin: int, hole: bytes) -> None:

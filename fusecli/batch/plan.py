@@ -30,7 +30,7 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
-class Match:
+class Matched:
     """Which ids have both sides, in the images' order, and which have one."""
 
     both: list[str]
@@ -38,13 +38,13 @@ class Match:
     no_image: list[str]
 
 
-def match(images: Collection, texts: Collection, shard: Shard | None = None) -> Match:
+def match(images: Collection, texts: Collection, shard: Shard | None = None) -> Matched:
     """Bring ids together by name."""
     ours = [id for id in images if shard is None or shard.has(id)]
     both = [id for id in ours if id in texts]
     no_text = [id for id in ours if id not in texts] if len(both) < len(ours) else []
     no_image = [id for id in texts if id not in images and (shard is None or shard.has(id))]
-    return Match(both, no_text, no_image)
+    return Matched(both, no_text, no_image)
 
 
 def item_size(pairs: int, workers: int) -> int:

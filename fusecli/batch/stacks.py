@@ -16,7 +16,7 @@ def is_stack(store: Store) -> bool:
     return isinstance(store, PartStore) and not store.path.endswith(safetensors.SUFFIXES)
 
 
-class Stacked:
+class OneShape:
     """Sees to it that results have the one shape and dtype that a stack can have."""
 
     def __init__(self, path: str) -> None:
@@ -42,7 +42,7 @@ class Stacks:
     """Sees to it while a run is under way, so that nobody waits for a stack that cannot be."""
 
     def __init__(self, stores: Iterable[Store]) -> None:
-        self._stacks = [Stacked(store.path) if is_stack(store) else None for store in stores]
+        self._stacks = [OneShape(store.path) if is_stack(store) else None for store in stores]
 
     def see(self, outcomes: Iterable[Outcome]) -> None:
         """Raise `OutputError` if what has just been fused does not stack."""
