@@ -13,7 +13,9 @@ The key bias adds one number to a whole row of S and drops out; the value bias p
 whose rows sum to 1, and joins the constant c. What is left is a chain of matrix products with one
 softmax in it, and `fusecli.plans` chooses where to put the brackets.
 
-Everything works on NumPy arrays and torch tensors alike; with torch, autograd follows it.
+Everything works on NumPy arrays and torch tensors alike; with torch, autograd follows it. `attend` has three
+loops for the formula: torch, in the direct order and for batches, takes all heads at once; NumPy in the direct order a
+few heads at a time, whose scores then stay in the cache; the other orders multiply as the plan says.
 """
 
 from __future__ import annotations
