@@ -183,6 +183,17 @@ def test_a_line_that_lacks_an_id_or_a_label_is_refused(tmp_path: Path, line: str
         read_labels(str(tmp_path / "labels.csv"))
 
 
+def test_a_line_of_blanks_is_no_line(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("id,label\na,x\n   \n,,\n\nb,y\n")
+    assert read_labels(str(tmp_path / "labels.csv")) == {"a": "x", "b": "y"}
+
+
+def test_labels_that_are_no_text_are_called_so(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_bytes("id,label\na,x\n".encode("utf-16"))
+    with pytest.raises(FileError, match="not text"):
+        read_labels(str(tmp_path / "labels.csv"))
+
+
 @pytest.mark.parametrize("written", ["1_000", "nan", "inf", "", "1,5", "one"])
 def test_what_is_no_number_is_called_so(written: str) -> None:
     data: Any = SimpleNamespace(ids=["a", "b"], parts={"train": [0, 1]})
@@ -192,7 +203,7 @@ def test_what_is_no_number_is_called_so(written: str) -> None:
 
 def test_numbers_too_large_to_have_a_spread_are_called_so() -> None:
     data: Any = SimpleNamespace(ids=list("abcd"), parts={"train": [0, 1], "validation": [2, 3]})
-    with pytest.raises(InputError, match="too large"):
+    with pytest.raises(InputError, match="id a: a label is too large: found 1e\\+300"):
         numbers({"a": "1e300", "b": "-1e300", "c": "1", "d": "2"}, data, 0.0, "labels.csv")
 
 
@@ -233,3 +244,30 @@ def test_a_state_that_lacks_something_is_damaged(stopped: Path, lacking: str) ->
     torch.save(state, path)
     with pytest.raises(FileError, match="not the state"):
         _files(stopped).begin(True)
+
+
+@pytest.mark.parametrize("part", [0.2, 0.5, 0.8])
+def test_a_state_in_which_one_bit_is_wrong_is_damaged(stopped: Path, part: float) -> None:
+    path, files = stopped / "f.state.pt", _files(stopped)
+    files.state({"progress": torch.load(path, weights_only=True)["progress"], "fusion": torch.ones(5000)})
+    data = bytearray(path.read_bytes())
+    data[int(part * len(data))] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(FileError, match="not the state"):
+        files.begin(True)
+
+
+@pytest.mark.parametrize("epoch", ["x", -5, None])
+def test_a_state_of_no_epoch_is_damaged(stopped: Path, epoch: Any) -> None:
+    path = stopped / "f.state.pt"
+    state = torch.load(path, weights_only=True)
+    state["progress"]["epoch"] = epoch
+    torch.save(state, path)
+    with pytest.raises(FileError, match="not the state"):
+        _files(stopped).begin(True)
+
+
+def test_a_log_of_anything_says_nothing(stopped: Path) -> None:
+    for junk in ("[" * 200_000, "[1]", "null", '{"run": 3}'):
+        (stopped / "f.log.jsonl").write_text(junk)
+        assert begun_with(str(stopped / "f.safetensors")) == {}

@@ -170,7 +170,7 @@ def test_a_head_is_found_on_one_thread(rng: np.random.Generator) -> None:
     try:
         objective = Watched(torch.arange(12) % 2, ["a", "b"], 0.0, 0.0, None)
         data: Any = SimpleNamespace(parts={"train": list(range(8)), "validation": list(range(8, 12))})
-        objective._fitted(torch.from_numpy(rng.standard_normal((12, D)).astype(np.float32)), data)
+        objective._fitted(torch.from_numpy(rng.standard_normal((12, D)).astype(np.float32)), data, [D])
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -258,7 +258,7 @@ def test_a_head_is_judged_without_smoothing(tmp_path: Path) -> None:
     data, _ = _drawn(tmp_path, 60)
     vectors = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
     losses = {
-        Classes(torch.arange(60) % 2, ["a", "b"], 0.0, smoothing, None)._fitted(vectors, data)[0].loss
+        Classes(torch.arange(60) % 2, ["a", "b"], 0.0, smoothing, None)._fitted(vectors, data, [4])[0].loss
         for smoothing in (0.0, 0.5)
     }
     assert len(losses) == 1
@@ -299,8 +299,11 @@ def test_a_head_minds_no_unit(rng: np.random.Generator, scale: float) -> None:
     x = torch.from_numpy(rng.standard_normal((60, D)).astype(np.float32))
     x[:, 0] += 2 * targets
     data: Any = SimpleNamespace(parts={"train": list(range(40)), "validation": list(range(40, 60))})
-    one, other = (Classes(targets, list("abc"), 0.0, 0.0, None)._fitted(y, data)[0].loss for y in (x, scale * x))
-    assert other == pytest.approx(one, rel=1e-3)
+    objective = Classes(targets, list("abc"), 0.0, 0.0, None)
+    expected = objective._fitted(x, data, [D])[0].loss
+    assert objective._fitted(scale * x, data, [D])[0].loss == pytest.approx(expected, rel=1e-3)
+    beside = torch.cat([x[:, :1], scale * x[:, 1:]], 1)  # two sides, of which one has another unit
+    assert objective._fitted(beside, data, [1, D - 1])[0].loss == pytest.approx(expected, rel=1e-3)
 
 
 def test_training_may_begin_with_what_has_seen_no_pairs(tmp_path: Path) -> None:

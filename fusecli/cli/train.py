@@ -338,7 +338,7 @@ def _check(sources: Sources, output: str, labels: str | None, weights: str | Non
 def _check_labels(given: dict[str, Any]) -> None:
     """Raise `UsageError` for options of labels where there are none, and of classes where there are numbers."""
     of_classes = ("class_weights", "label_smoothing")
-    require_names({"--labels": given["labels"]})
+    require_names({"--labels": given["labels"], "--label-column": given["label_column"]})
     if given["labels"] and given["objective"]:
         raise UsageError(
             "--objective match is for training without labels", where="--objective", hint="leave out either"

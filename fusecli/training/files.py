@@ -8,6 +8,7 @@ import json
 import math
 import os
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from torch import nn
@@ -38,7 +39,8 @@ def files_of(output: str) -> list[str]:
 
 def begun_with(output: str) -> dict[str, int]:
     """``start``, ``threads`` and ``bfloat16`` of an unfinished run, as far as the first line of its log has them."""
-    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError), open(beside(output, LOG), "rb") as file:
+    damaged = ValueError, AttributeError, TypeError, RecursionError
+    with contextlib.suppress(OSError, *damaged), open(beside(output, LOG), "rb") as file:
         first = json.loads(file.readline())
         found = {**first, "bfloat16": first.get("run", {}).get("bfloat16", False)}  # an older version had none
         kinds = {"start": int, "threads": int, "bfloat16": bool}
@@ -72,9 +74,13 @@ class Files:
     def _read(self) -> dict[str, Any]:
         try:
             with open(self._state, "rb") as file:
+                if ZipFile(file).testzip():  # torch does not look at the checksums
+                    raise ValueError
+                file.seek(0)
                 state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
             facts, progress = {"bfloat16": False, **json.loads(state["facts"])}, state["progress"]
-            _ = progress["epoch"], progress["best_epoch"], [*progress["log"]]
+            if not 0 <= int(progress["best_epoch"]) <= int(progress["epoch"]) or type(progress["log"]) is not list:
+                raise ValueError
         except Exception:  # torch raises a dozen kinds for a bad file
             raise self.damaged() from None
         other = [name for name in self._facts if json.loads(json.dumps(self._facts[name])) != facts.get(name)]

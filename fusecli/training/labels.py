@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 
@@ -37,18 +38,19 @@ def read_labels(path: str, column: str = "label") -> dict[str, str]:
                 chain([head], lines), delimiter="\t" if tabs else ",", strict=True, skipinitialspace=not tabs
             )
             columns = reader.fieldnames or []
+            if "\0" in head:
+                raise FileError("not text", where=path, wanted="CSV with id,label, in UTF-8")
             _require_columns(columns, column, path)
             for record in reader:
+                where = f"{path}, line {reader.line_num}"
+                _require_no_more(record, len(columns), where)
                 id, label = record["id"], record[column]
-                if any(record.get(None) or ()):  # what has no column
-                    found = f"{len(columns) + len(record[None])} values"
-                    wanted, hint = f"{len(columns)}", "a label with a comma in it stands in quotes"
-                    where = f"{path}, line {reader.line_num}"
-                    raise FileError("more values than columns", where=where, found=found, wanted=wanted, hint=hint)
+                if not any(str(record[name] or "").strip() for name in columns):
+                    continue  # spreadsheets leave such lines behind
                 if not id or label is None:
-                    raise FileError("an id or a label is missing", where=f"{path}, line {reader.line_num}")
+                    raise FileError("an id or a label is missing", where=where)
                 if id in labels:
-                    raise FileError("duplicate id", where=f"{path}, line {reader.line_num}", found=id)
+                    raise FileError("duplicate id", where=where, found=id)
                 if label:  # an empty one is as good as no line
                     labels[id] = label
     except FileNotFoundError:
@@ -70,6 +72,14 @@ def _require_columns(columns: Sequence[str], column: str, path: str) -> None:
             raise FileError("no such column", where=path, found=found, wanted=wanted, hint=hint)
         if columns.count(wanted) > 1:
             raise FileError("duplicate column", where=path, found=found, wanted=f"one column {wanted}")
+
+
+def _require_no_more(record: dict[Any, Any], columns: int, where: str) -> None:
+    """Raise `FileError` if a line has values that stand in no column."""
+    if any(record.get(None) or ()):
+        found, wanted = f"{columns + len(record[None])} values", str(columns)
+        hint = "a label with a comma in it stands in quotes"
+        raise FileError("more values than columns", where=where, found=found, wanted=wanted, hint=hint)
 
 
 def objective(
@@ -139,9 +149,14 @@ def numbers(labels: dict[str, str], data: Data, text_dropout: float, where: str)
         values.append(value)
     targets = torch.tensor(values, dtype=torch.float64)
     for part, which in data.parts.items():
-        spread = float(targets[which].std())
-        if not math.isfinite(spread):
-            raise InputError("the labels are too large", where=where, hint="scale them down")
+        if not math.isfinite(float(targets[which].std())):
+            at = int(targets.abs().argmax())
+            raise InputError(
+                "a label is too large",
+                where=f"{where}, id {data.ids[at]}",
+                found=f"{targets[at]:g}",
+                hint="scale the labels down, or leave the pair out",
+            )
         if targets[which].min() == targets[which].max():  # their spread may be rounding alone
             what = f"all labels of the pairs for {NAMED[part]} are the same"
             raise InputError(what, where=where, found=f"{targets[which][0]:g}")

@@ -148,19 +148,22 @@ class Supervised:
     def judge(self, represent: Representation, data: Data) -> tuple[Measured, Head]:
         """See `Objective`."""
         x = vectors(represent, data, data.parts["train"] + data.parts["validation"])
-        measured, best = self._fitted(x, data)
+        measured, best = self._fitted(x, data, represent.widths)
         return measured, {name: nn.Parameter(tensor.to(represent.device)) for name, tensor in best.items()}
 
     @one_thread()
-    def _fitted(self, x: torch.Tensor, data: Data) -> tuple[Measured, Head]:
+    def _fitted(self, x: torch.Tensor, data: Data, widths: list[int]) -> tuple[Measured, Head]:
         """The best linear head on ``x [pairs, width]``, and how the pairs for validation come out under it.
 
         Trained to the end (L-BFGS: Liu and Nocedal 1989) on standardised vectors, with the penalty that suits the pairs
-        for validation.
+        for validation. Parts of ``widths`` may be of different scales.
         """
         train, validation = data.parts["train"], data.parts["validation"]
         mean, std = x[train].mean(0), x[train].std(0)
-        std = std + FLAT * (mean.abs() + std.square().mean().sqrt()) + TINY  # what does not vary is rounding
+        usual = torch.cat(
+            [part.square().mean().sqrt().expand(len(part)) for part in torch.split(std, widths)]
+        )  # [width]
+        std = std + FLAT * (mean.abs() + usual) + TINY  # what does not vary is rounding
         x = (x - mean) / std
         if not torch.isfinite(x).all():
             raise ValuesError("numbers too large to learn from", hint="scale the features down")

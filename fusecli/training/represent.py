@@ -26,6 +26,7 @@ class Representation(Protocol):
     """Gives a vector for each pair."""
 
     width: int
+    widths: list[int]  # of what lies side by side in a vector
     device: str
 
     def own(self, batch: Batch) -> torch.Tensor:
@@ -55,7 +56,8 @@ class Means:
         self._text, self._image = text, image
         self._texts = data.texts.means() if text else None
         self._images = data.images.means() if image else None
-        self.width = data.texts.width * text + data.images.width * image
+        self.widths = [side.width for side, wanted in ((data.texts, text), (data.images, image)) if wanted]
+        self.width = sum(self.widths)
 
     def own(self, batch: Batch) -> torch.Tensor:
         """See `Representation`."""
@@ -104,6 +106,7 @@ class Fusion:
             for name, tensor in weights.tensors.items()
         }
         self.width = weights.dim
+        self.widths = [self.width]
         self._drop: float = 0.0
         self._weights = Weights(self.config, self.named)
         self._frozen: Weights | None = None
