@@ -206,7 +206,7 @@ def fuse(weights: Weights, image: Array, text: Array, *, need_weights: bool = Fa
     text = as_rows(plain(text), "text", weights.text_dim)
     image = as_rows(plain(image), "image", weights.image_dim)
     dtype, given = compute_dtype(dtype_name(text), dtype_name(image)), text
-    training = is_torch(text) and needs_grad(*weights.tensors.values())
+    training = is_torch(text) and needs_grad(text, image, *weights.tensors.values())
     if is_torch(text) and not is_on_gpu(text) and numpy_can_have(text, image, *weights.tensors.values()):
         text = to_numpy(text)
     with unwarned(given):

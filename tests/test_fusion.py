@@ -55,6 +55,19 @@ def test_numbers_of_the_article_at_drawn_shapes(
     _hold_against_article(m, n, h, widths, norm, seed)
 
 
+@pytest.mark.parametrize("wanting", ["text", "image"])
+@pytest.mark.parametrize("seed", range(40))
+def test_numbers_of_the_article_where_a_gradient_of_features_is_wanted(seed: int, wanting: str) -> None:
+    rng, module = np.random.default_rng(seed), article(384, 1, seed=seed)
+    image, text = features(rng, 7, 384, 90), features(rng, 8, 384, 90)  # scores in the tens
+    exact, single = both_precisions(module, image, text)
+    sides = {"image": torch.from_numpy(image), "text": torch.from_numpy(text)}
+    sides[wanting].requires_grad_()
+    fused, attended = fuse(weights_of(module), sides["image"], sides["text"], need_weights=True)
+    assert_as_good(fused.detach(), exact[0], single[0])
+    assert_as_good(attended.detach(), exact[1], single[1])
+
+
 @pytest.fixture
 def drawn(rng: np.random.Generator) -> tuple[Weights, Any, Any]:
     return weights_of(article(32, 4)), features(rng, 6, 32, norm=20), features(rng, 9, 32, norm=20)
