@@ -28,7 +28,7 @@ from fusecli.errors import (
     ValuesError,
     listed,
 )
-from fusecli.formats import Source, as_bytes, open_source, safetensors, sniff, write_whole
+from fusecli.formats import NumpyArray, Source, as_bytes, itemsize, open_sink, open_source, safetensors, sniff
 from fusecli.state_dict import article_names, is_pt, read_pt
 from fusecli.weights import OPTIONS, Config, Weights, require_heads, tensor_shapes
 
@@ -145,33 +145,36 @@ def _bare(tensors: Mapping[str, Array], path: str, num_heads: int | None, tell: 
     return _checked(config, named, path)
 
 
-def to_bytes(weights: Weights) -> bytes:
-    """The checkpoint as a file's bytes; the same weights give the same bytes.
-
-    Raises:
-        OutputError: a tensor has a dtype that the format cannot name.
-    """
-    from safetensors.numpy import save  # the library: small, and the judge of what is well-formed
-
-    for name, tensor in weights.tensors.items():
-        if (dtype := dtype_name(tensor)) not in safetensors.CODES:
-            wanted = ", ".join(safetensors.CODES)
-            raise OutputError(".safetensors cannot name the dtype", where=name, found=dtype, wanted=wanted)
-    # The library stores the memory as it lies, whatever the strides: hand it C order only.
-    tensors = {name: np.ascontiguousarray(to_numpy(tensor)) for name, tensor in weights.tensors.items()}
-    options = {"format": FORMAT, "method": weights.config.method, **weights.config.options()}
-    return save(tensors, {safetensors.OURS: json.dumps(options, sort_keys=True, separators=(",", ":"))})
-
-
 def save(weights: Weights, path: str | os.PathLike[str]) -> None:
-    """Write a checkpoint, atomically.
+    """Write a checkpoint, atomically; the same weights give the same bytes.
 
-    Tensors keep their dtype, float16, bfloat16, float32 or float64; bfloat16 of torch is stored as float32.
+    Tensors keep their dtype, float16, bfloat16, float32 or float64; bfloat16 of torch is stored as float32. They stand
+    in the order of the library of the format: the widest dtype first, which keeps numbers aligned, then by name.
 
     Raises:
         OutputError: it cannot be written, or the format cannot name the dtype of a tensor.
     """
-    write_whole(os.fspath(path), to_bytes(weights))
+    tensors = {name: to_numpy(tensor) for name, tensor in weights.tensors.items()}
+    kinds = {name: (tensor.shape, dtype_name(tensor)) for name, tensor in tensors.items()}
+    for name, (_, dtype) in kinds.items():
+        if dtype not in safetensors.CODES:
+            wanted = ", ".join(safetensors.CODES)
+            raise OutputError(".safetensors cannot name the dtype", where=name, found=dtype, wanted=wanted)
+    names = sorted(tensors, key=lambda name: (-itemsize(kinds[name][1]), kinds[name][1], name))
+    options = {"format": FORMAT, "method": weights.config.method, **weights.config.options()}
+    about = {safetensors.OURS: json.dumps(options, sort_keys=True, separators=(",", ":"))}
+    header = safetensors.header_of_many(((name, *kinds[name]) for name in names), about)
+    with open_sink(os.fspath(path)) as sink:
+        sink.put(0, header)
+        at = len(header)
+        for name in names:  # one by one: another copy of all may be too much
+            sink.put(at, _little_endian(tensors[name]))
+            at += tensors[name].nbytes
+
+
+def _little_endian(tensor: NumpyArray) -> NumpyArray:
+    """A tensor as files have it, in rows."""
+    return np.ascontiguousarray(tensor, tensor.dtype.newbyteorder("<"))
 
 
 def stored_as(weights: Weights, dtype: str) -> Weights:
@@ -202,9 +205,9 @@ def fingerprint(weights: Weights) -> str:
     options = {name: value for name, value in config.options().items() if value != usual[name]}
     digest = hashlib.sha256(json.dumps([config.method, options], sort_keys=True).encode())
     for name in sorted(weights.tensors):
-        tensor = np.ascontiguousarray(to_numpy(weights.tensors[name]))
+        tensor = _little_endian(to_numpy(weights.tensors[name]))
         digest.update(json.dumps([name, dtype_name(tensor), tensor.shape]).encode())
-        digest.update(as_bytes(tensor.astype(tensor.dtype.newbyteorder("<"), copy=False)))
+        digest.update(as_bytes(tensor))
     return digest.hexdigest()[:12]
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from fusecli import Config, ImageTextFusion, Weights, checkpoint, fuse, identity, init, load, save
 from fusecli.arrays import cast
-from fusecli.checkpoint import fingerprint, stored_as, to_bytes
+from fusecli.checkpoint import fingerprint, stored_as
 from fusecli.errors import CheckpointError, FileError, OutputError, UsageError
 from fusecli.formats.safetensors import OURS
 from fusecli.weights import METHODS
@@ -62,8 +62,21 @@ def test_saved_and_loaded_weights_are_the_same_bytes(tmp_path: Path) -> None:
     save(weights, tmp_path / "w.safetensors")
     again = load(tmp_path / "w.safetensors")
     assert again.config == weights.config
-    assert to_bytes(again) == (tmp_path / "w.safetensors").read_bytes()
+    save(again, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "w.safetensors").read_bytes()
     assert fingerprint(again) == fingerprint(weights) != fingerprint(init(32, 4, seed=4))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64", "mixed"])
+def test_a_checkpoint_is_what_the_library_of_the_format_writes(dtype: str, tmp_path: Path) -> None:
+    dtypes = ["bfloat16", "float64", "float16", "float32"] * 2 if dtype == "mixed" else [dtype] * 8
+    drawn = init(32, 4, residual=True)
+    tensors = {name: cast(tensor, kind) for (name, tensor), kind in zip(drawn.tensors.items(), dtypes, strict=True)}
+    save(Weights(drawn.config, tensors), tmp_path / "w.safetensors")
+    about = {"format": 1, "method": "attention", **drawn.config.options()}
+    metadata = {OURS: json.dumps(about, sort_keys=True, separators=(",", ":"))}
+    save_file(tensors, tmp_path / "library.safetensors", metadata)
+    assert (tmp_path / "w.safetensors").read_bytes() == (tmp_path / "library.safetensors").read_bytes()
 
 
 def test_a_fingerprint_is_of_the_numbers_however_they_lie() -> None:
