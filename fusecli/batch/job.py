@@ -77,8 +77,9 @@ def failed(id: str, error: Exception) -> Outcome:
     fatal = FATAL_IN_READING if isinstance(error, InputError) else FATAL
     stop = isinstance(cause, OSError) and cause.errno in fatal
     if is_out_of_memory(error):
-        here = isinstance(error, MemoryError)
-        error = FusecliError("out of memory", hint="use fewer workers" if here else "use --device cpu, or another GPU")
+        on_gpu = not isinstance(error, MemoryError)
+        way_out = "use --device cpu, or another GPU" if on_gpu else "use fewer workers, or more memory"
+        error = FusecliError("out of memory", hint=way_out)
     elif isinstance(error, OSError):
         error = unwritable(error.filename2 or error.filename, error)
     elif not isinstance(error, FusecliError):

@@ -111,8 +111,6 @@ def fuse(
     stored_image = pairs.find_features(image, "image", image_key)
     stored_text = pairs.find_features(text, "text", text_key)
     loaded = load_weights(weights, num_heads, seed, residual, attention, lambda line: note(line, quiet))
-    if stored_image.shape[0] == 1:
-        _tell_of_one_row(loaded.config, quiet)
     gate = attention is not None and pipeline.takes_gate(loaded, attention)
     told = None
     if attention and has_names(attention):
@@ -130,6 +128,8 @@ def fuse(
         threads=cores() if device == "cpu" else 1,
     )
     done = _fuse(loaded, pipeline.Pair(stored_image, stored_text), form, device, [output, attention])
+    if done.m == 1:
+        _tell_of_one_row(loaded.config, quiet)
     if json:
         emit(_facts(parameters | {"output": output, "attention": attention}, loaded, done, started))
     elif output != "-":
