@@ -296,10 +296,10 @@ class Weights:
             self._versions[:] = versions
         # `with_options` shares the cache, and the maps hold 1/sqrt(d).
         key = (what, str(self.config.num_heads), *kind_and_device(template), dtype)
-        if key not in self._cache:
+        kept: Kept | None = self._cache.get(key)
+        if kept is None:
             with lasting(template):
-                self._cache[key] = make()
-        kept: Kept = self._cache[key]
+                self._cache[key] = kept = make()
         return kept
 
     @cached_property
