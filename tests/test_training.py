@@ -57,8 +57,8 @@ def test_what_is_trained_gives_the_same_numbers_everywhere(run: Run, lesson: lis
 
 
 def test_weights_that_nobody_bettered_are_those_it_began_with(run: Run, lesson: list[str], tmp_path: Path) -> None:
-    train(run, "--labels", "labels.csv", "--method", "attention", "--epochs", 1, "--lr", 0)
-    run("init", "-o", "drawn.safetensors", "--feature-dim", D, "--num-heads", 2, "--seed", 3)
+    train(run, "--labels", "labels.csv", "--method", "attention", "--layer-norm", "--epochs", 1, "--lr", 0)
+    run("init", "-o", "drawn.safetensors", "--layer-norm", "--feature-dim", D, "--num-heads", 2, "--seed", 3)
     assert (tmp_path / "f.safetensors").read_bytes() == (tmp_path / "drawn.safetensors").read_bytes()
     given = ("--labels", "labels.csv", "-w", "drawn.safetensors", "--epochs", 1, "--lr", 0)
     run("train", "img", "txt", "-o", "g.safetensors", *given)
@@ -94,6 +94,24 @@ def test_labels_are_learned_from_an_image_that_is_laid_apart_from_the_text(
     overlap = np.linalg.norm(by_text @ by_image.T) / (np.linalg.norm(by_text) * np.linalg.norm(by_image))
     assert overlap < (0.12 if method == "transformer" or layer_norm else 1e-5)
     assert np.var(by_image) == pytest.approx(np.var(by_text), rel=0.5)
+
+
+def test_attention_learns_the_same_in_any_unit(run: Run, lesson: list[str], tmp_path: Path) -> None:
+    def losses() -> list[float]:
+        train(run, "--labels", "labels.csv", "--method", "attention", "--epochs", 8, "--no-bfloat16")
+        log = [json.loads(line) for line in (tmp_path / "f.log.jsonl").read_text().splitlines()]
+        return [line["validation_loss"] for line in log if "validation_loss" in line]
+
+    before, weights = losses(), fusecli.load(tmp_path / "f.safetensors")
+    units = {"img": 2.0**-6, "txt": 2.0**5}
+    for id in lesson:
+        for side, unit in units.items():
+            path = tmp_path / side / f"{id}.npy"
+            np.save(path, unit * np.load(path).astype(np.float32))
+    assert losses() == pytest.approx(before, rel=0.02)
+    other = fusecli.load(tmp_path / "f.safetensors")
+    for side, name in (("img", "image_proj.weight"), ("txt", "text_proj.weight")):
+        np.testing.assert_allclose(units[side] * other.tensors[name], weights.tensors[name], atol=0.01)
 
 
 def test_how_fast_it_learns_depends_on_what_is_learned_as_the_help_says(

@@ -122,6 +122,11 @@ class Rows:
         """The mean row of one pair ``[width]``, in float32."""
         return torch.from_numpy(self[at].mean(0, dtype=np.float64)).float()
 
+    def size(self, which: Sequence[int]) -> float:
+        """How large the numbers of some pairs are: their root mean square."""
+        squares = sum(float(np.square(self[at], dtype=np.float64).sum()) for at in which)
+        return math.sqrt(squares / (self.width * sum(self.length(at) for at in which)))
+
     def means(self) -> torch.Tensor:
         """The mean row of each pair ``[pairs, width]``."""
         return torch.stack([self.mean(at) for at in range(len(self))])

@@ -20,6 +20,7 @@ from fusecli.errors import FileError, TrainingError, ValuesError
 from fusecli.training.data import Batch, Data, ahead, batches, load
 from fusecli.training.objective import Head, Objective
 from fusecli.training.represent import Fusion
+from fusecli.training.start import sizes
 
 #: Gradients are scaled down to this norm.
 MAX_NORM = 1.0
@@ -152,14 +153,17 @@ class _Run:
         self._head = {name: nn.Parameter(tensor) for name, tensor in head.items()}
         self.progress = Progress()
         ours, along = fusion.parameters(), list(self._head.values())
+        lr, decay, first = settings.lr, settings.weight_decay, sizes(fusion.config, data)
         groups = [
-            {"params": [p for p in ours if p.ndim > 1], "lr": settings.lr},
-            {"params": [p for p in ours if p.ndim < 2], "lr": settings.lr, "weight_decay": 0.0},
-            {"params": along, "lr": settings.lr * HEAD_LR},
+            {"params": [p for name, p in fusion.named.items() if p.ndim > 1 and name not in first], "lr": lr},
+            {"params": [p for p in ours if p.ndim < 2], "lr": lr, "weight_decay": 0.0},
+            {"params": along, "lr": lr * HEAD_LR},
         ]
+        for name, size in first.items():
+            groups.append({"params": [fusion.named[name]], "lr": lr / size, "weight_decay": decay * size})
         self._learned = [*ours, *along]
         # All of an update in one pass over memory; in a pass for each operation it takes a sixth of an epoch.
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=decay, fused=True)
         self.steps = len(self._batches(torch.Generator()))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, partial(_rate, self.steps * settings.epochs))
 

@@ -11,7 +11,7 @@ from fusecli.errors import ShapeError, UsageError
 from fusecli.training.data import Data
 from fusecli.training.loop import Settings
 from fusecli.training.objective import Objective
-from fusecli.training.start import SHARES, Beginning, laid_apart
+from fusecli.training.start import SHARES, Beginning, laid_apart, sized
 from fusecli.weights import Weights
 
 #: Label smoothing.
@@ -78,7 +78,7 @@ def drawn(labelled: bool, feature_dim: int | None, seed: int, options: Mapping[s
     try:
         untrained = draw(checkpoint.init)
         if untrained.config.can_forget_text:
-            return Beginning(untrained, [untrained if labelled else draw(checkpoint.orthogonal)])
+            return Beginning(untrained, [sized(untrained if labelled else draw(checkpoint.orthogonal), data)])
         # Without labels it is only the image that is to be told: of all shares the largest suits best.
         shares = SHARES if labelled else SHARES[-1:]
         starts = laid_apart(draw(checkpoint.orthogonal), data, shares)

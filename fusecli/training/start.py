@@ -21,7 +21,7 @@ from fusecli.errors import ValuesError
 from fusecli.formats import NumpyArray
 from fusecli.functional import layer_norm, linear
 from fusecli.training.data import Data, Rows
-from fusecli.weights import Weights
+from fusecli.weights import Config, Weights
 
 #: Rows ``[n, width]`` to rows of another width.
 Map = Callable[[NumpyArray], NumpyArray]
@@ -30,6 +30,8 @@ Map = Callable[[NumpyArray], NumpyArray]
 SHARES = (0.35, 0.7, 1.4)
 #: What varies less than this share of the whole (squares) is not scaled up further.
 FLAT = 1e-6
+#: Numbers of features are taken to be at least so large, and at most one over that.
+SMALLEST = 1e-6
 #: What queries are scaled by: the attention begins nearly even, so that all of the image counts.
 EVEN = 0.1
 
@@ -39,6 +41,27 @@ class Beginning(NamedTuple):
 
     untrained: Weights  # that have seen no pairs, to compare with
     starts: list[Weights]  # the best of these is trained
+
+
+def sizes(config: Config, data: Data) -> dict[str, float]:
+    """How large the numbers are that meet the first matrices, by their names, where that is to be made up for.
+
+    Encoders differ: a row has norm 1, say, or 90. Where no layer norm makes that equal and the text is not in the
+    result, a matrix is drawn, and learned, as if its numbers were of size 1: it is divided by their size, and so is its
+    learning rate. In steps of one length small numbers would hardly be learned from, and large ones in leaps.
+    """
+    if config.layer_norm or not config.can_forget_text:
+        return {}
+    sides = {"text_proj.weight": data.texts, "image_proj.weight": data.images}
+    found = {name: side.size(data.parts["train"]) for name, side in sides.items()}
+    return {name: min(max(size, SMALLEST), 1 / SMALLEST) for name, size in found.items()}
+
+
+def sized(weights: Weights, data: Data) -> Weights:
+    """Drawn ``weights`` for numbers as large as those of the pairs to train on, see `sizes`."""
+    made_up = sizes(weights.config, data)
+    tensors = {name: tensor / np.float32(made_up.get(name, 1)) for name, tensor in weights.tensors.items()}
+    return Weights(weights.config, tensors)
 
 
 def laid_apart(weights: Weights, data: Data, shares: Sequence[float] = SHARES) -> list[Weights]:
