@@ -160,9 +160,8 @@ class Supervised:
         """
         train, validation = data.parts["train"], data.parts["validation"]
         mean, std = x[train].mean(0), x[train].std(0)
-        usual = torch.cat(
-            [part.square().mean().sqrt().expand(len(part)) for part in torch.split(std, widths)]
-        )  # [width]
+        parts = torch.split(std, widths)
+        usual = torch.cat([part.square().mean().sqrt().expand(len(part)) for part in parts])  # [width]
         std = std + FLAT * (mean.abs() + usual) + TINY  # what does not vary is rounding
         x = (x - mean) / std
         if not torch.isfinite(x).all():
