@@ -30,7 +30,7 @@ from fusecli.errors import (
 )
 from fusecli.formats import NumpyArray, Source, as_bytes, itemsize, open_sink, open_source, safetensors, sniff
 from fusecli.state_dict import article_names, is_pt, read_pt
-from fusecli.weights import OPTIONS, Config, Weights, require_heads, tensor_shapes
+from fusecli.weights import OPTIONS, Config, Weights, are_of_weights, require_heads, tensor_shapes
 
 #: Version of what the metadata of a checkpoint say.
 FORMAT = 1
@@ -134,15 +134,13 @@ def _located(error: FusecliError, path: str, hint: str | None = None) -> Checkpo
 
 
 def _bare(tensors: Mapping[str, Array], path: str, num_heads: int | None, tell: Callable[[str], None]) -> Weights:
-    if num_heads is None:
-        num_heads = 8
-        tell(f"{path} does not say its number of heads: assuming 8; pass --num-heads if that is wrong")
-    config = Config(num_heads=num_heads)
     try:
         named = article_names(tensors)
     except CheckpointError as error:
         raise _located(error, path) from None
-    return _checked(config, named, path)
+    if num_heads is None and are_of_weights(named):
+        tell(f"{path} does not say its number of heads: assuming 8; pass --num-heads if that is wrong")
+    return _checked(Config(num_heads=8 if num_heads is None else num_heads), named, path)
 
 
 def save(weights: Weights, path: str | os.PathLike[str]) -> None:

@@ -167,6 +167,9 @@ def test_tensors_are_chosen_by_name_and_doubt_is_an_error(run: Run, pair: tuple[
     for command in (["fuse"], ["fuse", "--image-key", "image"], ["batch"]):
         told = run(*command, "w.safetensors", "txt.npy", "-o", "out.npy", code=3).stderr
         assert b"a checkpoint is given by -w" in told
+    told = run("fuse", "regions.npy", "txt.npy", "-w", "x.safetensors", "-o", "out.npy", code=3).stderr
+    assert b"x.safetensors[text_proj.weight]: tensor is missing: found a, b" in told
+    assert b"assuming" not in told
 
 
 @pytest.mark.parametrize(
