@@ -172,8 +172,9 @@ def _multihead(name: str, dim: int) -> dict[str, tuple[int, ...]]:
 class Weights:
     """A fusion: its config and its tensors (NumPy or torch, any float dtype), checked at once.
 
-    Folded maps are kept beside them, so that many calls fold once. They are folded anew after tensors of torch have
-    been changed in place, by an optimizer, say; do not change arrays of NumPy after the first `fuse`.
+    Folded maps are kept beside them, so that many calls fold once; not of tensors that require a gradient, which an
+    optimizer may change at any time. Other tensors are folded anew when torch has counted a change in place. Do not
+    change what it does not see after the first `fuse`: arrays of NumPy, the memory behind ``.data``.
 
     Raises:
         CheckpointError: a tensor is missing, misshapen, or one too many.
@@ -291,9 +292,12 @@ class Weights:
     def kept(self, what: str, template: Array, dtype: str, make: Callable[[], Kept]) -> Kept:
         """What ``make`` gives, made once for each kind of ``template`` and ``dtype``."""
         versions = [tensor._version for tensor in self._changeable]
-        if versions != self._versions:
+        learned = any(tensor.requires_grad for tensor in self._changeable)  # fused optimizers change no version
+        if learned or versions != self._versions:
             self._cache.clear()
             self._versions[:] = versions
+        if learned:
+            return make()
         # `with_options` shares the cache, and the maps hold 1/sqrt(d).
         key = (what, str(self.config.num_heads), *kind_and_device(template), dtype)
         kept: Kept | None = self._cache.get(key)

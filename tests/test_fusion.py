@@ -317,17 +317,29 @@ def test_a_text_has_a_gradient_where_only_it_wants_one(m: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_weights_that_an_optimizer_changes_are_folded_anew(rows: int) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_weights_that_an_optimizer_changes_are_folded_anew(rows: int, fused: bool) -> None:
     drawn = checkpoint.init(16, 4)
     tensors = {name: torch.tensor(tensor, requires_grad=True) for name, tensor in drawn.tensors.items()}
     weights, image, text = Weights(drawn.config, tensors), torch.ones(rows, 16), torch.ones(5, 16)
     with torch.no_grad():
         before = fuse(weights, image, text)
     fuse(weights, image, text).sum().backward()
-    torch.optim.SGD(tensors.values(), 0.1).step()
+    torch.optim.SGD(tensors.values(), 0.1, fused=fused).step()
     with torch.no_grad():
         after = fuse(weights, image, text)
         torch.testing.assert_close(after, fuse(Weights(drawn.config, tensors), image, text))
+    assert not torch.allclose(after, before)
+
+
+def test_tensors_that_are_changed_in_place_are_folded_anew() -> None:
+    drawn = checkpoint.init(16, 4)
+    weights = Weights(drawn.config, {name: torch.tensor(tensor) for name, tensor in drawn.tensors.items()})
+    image, text = torch.ones(3, 16), torch.ones(5, 16)
+    before = fuse(weights, image, text)
+    weights.tensors["attention.in_proj_weight"].mul_(2)
+    after = fuse(weights, image, text)
+    torch.testing.assert_close(after, fuse(Weights(drawn.config, weights.tensors), image, text))
     assert not torch.allclose(after, before)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -20,7 +21,6 @@ from fusecli.errors import FileError, TrainingError, ValuesError
 from fusecli.training.data import Batch, Data, ahead, batches, load
 from fusecli.training.objective import Head, Objective
 from fusecli.training.represent import Fusion
-from fusecli.training.start import sizes
 
 #: Gradients are scaled down to this norm.
 MAX_NORM = 1.0
@@ -74,6 +74,7 @@ class Lesson:
     objective: Objective
     data: Data
     settings: Settings
+    sizes: Mapping[str, float] = field(default_factory=dict)  # see `fusecli.training.start.Beginning`
 
 
 class Keeper(Protocol):
@@ -153,7 +154,7 @@ class _Run:
         self._head = {name: nn.Parameter(tensor) for name, tensor in head.items()}
         self.progress = Progress()
         ours, along = fusion.parameters(), list(self._head.values())
-        lr, decay, first = settings.lr, settings.weight_decay, sizes(fusion.config, data)
+        lr, decay, first = settings.lr, settings.weight_decay, lesson.sizes
         groups = [
             {"params": [p for name, p in fusion.named.items() if p.ndim > 1 and name not in first], "lr": lr},
             {"params": [p for p in ours if p.ndim < 2], "lr": lr, "weight_decay": 0.0},

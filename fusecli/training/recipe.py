@@ -78,7 +78,7 @@ def drawn(labelled: bool, feature_dim: int | None, seed: int, options: Mapping[s
     try:
         untrained = draw(checkpoint.init)
         if untrained.config.can_forget_text:
-            return Beginning(untrained, [sized(untrained if labelled else draw(checkpoint.orthogonal), data)])
+            return sized(untrained, untrained if labelled else draw(checkpoint.orthogonal), data)
         # Without labels it is only the image that is to be told: of all shares the largest suits best.
         shares = SHARES if labelled else SHARES[-1:]
         starts = laid_apart(draw(checkpoint.orthogonal), data, shares)

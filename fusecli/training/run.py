@@ -110,7 +110,8 @@ def train_on(
     folder, shares = os.path.dirname(output) or ".", (recipe.validation, recipe.held_out)
     data = read(ids, places, folder, *shares, lambda done: reporter.read(done, len(ids)))
     require_enough(data)
-    lesson, beginning = Lesson(recipe.objective(data), data, settings), recipe.beginning(data)
+    objective, beginning = recipe.objective(data), recipe.beginning(data)
+    lesson = Lesson(objective, data, settings, beginning.sizes)
     if unknown := lesson.objective.unknown:
         reporter.unknown_labels(unknown)
     alone = sum(data.images.length(at) == 1 for at in range(len(data.ids)))

@@ -11,7 +11,8 @@ middle of all images adds nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +42,7 @@ class Beginning(NamedTuple):
 
     untrained: Weights  # that have seen no pairs, to compare with
     starts: list[Weights]  # the best of these is trained
+    sizes: Mapping[str, float] = MappingProxyType({})  # that its matrices, and so learning rates, are divided by
 
 
 def sizes(config: Config, data: Data) -> dict[str, float]:
@@ -57,11 +59,11 @@ def sizes(config: Config, data: Data) -> dict[str, float]:
     return {name: min(max(size, SMALLEST), 1 / SMALLEST) for name, size in found.items()}
 
 
-def sized(weights: Weights, data: Data) -> Weights:
-    """Drawn ``weights`` for numbers as large as those of the pairs to train on, see `sizes`."""
-    made_up = sizes(weights.config, data)
-    tensors = {name: tensor / np.float32(made_up.get(name, 1)) for name, tensor in weights.tensors.items()}
-    return Weights(weights.config, tensors)
+def sized(untrained: Weights, drawn: Weights, data: Data) -> Beginning:
+    """Begin with ``drawn`` weights, for numbers as large as those of the pairs to train on: see `sizes`."""
+    found = sizes(drawn.config, data)
+    tensors = {name: tensor / np.float32(found.get(name, 1)) for name, tensor in drawn.tensors.items()}
+    return Beginning(untrained, [Weights(drawn.config, tensors)], found)
 
 
 def laid_apart(weights: Weights, data: Data, shares: Sequence[float] = SHARES) -> list[Weights]:
