@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
-from fusecli.arrays import FLOAT_NAMES, Array, cast, dtype_name, is_torch, kind_and_device, lasting, like, needs_grad
+from fusecli.arrays import FLOAT_NAMES, Array, cast, dtype_name, is_torch, kind_and_device, lasting, like
 from fusecli.errors import CheckpointError, UsageError, listed
 from fusecli.maps import Layers, Maps, fold
 
@@ -267,12 +267,7 @@ class Weights:
 
     def at(self, template: Array, dtype: str) -> Mapping[str, Array]:
         """All tensors as ``dtype``, where ``template`` lives."""
-
-        def make() -> Mapping[str, Array]:
-            return self._cast(self.tensors, template, dtype)
-
-        live = is_torch(template) and needs_grad(*self.tensors.values())
-        return make() if live else self.kept("tensors", template, dtype, make)
+        return self.kept("tensors", template, dtype, lambda: self._cast(self.tensors, template, dtype))
 
     def _cast(self, names: Iterable[str], template: Array, dtype: str) -> dict[str, Array]:
         return {name: cast(like(self.tensors[name], template), dtype) for name in names}
@@ -290,14 +285,14 @@ class Weights:
         return self.kept("maps", template, dtype, make)
 
     def kept(self, what: str, template: Array, dtype: str, make: Callable[[], Kept]) -> Kept:
-        """What ``make`` gives, made once for each kind of ``template`` and ``dtype``."""
+        """What ``make`` gives, made once for each kind of ``template`` and ``dtype`` while the tensors are the same."""
+        if any(tensor.requires_grad for tensor in self._changeable):  # fused optimizers change no version
+            self._cache.clear()
+            return make()
         versions = [tensor._version for tensor in self._changeable]
-        learned = any(tensor.requires_grad for tensor in self._changeable)  # fused optimizers change no version
-        if learned or versions != self._versions:
+        if versions != self._versions:
             self._cache.clear()
             self._versions[:] = versions
-        if learned:
-            return make()
         # `with_options` shares the cache, and the maps hold 1/sqrt(d).
         key = (what, str(self.config.num_heads), *kind_and_device(template), dtype)
         kept: Kept | None = self._cache.get(key)
