@@ -18,7 +18,7 @@ from fusecli.errors import TrainingError
 from fusecli.training import loop, recipe
 from fusecli.training.data import MOST_LEARNED, MOST_MET, batches, part_of, read
 from fusecli.training.loop import _rate
-from fusecli.training.match import Match, Moments, _moments, canonical
+from fusecli.training.match import Match, Moments, _heads, _moments, _side, canonical
 from fusecli.training.objective import Classes, Measured, Numbers
 from fusecli.training.represent import Fusion, Means
 from fusecli.training.start import laid_apart
@@ -304,6 +304,21 @@ def test_a_head_minds_no_unit(rng: np.random.Generator, scale: float) -> None:
     assert objective._fitted(scale * x, data, [D])[0].loss == pytest.approx(expected, rel=1e-3)
     beside = torch.cat([x[:, :1], scale * x[:, 1:]], 1)  # two sides, of which one has another unit
     assert objective._fitted(beside, data, [1, D - 1])[0].loss == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_matching_minds_no_unit_of_a_side(rng: np.random.Generator, scale: float) -> None:
+    x, y = (torch.from_numpy(rng.standard_normal((300, D)).astype(np.float32)) for _ in range(2))
+    y[:, :4] += x[:, :4]
+
+    def told(x: torch.Tensor, widths: list[int]) -> torch.Tensor:
+        moments = Moments(D, D)
+        moments.add(x, y)
+        return torch.stack([_side(head, "fused", x) for head in _heads(moments, widths, 8, "cpu")])
+
+    beside = torch.cat([x[:, :6], scale * x[:, 6:]], 1)
+    torch.testing.assert_close(told(beside, [6, D - 6]), told(x, [6, D - 6]), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(told(beside, [D]), told(x, [D]), rtol=1e-3, atol=1e-2)  # one vector keeps its units
 
 
 def test_training_may_begin_with_what_has_seen_no_pairs(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from fusecli.training.represent import EVALUATED, Fusion, Representation, masked
 DROPOUT = 0.1
 #: Strengths of the penalty that a head is tried with, and factors of its cosines; the validation part chooses.
 PENALTIES, FACTORS = (0.1, 0.3, 1.0, 3.0), (5.0, 10.0, 20.0, 40.0, 80.0)
+#: By how much the first of two parts of a vector varies more than the second (standard deviations): tried likewise, for
+#: the penalty is the same in every direction, and the units that features happen to have are not to decide.
+BALANCES = (1 / 16, 1.0, 16.0)
 #: Images with texts of other pairs from which a head is made, at least; each image is met once in any case.
 SAMPLES = 4096
 #: Squares of correlations below this share of the largest are rounding; and what keeps from dividing by 0.
@@ -89,7 +93,8 @@ class Match:
 
     def judge(self, represent: Representation, data: Data) -> tuple[Measured, Head]:
         """See `Objective`. The head is not learned but computed: see `canonical`."""
-        heads = _heads(_moments(represent, data, data.parts["train"]), self.space, represent.device)
+        moments = _moments(represent, data, data.parts["train"])
+        heads = _heads(moments, represent.widths, self.space, represent.device)
         part = self._pooled(data.parts["validation"])
         tried = [
             (_measured(factor * cosines), {**head, "logit_scale": _log(factor, represent.device)})
@@ -239,16 +244,27 @@ def _root(covariance: torch.Tensor, penalty: float) -> torch.Tensor:
 
 
 @one_thread()
-def _heads(moments: Moments, space: int, device: str) -> list[dict[str, nn.Parameter]]:
-    """A head for each of `PENALTIES`."""
-    covariances, means, heads = moments.covariances(), moments.means(), []
-    for penalty in PENALTIES:
+def _heads(moments: Moments, widths: list[int], space: int, device: str) -> list[dict[str, nn.Parameter]]:
+    """A head for each of `PENALTIES` and scales of the parts, ``widths``, of a vector."""
+    (x, y, cross), means, heads = moments.covariances(), moments.means(), []
+    for scale, penalty in product(_scales(x.diagonal(), widths), PENALTIES):
+        scaled = x * torch.outer(scale, scale), y, cross * scale[:, None]
+        fused, text = canonical(*scaled, penalty, space)
         head = {}
-        for name, weight, mean in zip(("fused", "text"), canonical(*covariances, penalty, space), means, strict=True):
+        for name, weight, mean in zip(("fused", "text"), (fused * scale, text), means, strict=True):
             weight = weight / weight.square().mean().sqrt().clamp(min=1e-30)  # cosines do not mind
             head[f"{name}_head.weight"], head[f"{name}_head.bias"] = weight, -weight @ mean
         heads.append({name: nn.Parameter(tensor.float().to(device)) for name, tensor in head.items()})
     return heads
+
+
+def _scales(variances: torch.Tensor, widths: list[int]) -> list[torch.Tensor]:
+    """Factors ``[Dx]`` for the channels of a vector, alike within each of its parts; one part stays as it is."""
+    if len(widths) == 1:
+        return [torch.ones_like(variances)]
+    usual = [float(part.mean().sqrt()) or 1.0 for part in torch.split(variances.clamp(min=0), widths)]
+    first, second = (torch.full((width,), 1 / size) for width, size in zip(widths, usual, strict=True))
+    return [torch.cat([balance * first, second]).to(variances) for balance in BALANCES]
 
 
 def _moments(represent: Representation, data: Data, part: list[int]) -> Moments:
