@@ -51,13 +51,22 @@ def test_the_majority_is_that_of_the_pairs_to_train_on() -> None:
 @pytest.mark.parametrize(
     ("gains", "told"),
     [
-        ([1.0] * 20, "by 1.000 (95% interval +1.000 to +1.000)"),
-        ([1.0] * 3 + [0.0] * 15 + [-1.0] * 2, "may be chance"),
-        ([0.0] * 20, "does not beat"),
+        ([1.0] * 20, "beats {} by 1.000 (95% interval +1.000 to +1.000)"),
+        ([1.0] * 3 + [0.0] * 15 + [-1.0] * 2, ", perhaps by chance)"),
+        ([0.0] * 20, "does not beat {}"),
     ],
 )
 def test_the_verdict_is_about_the_difference(gains: list[float], told: str) -> None:
-    gain = torch.tensor(gains)
-    rows = [table.row(table.SIDE_BY_SIDE, torch.zeros(20)), table.row(table.TRAINED, gain)]
-    assert told in table.verdict(rows)
-    assert ("may be chance" in table.verdict(rows)) == ("may be chance" in told)
+    gain, nothing, half = torch.tensor(gains), torch.zeros(20), torch.full((20,), 0.5)
+
+    def verdict(text: torch.Tensor, image: torch.Tensor, both: torch.Tensor, trained: torch.Tensor) -> list[str]:
+        names = (table.TEXT, table.IMAGE, table.SIDE_BY_SIDE, table.TRAINED)
+        rows = [table.row(*line) for line in zip(names, (text, image, both, trained), strict=True)]
+        return table.verdict(rows).split("; it ")
+
+    # Of text and image it is the better one that counts.
+    assert told.format("side by side") in verdict(nothing, half, nothing, gain)[0]
+    assert told.format("image only") in verdict(nothing, half, nothing, gain + 0.5)[1]
+    assert told.format("text only") in verdict(half, nothing, nothing, gain + 0.5)[1]
+    assert ("chance" in verdict(nothing, half, nothing, gain)[0]) == ("chance" in told)
+    assert verdict(nothing, half, half, half)[0] == "the fusion does not beat side by side here"

@@ -19,8 +19,8 @@ RESAMPLED = 2000
 Z = 1.959964
 
 
-#: The two lines that the verdict is about.
-SIDE_BY_SIDE, TRAINED = "both side by side", "this fusion, trained"
+#: The lines that the verdict is about.
+TEXT, IMAGE, SIDE_BY_SIDE, TRAINED = "text only", "image only", "both side by side", "this fusion, trained"
 
 
 #: What stands for a pair, and the head that suits it.
@@ -98,8 +98,8 @@ def compare(
     shares = objective.shares(test)
     rows = [row(objective.guess_name, objective.guess(test, train), shares)]
     lines: list[tuple[str, Callable[[], Judged]]] = [
-        ("text only", partial(of_means, True, False)),
-        ("image only", partial(of_means, False, True)),
+        (TEXT, partial(of_means, True, False)),
+        (IMAGE, partial(of_means, False, True)),
         (SIDE_BY_SIDE, partial(of_means, True, True)),
         ("this fusion, untrained", untrained),
         (TRAINED, lambda: trained),
@@ -112,11 +112,17 @@ def compare(
 
 
 def verdict(rows: list[Row]) -> str:
-    """In words, whether the fusion beats both sides without it."""
-    scores, shares = {row.name: row.scores for row in rows}, rows[0].shares
-    gain = scores[TRAINED] - scores[SIDE_BY_SIDE]
+    """In words, whether the fusion beats both sides without it, and the better one of them alone."""
+    named, shares = {row.name: row for row in rows}, rows[0].shares
+    alone = max(named[TEXT], named[IMAGE], key=lambda row: row.score)
+    both = _beaten(named[TRAINED].scores - named[SIDE_BY_SIDE].scores, "side by side", shares)
+    return f"the fusion {both} here; it {_beaten(named[TRAINED].scores - alone.scores, alone.name, shares)}"
+
+
+def _beaten(gain: torch.Tensor, what: str, shares: torch.Tensor | None) -> str:
+    # Pair by pair: the interval is narrower than those of the two lines.
     if gain.mean() <= 0:
-        return "the fusion does not beat side by side here"
+        return f"does not beat {what}"
     low, high = resampled(gain, shares)
-    told = f"the fusion beats side by side by {float(gain.mean()):.3f} (95% interval {low:+.3f} to {high:+.3f})"
-    return told if low > 0 else f"{told}, which may be chance"
+    chance = "" if low > 0 else ", perhaps by chance"
+    return f"beats {what} by {float(gain.mean()):.3f} (95% interval {low:+.3f} to {high:+.3f}{chance})"
