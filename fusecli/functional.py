@@ -7,6 +7,7 @@ does the products, and how it is called decides speed and last digits.
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable
 from functools import lru_cache
@@ -53,15 +54,21 @@ def products_beside(a: Array, b: Array) -> Array:
     if is_torch(a):
         return (a @ b).swapaxes(0, 1).reshape(a.shape[1], -1)
     beside = np.empty((a.shape[1], a.shape[0], b.shape[-1]), a.dtype)
-    np.matmul(a, b, out=beside.swapaxes(0, 1))
+    if in_tiles(a, b):
+        _tiles(a, b, beside.swapaxes(0, 1))
+    else:
+        np.matmul(a, b, out=beside.swapaxes(0, 1))
     return beside.reshape(a.shape[1], -1)
 
 
-#: Up to so many multiplications, and so many numbers in the result, OpenBLAS for AVX-512 multiplies matrices where they
-#: lie, without copying them first. It then sums in several lanes, which rounds less.
+#: Up to so many multiplications OpenBLAS for AVX-512 multiplies matrices where they lie, without copying them first;
+#: and up to so many numbers in the result, where both have the numbers of a sum one after the other. Those it then adds
+#: in several lanes, which rounds less.
 SMALL_PRODUCT, SMALL_RESULT = 10**6, 1200
-#: Rows up to which a weight matrix taken in such small products is faster than whole, on one thread or two.
+#: Rows up to which a weight matrix taken in such tiles is faster than whole, on one thread or two.
 THIN = 12
+#: The same where one thread multiplies, on such processors alone.
+WIDE = 96
 #: OpenBLAS takes so many rows at once, and a rest by 8, 4, 2 and 1: 13 to 15 rows take longer than these.
 STEP = 16
 #: Rows that are multiplied together by `rows_apart`. Not any number will do: of 12, 24 or 32, OpenBLAS's AVX2 code
@@ -71,19 +78,52 @@ ROWS_APART = 16
 SUM_CHUNK = 256
 
 
-def _small_products(weight: Array, columns: Array) -> Array:
-    """``weight [D, K] @ columns [..., K, n]`` as ``[..., D, n]``, some rows of ``weight`` at a time."""
-    (dim, width), n = weight.shape, columns.shape[-1]
-    parts = min(dim, max(-(-dim * n // SMALL_RESULT), -(-dim * width * n // SMALL_PRODUCT)))
+#: What OpenBLAS takes the number of its threads from as it is loaded; the command sets it to 1.
+BLAS_THREADS = "OPENBLAS_NUM_THREADS"
+
+
+@lru_cache(maxsize=1)
+def multiplies_in_place() -> bool:
+    """Whether one thread multiplies, and small matrices where they lie.
+
+    That it sees by their bits: what is copied first comes to the same, however it lay.
+    """
+    if os.environ.get(BLAS_THREADS) != "1":
+        return False
+    a, b = 1 / np.arange(1, 2049, dtype=np.float32).reshape(2, 16, 64)
+    return not np.array_equal(a @ b.T, a @ contiguous(b.T))
+
+
+def in_tiles(a: Array, b: Array) -> bool:
+    """Whether ``a [..., D, K] @ b [..., K, n]`` is faster in tiles, for more than `THIN` columns."""
+    (dim, width), n = a.shape[-2:], b.shape[-1]
+    return THIN < n <= WIDE and dim * width * n > SMALL_PRODUCT and a.dtype == np.float32 and multiplies_in_place()
+
+
+def _tiles(a: Array, b: Array, out: Array) -> None:
+    """``a [..., D, K] @ b [..., K, n]`` into ``out [..., D, n]``, some rows of ``a`` at a time, taken in place."""
+    (dim, width), n = a.shape[-2:], b.shape[-1]
+    rows = min(dim, SMALL_PRODUCT // (width * n) or 1)
+    if a.strides[-1] == b.strides[-2] == a.itemsize:
+        rows = min(rows, SMALL_RESULT // n)
+    rows = next((size for size in range(rows, rows // 2, -1) if dim % size == 0), rows)
     # A rest of one row would be a vector times a matrix, whose sums depend on where a column stands on old processors.
-    while dim % parts == 1:
-        parts += 1
-    even = dim - dim % parts  # the rest is a product of its own
-    out = np.empty((*columns.shape[:-2], dim, n), columns.dtype)
-    blocks = out[..., :even, :].reshape(*columns.shape[:-2], parts, even // parts, n)
-    np.matmul(weight[:even].reshape(parts, -1, width), columns[..., None, :, :], out=blocks)
+    while rows > 2 and dim % rows == 1:
+        rows -= 1
+    even = dim - dim % rows  # the rest is a product of its own
+
+    def cut(x: Array) -> Array:
+        return x[..., :even, :].reshape(*x.shape[:-2], even // rows, rows, x.shape[-1])
+
+    np.matmul(cut(a), b[..., None, :, :], out=cut(out))
     if even < dim:
-        np.matmul(weight[even:], columns, out=out[..., even:, :])
+        np.matmul(a[..., even:, :], b, out=out[..., even:, :])
+
+
+def _small_products(weight: Array, columns: Array) -> Array:
+    """``weight [..., D, K] @ columns [..., K, n]`` as ``[..., D, n]``, in tiles."""
+    out = np.empty((*columns.shape[:-2], weight.shape[-2], columns.shape[-1]), columns.dtype)
+    _tiles(weight, columns, out)
     return out
 
 
@@ -96,7 +136,7 @@ def dot(a: Array, b: Array) -> Array:
     """
     if is_torch(a) or a.shape[-2] >= b.shape[-1]:
         return a @ b
-    if a.ndim == 2 and 1 < len(a) <= THIN and b.strides[0] == b.itemsize:
+    if b.strides[-2] == b.itemsize and ((a.ndim == 2 and 1 < len(a) <= THIN) or in_tiles(b.mT, a.mT)):
         # Of rows that do not lie one after the other, from 9 on, sums are taken one by one, which rounds more.
         return _small_products(b.mT, contiguous(a).mT).mT
     if a.ndim == 2 and THIN < len(a) < STEP:
@@ -108,9 +148,10 @@ def dot_by_parts(a: Array, b: Array) -> Array:
     """As `dot`, but of arrays the sums are taken in two halves, or `SUM_CHUNK` products at a time: that rounds less.
 
     OpenBLAS adds up one after the other where torch's libraries add in lanes or in parts. So the numbers of one pair in
-    300 were over the bar where the text meets one matrix (folded maps make up for it). One row is added in lanes.
+    300 were over the bar where the text meets one matrix (folded maps make up for it). One row is added in lanes, and
+    so are tiles.
     """
-    if is_torch(a) or a.shape[-2] == 1:
+    if is_torch(a) or a.shape[-2] == 1 or (b.strides[-2] == b.itemsize and in_tiles(b.mT, a.mT)):
         return dot(a, b)
     width = a.shape[-1]
     step = min(SUM_CHUNK, -(-width // 2))

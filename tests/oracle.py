@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from fusecli.functional import BLAS_THREADS, multiplies_in_place
 from fusecli.weights import Config, Weights
 
 
@@ -79,5 +80,15 @@ def in_torch() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def on_one_thread() -> Iterator[None]:
+    """Here NumPy multiplies as it does in the command, on one thread (what it says of their number is believed)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(BLAS_THREADS, "1")
+        multiplies_in_place.cache_clear()
+        yield
+    multiplies_in_place.cache_clear()
+
+
 #: What makes an array of NumPy's one of each kind, and where that kind is computed with.
-KINDS = ((np.asarray, nullcontext), (torch.from_numpy, in_torch))
+KINDS = ((np.asarray, nullcontext), (np.asarray, on_one_thread), (torch.from_numpy, in_torch))
