@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -132,11 +132,19 @@ def unwarned(x: Array) -> AbstractContextManager[object]:
 
 @contextmanager
 def lasting(x: Array) -> Iterator[None]:
-    """Leaves torch's inference mode, so that what is kept from here on can be used where gradients are wanted."""
-    if is_torch(x) and (torch := sys.modules["torch"]).is_inference_mode_enabled():
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    else:
+    """Leaves modes of torch's that are the caller's own, so that what is kept from here on is good for others too.
+
+    Inference mode forbids gradients later, and autocast rounds products.
+    """
+    if not is_torch(x):
+        yield
+        return
+    torch = sys.modules["torch"]
+    with ExitStack() as modes:
+        if torch.is_inference_mode_enabled():
+            modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(torch.no_grad())
+        modes.enter_context(torch.autocast(x.device.type, enabled=False))
         yield
 
 

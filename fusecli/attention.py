@@ -214,7 +214,8 @@ def _attend_at_once(text: Array, side: ImageSide, need_weights: bool, query: Arr
     scores = side.keys.scores(text, query)  # [H, N, M]
     weights = _torch_softmax(_masked(scores, side.mask), text)
     answered = answer(weights)
-    if _is_coarse(scores):
+    # The reference's own products, in its order, are as good as that; and who exports them wants no branches.
+    if _is_coarse(scores) and side.maps.key_value_bias is None:
         # Whether float32 did is asked last: a GPU has the rest to do while this waits for the answer.
         peaks = namespace(scores).linalg.vector_norm(scores, math.inf, (-3, -2, -1))  # []; of a batch [B]
         large = LARGE_IN_TORCH if side.plan.scores is Order.DIRECT else LARGE_SCORE

@@ -32,8 +32,8 @@ class ImageTextFusion(nn.Module):
         image_dim: int | None = None,
     ) -> None:
         super().__init__()
-        self.text_proj = nn.Linear(text_dim or feature_dim, feature_dim)
-        self.image_proj = nn.Linear(image_dim or feature_dim, feature_dim)
+        self.text_proj = nn.Linear(feature_dim if text_dim is None else text_dim, feature_dim)
+        self.image_proj = nn.Linear(feature_dim if image_dim is None else image_dim, feature_dim)
         self.attention = nn.MultiheadAttention(feature_dim, num_heads)
 
     def forward(self, image_feat: torch.Tensor, text_feat: torch.Tensor) -> torch.Tensor:
@@ -52,10 +52,16 @@ class ImageTextFusion(nn.Module):
         """
         rows = as_rows(image_feat, "image", _width(self.image_proj, image_feat))
         text = as_rows(text_feat, "text", _width(self.text_proj, text_feat))
-        attention, dtype = self.attention, self.attention.out_proj.weight.dtype
+        attention, usual = self.attention, _is_usual(self.attention)
+        dtype = attention.out_proj.weight.dtype if usual else _dtype(attention, text.dtype)
         # Layers are called, and parameters taken by name: what has been put in their place works here too.
         query = self.text_proj(text.to(_dtype(self.text_proj, dtype))).to(dtype)  # [N, D]
         memory = self.image_proj(rows.to(_dtype(self.image_proj, dtype))).to(dtype)  # [M, D]
+        if not usual:
+            batch = 0 if getattr(attention, "batch_first", False) else 1
+            memory = memory.unsqueeze(batch)  # [M, 1, D]
+            attended: torch.Tensor = attention(query.unsqueeze(batch), memory, memory)[0]  # [N, 1, D]
+            return attended.squeeze(batch).to(text_feat.dtype)
         in_proj = attention.in_proj_weight, _bias(attention.in_proj_bias, attention.in_proj_weight)
         out_proj = attention.out_proj.weight, _bias(attention.out_proj.bias, attention.out_proj.weight)
         maps = unfolded(in_proj, out_proj, attention.num_heads)
@@ -63,9 +69,22 @@ class ImageTextFusion(nn.Module):
         return fused.to(text_feat.dtype)  # type: ignore[no-any-return]
 
 
+def _is_usual(attention: nn.Module) -> bool:
+    """Whether a layer does what `attend` does; one with dropout, hooks, keys of its own or other code is called."""
+    if not isinstance(attention, nn.MultiheadAttention) or type(attention).forward is not nn.MultiheadAttention.forward:
+        return False
+    heard = any(getattr(attention, name, None) for name in HOOKS)
+    keys = attention.bias_k is not None or attention.add_zero_attn or attention.in_proj_weight is None
+    return not (heard or keys or (attention.training and attention.dropout))
+
+
+#: Where a module keeps what is to be told of its calls.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def _width(layer: nn.Module, features: torch.Tensor) -> int:
-    """What a projection takes, as far as it says so."""
-    return int(getattr(layer, "in_features", features.shape[-1] if features.ndim else 0))
+    """What a projection takes, as far as it says so (a lazy one says 0 until it is called)."""
+    return int(getattr(layer, "in_features", 0)) or (features.shape[-1] if features.ndim else 0)
 
 
 def _dtype(layer: nn.Module, other: torch.dtype) -> torch.dtype:

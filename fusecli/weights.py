@@ -61,6 +61,8 @@ class Config:
     layer_norm: bool = False
 
     def __post_init__(self) -> None:
+        if type(self.dropout) is int:
+            object.__setattr__(self, "dropout", float(self.dropout))  # the same number has the same fingerprint
         if self.method not in METHODS:
             raise UsageError("unknown method", found=repr(self.method), wanted=" or ".join(METHODS))
         for option in fields(self)[1:]:
@@ -174,7 +176,8 @@ class Weights:
 
     Folded maps are kept beside them, so that many calls fold once; not of tensors that require a gradient, which an
     optimizer may change at any time. Other tensors are folded anew when torch has counted a change in place. Do not
-    change what it does not see after the first `fuse`: arrays of NumPy, the memory behind ``.data``.
+    change what it does not count after the first `fuse`: arrays of NumPy, the memory behind ``.data``, and tensors
+    without gradient that share theirs with what an optimizer of torch changes (``fused=True`` counts nothing).
 
     Raises:
         CheckpointError: a tensor is missing, misshapen, or one too many.
@@ -183,8 +186,13 @@ class Weights:
 
     config: Config
     tensors: Mapping[str, Array]
-    _cache: dict[tuple[str, ...], Any] = field(default_factory=dict, repr=False)
-    _versions: list[int] = field(default_factory=list, repr=False)  # of the tensors that the cache is true of
+    _cache: dict[tuple[str, ...], Any] = field(default_factory=dict, init=False, repr=False)
+    _versions: list[int] = field(
+        default_factory=list, init=False, repr=False
+    )  # of the tensors that the cache is true of
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.config, self.tensors)  # a copy, on whatever machine, folds for itself
 
     def __post_init__(self) -> None:
         self._check_tensors()
@@ -279,8 +287,9 @@ class Weights:
             names = tensor_shapes(Config(), 1, 1, 1)
             own = self.tensors["attention.out_proj.weight"]
             exact = fold(layers_of(self._cast(names, own, "float64"), self.config.num_heads))
-            unrounded = None if dtype == "float64" else partial(self.folded, template, "float64")
-            return replace(exact.like(template, dtype), exact=unrounded)
+            maps = exact.like(template, dtype)
+            # Not partial of the template: that is somebody's text, which would live as long as the weights.
+            return maps if dtype == "float64" else replace(maps, exact=partial(self.folded, maps.query, "float64"))
 
         return self.kept("maps", template, dtype, make)
 
@@ -293,8 +302,7 @@ class Weights:
         if versions != self._versions:
             self._cache.clear()
             self._versions[:] = versions
-        # `with_options` shares the cache, and the maps hold 1/sqrt(d).
-        key = (what, str(self.config.num_heads), *kind_and_device(template), dtype)
+        key = (what, *kind_and_device(template), dtype)
         kept: Kept | None = self._cache.get(key)
         if kept is None:
             with lasting(template):

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import gc
+import pickle
+import weakref
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fusecli import Config, Weights, checkpoint, fuse
 from fusecli.errors import CheckpointError, ShapeError, UsageError, ValuesError
-from tests.oracle import KINDS, article, assert_as_good, both_precisions, features, weights_of
+from tests.oracle import KINDS, article, assert_as_good, both_precisions, features, in_torch, weights_of
 
 FLOATS = ["float16", "float32", "float64"]
 
@@ -352,3 +356,46 @@ def test_weights_first_used_in_inference_mode_are_of_use_later(monkeypatch: pyte
     text.requires_grad_()
     fuse(weights, image, text).sum().backward()
     assert text.grad is not None
+
+
+@pytest.mark.parametrize("rows", [1, 2, 6])
+@pytest.mark.parametrize("method", ["attention", "gated", "concat", "transformer"])
+def test_results_lie_in_rows(method: str, rows: int, rng: np.random.Generator) -> None:
+    # Not all who write arrays look: safetensors.numpy stored what lies in columns as if it lay in rows.
+    weights = checkpoint.init(32, 4, method=method)
+    image, text = features(rng, rows, 32), features(rng, 9, 32)
+    assert fuse(weights, image, text).flags.c_contiguous
+    if method != "concat":
+        assert fuse(weights, image, text[:1], need_weights=True)[1].flags.c_contiguous
+
+
+@pytest.mark.parametrize("convert", [np.array, torch.from_numpy])
+def test_weights_keep_nothing_of_the_features(convert: Any, rng: np.random.Generator) -> None:
+    weights = checkpoint.init(32, 4)
+    text = convert(features(rng, 2000, 32))
+    with in_torch():
+        fuse(weights, convert(features(rng, 3, 32)), text)
+    gone = weakref.ref(text)
+    del text
+    gc.collect()
+    assert gone() is None
+    assert len(pickle.dumps(weights)) < 40_000  # nor do copies take folded maps along
+
+
+def test_a_changed_copy_of_weights_is_computed_with(drawn: tuple[Weights, Any, Any]) -> None:
+    weights, image, text = drawn
+    fuse(weights, image, text)
+    others = weights_of(article(32, 4, seed=5))
+    changed = replace(weights, tensors=others.tensors)
+    np.testing.assert_array_equal(fuse(changed, image, text), fuse(others, image, text))
+
+
+def test_what_is_kept_is_not_rounded_by_whoever_asks_first(rng: np.random.Generator) -> None:
+    image, text = (torch.from_numpy(features(rng, rows, 32)) for rows in (3, 5))
+    weights = checkpoint.init(32, 4, method="transformer")
+    tensors = {name: tensor + np.float32(rng.normal(0, 0.2, tensor.shape)) for name, tensor in weights.tensors.items()}
+    first, second = (Weights(weights.config, tensors) for _ in range(2))
+    with in_torch():
+        with torch.autocast("cpu", torch.bfloat16):
+            fuse(first, image, text)
+        assert torch.equal(fuse(first, image, text), fuse(second, image, text))

@@ -149,7 +149,40 @@ def _as_a_replica(module: Any) -> None:
             setattr(layer, name, parameter.detach().clone())
 
 
-@pytest.mark.parametrize("change", [_without_bias, _with_another_layer, _with_normed_weights, _as_a_replica])
+def _with_dropout(module: Any) -> None:
+    module.attention.dropout = 0.5
+
+
+def _with_keys_of_its_own(module: Any) -> None:
+    torch.manual_seed(1)
+    module.attention = torch.nn.MultiheadAttention(16, 4, add_bias_kv=True, add_zero_attn=True)
+
+
+def _with_a_hook(module: Any) -> None:
+    module.attention.register_forward_hook(lambda _, given, result: (result[0] + 1, result[1]))
+
+
+class _Twice(torch.nn.Module):
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.inner = attention
+
+    def forward(self, *given: Any, **options: Any) -> Any:
+        fused, weights = self.inner(*given, **options)
+        return 2 * fused, weights
+
+
+def _wrapped(module: Any) -> None:
+    module.attention = _Twice(module.attention)
+
+
+CHANGES = [
+    *(_without_bias, _with_another_layer, _with_normed_weights, _as_a_replica),
+    *(_with_dropout, _with_keys_of_its_own, _with_a_hook, _wrapped),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_can_be_done_to_the_article_s_module_can_be_done_to_this(change: Any) -> None:
     torch.manual_seed(0)
     ours = ImageTextFusion(16, 4)
@@ -158,7 +191,10 @@ def test_what_can_be_done_to_the_article_s_module_can_be_done_to_this(change: An
     change(ours)
     change(theirs)
     image, text = _pair(3, 5, 16, 16)
-    torch.testing.assert_close(ours(image, text), theirs(image, text)[0])
+    torch.manual_seed(2)
+    expected = theirs(image, text)[0]
+    torch.manual_seed(2)
+    torch.testing.assert_close(ours(image, text), expected)
 
 
 def test_layers_may_be_of_several_dtypes() -> None:
@@ -187,9 +223,33 @@ def test_a_subclass_may_have_layers_of_its_own_and_hooks_are_heard() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own
-def test_it_is_exported_for_any_number_of_rows() -> None:
-    module, rows = ImageTextFusion(32, 4), torch.export.Dim("rows", min=2, max=4096)
+@pytest.mark.parametrize("learned", [True, False])
+def test_it_is_exported_for_any_number_of_rows(learned: bool) -> None:
+    module, rows = ImageTextFusion(32, 4).requires_grad_(learned), torch.export.Dim("rows", min=2, max=4096)
     tokens = torch.export.Dim("tokens", min=2, max=4096)
     exported = torch.export.export(module, _pair(7, 5, 32, 32), dynamic_shapes=({0: rows}, {0: tokens})).module()
     image, text = _pair(11, 9, 32, 32)
     torch.testing.assert_close(exported(image, text), module(image, text))
+
+
+def test_shapes_can_be_told_without_numbers() -> None:
+    module = ImageTextFusion(32, 4).requires_grad_(False).to("meta")
+    assert module(*(x.to("meta") for x in _pair(7, 5, 32, 32))).shape == (5, 32)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_numbers_without_gradients_are_as_good_as_the_articles(seed: int) -> None:
+    theirs = Article(384, 1)
+    ours = ImageTextFusion(384, 1)
+    ours.load_state_dict(theirs.state_dict())
+    rng = np.random.default_rng(seed)
+    image, text = (torch.from_numpy(features(rng, rows, 384, norm=90)) for rows in (7, 8))  # scores in the tens
+    with torch.no_grad():
+        fused, single = ours(image, text), theirs(image, text)[0]
+        assert_as_good(fused, theirs.double()(image.double(), text.double())[0].numpy(), single.numpy())
+
+
+def test_a_lazy_projection_takes_what_it_gets() -> None:
+    module = ImageTextFusion(16, 4)
+    module.text_proj = torch.nn.LazyLinear(16)
+    assert module(*_pair(3, 5, 16, 24)).shape == (5, 16)
