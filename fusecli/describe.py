@@ -27,7 +27,7 @@ def describe(
 
     ``kind`` is ``checkpoint``, ``attention`` or ``features``, or ``no checkpoint`` with a ``problem`` for what looks
     like one. A checkpoint also has method, heads, widths, parameter count and fingerprint; attention of ``[H, N, M]``
-    has them as ``heads``, ``text_rows``, ``image_rows``.
+    has them as ``heads``, ``text_rows``, ``image_rows``, and a stack of it ``pairs`` as well.
 
     Args:
         path: the file; ``-`` is standard input.
@@ -56,9 +56,11 @@ def describe(
     about = About.of(source)
     names, many = names_of(tensors, about)
     lone = None if many or not names else sorted(tensors).index(names[0])
-    if lone is not None and stochastic[lone] and len(rows[lone]["shape"]) in (2, 3):
-        *heads, n, m = rows[lone]["shape"]
-        kind = {"kind": "attention", "heads": heads[0] if heads else "mean", "text_rows": n, "image_rows": m}
+    if lone is not None and stochastic[lone] and len(rows[lone]["shape"]) in (2, 3, 4):
+        *pairs, n, m = rows[lone]["shape"]
+        heads = pairs.pop() if pairs else "mean"
+        kind = {"kind": "attention", **({"pairs": pairs[0]} if pairs else {})}
+        kind |= {"heads": heads, "text_rows": n, "image_rows": m}
     elif about.ids:
         kind = {"kind": "attention", "pairs": len(about.ids)}
     if kind["kind"] == "attention":
@@ -94,7 +96,12 @@ def _rows(block: NumpyArray) -> tuple[NumpyArray, int, bool]:
     bad = int((~np.isfinite(block)).sum())
     with np.errstate(over="ignore", invalid="ignore"):
         rows = block.reshape(-1, block.shape[-1]).astype(np.float64)
-        norms, sums = np.linalg.norm(rows, axis=1), rows.sum(1)
+        sums = rows.sum(1)
+        scale = 1.0
+        if block.dtype.itemsize == 8:  # squares of float64 may not fit it
+            scale = np.fmax(abs(rows).max(1, initial=0), np.finfo(np.float64).tiny)
+            rows = rows / scale[:, None]
+        norms = np.linalg.norm(rows, axis=1) * scale
     stochastic = bool((rows >= 0).all() and (abs(sums - 1) < 1e-2).all())
     return norms, bad, stochastic
 
@@ -102,5 +109,6 @@ def _rows(block: NumpyArray) -> tuple[NumpyArray, int, bool]:
 def _summary(parts: list[tuple[NumpyArray, int, bool]]) -> dict[str, Any]:
     norms = np.concatenate([part[0] for part in parts])
     norms = norms[np.isfinite(norms)]
-    spread = {"min": float(norms.min()), "max": float(norms.max()), "mean": float(norms.mean())} if len(norms) else None
+    mean = float((norms / max(len(norms), 1)).sum())  # the sum of all might not fit
+    spread = {"min": float(norms.min()), "max": float(norms.max()), "mean": mean} if len(norms) else None
     return {"norms": spread, "nonfinite": sum(part[1] for part in parts), "stochastic": all(part[2] for part in parts)}

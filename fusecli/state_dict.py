@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any, cast
@@ -30,7 +31,7 @@ def article_names(tensors: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
     ``bias=False`` get zeros.
     """
     names = list(tensors)
-    marks = [name.removesuffix("text_proj.weight") for name in names if name.endswith("text_proj.weight")]
+    marks = [name.removesuffix("text_proj.weight") for name in names if f".{name}".endswith(".text_proj.weight")]
     if len(marks) > 1:
         found = ", ".join(repr(mark) for mark in marks[:5])
         raise CheckpointError("more than one fusion, by prefix", found=found, wanted="one", hint="save one of them")
@@ -95,7 +96,8 @@ def read_pt(source: Source, path: str) -> dict[str, NumpyArray]:
         with warnings.catch_warnings(action="ignore"):  # of what may fail, and then does
             found: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for a bad file
-        if is_out_of_memory(error):
+        asked = re.search(r"allocate (\d+) bytes", str(error))
+        if is_out_of_memory(error) and not (asked and int(asked[1]) > len(data)):  # a damaged one may ask for anything
             raise
         found, hint = "a damaged file", "torch.save(model.state_dict(), path)"
         if "TorchScript" in str(error):
@@ -108,11 +110,19 @@ def read_pt(source: Source, path: str) -> dict[str, NumpyArray]:
     for _ in range(MAX_WRAPPERS):  # one may be in itself
         inner = [found[name] for name in WRAPPERS if isinstance(found, dict) and isinstance(found.get(name), dict)]
         found = inner[0] if inner else found
-    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        held = f" of {', '.join(map(repr, list(found)[:5]))}" if isinstance(found, dict) and found else ""
-        wanted = "names and tensors"
-        raise FileError("holds no state_dict", where=path, found=f"{type(found).__name__}{held}", wanted=wanted)
+    others = _no_tensors(found)
+    if others:
+        raise FileError("holds no state_dict", where=path, found=others, wanted="names and tensors")
     return {str(name): _plain(tensor, f"{path}[{name}]") for name, tensor in found.items()}
+
+
+def _no_tensors(found: Any) -> str:
+    """What is in the way of a ``state_dict``; nothing if it is one."""
+    if not isinstance(found, dict):
+        return type(found).__name__
+    tensor = import_torch().Tensor
+    others = ((name, value) for name, value in found.items() if not isinstance(value, tensor))
+    return listed(f"{name!r} ({type(value).__name__})" for name, value in others)
 
 
 def _has_end(data: bytes) -> bool:

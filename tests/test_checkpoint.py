@@ -275,7 +275,9 @@ def _in_itself(state: Any) -> Any:
         ),
         (lambda state: {f"{set}.{k}": v for set in ("model", "ema") for k, v in state.items()}, "more than one fusion"),
         (lambda state: {**state, **{f"attention.{third}_proj_weight": torch.ones(16, 16) for third in "qkv"}}, "twice"),
-        (lambda state: {"net": state}, "'net'"),
+        (lambda state: {"net": state}, r"found 'net' \(OrderedDict\)"),
+        (lambda state: {**state, "epoch": 3}, r"found 'epoch' \(int\)"),
+        (lambda state: {**state, "context_proj.weight": torch.ones(2, 2)}, r"context_proj.weight\]: unexpected tensor"),
     ],
 )
 def test_a_state_dict_that_says_two_things_is_refused(tmp_path: Path, spoil: Any, told: str) -> None:
@@ -291,6 +293,15 @@ def test_a_file_of_torch_that_is_cut_is_called_so(tmp_path: Path) -> None:
         (tmp_path / "model.pt").write_bytes(data[:size])
         with pytest.raises(FileError, match="cut short"):
             load(tmp_path / "model.pt", 4)
+
+
+def test_a_file_of_torch_that_asks_for_more_than_it_holds_is_damaged(tmp_path: Path) -> None:
+    torch.save(article(16, 4).state_dict(), tmp_path / "model.pt", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "model.pt").read_bytes()
+    assert b"M\x00\x03" in data  # 768 numbers of in_proj_weight
+    (tmp_path / "model.pt").write_bytes(data.replace(b"M\x00\x03", b"\x8a\x06\x00\x00\x00\x00\x00\x10"))
+    with pytest.raises(FileError, match="damaged"):
+        load(tmp_path / "model.pt", 4)
 
 
 def test_an_endless_file_is_not_read_to_its_end(tmp_path: Path) -> None:

@@ -337,6 +337,37 @@ def test_inspect_reads_a_block_at_a_time_whatever_the_axes(tmp_path: Path, monke
     assert max(sizes) == 256
 
 
+def test_inspect_tells_norms_whose_squares_do_not_fit(tmp_path: Path) -> None:
+    from fusecli.describe import describe
+
+    for scale in (1e200, 1e-200, 1.0):
+        np.save(tmp_path / "x.npy", scale * np.array([[3.0, 4.0], [6.0, 8.0], [0.0, 0.0]]))
+        [told] = describe(str(tmp_path / "x.npy"))["tensors"]
+        assert told["norms"] == pytest.approx({"min": 0, "max": 10 * scale, "mean": 5 * scale}, rel=1e-12)
+
+
+def test_inspect_knows_a_stack_of_attention(tmp_path: Path) -> None:
+    from fusecli.describe import describe
+
+    np.save(tmp_path / "x.npy", np.full((7, 2, 3, 4), 0.25))
+    told = describe(str(tmp_path / "x.npy"))
+    assert (told["pairs"], told["heads"], told["text_rows"], told["image_rows"]) == (7, 2, 3, 4)
+
+
+@pytest.mark.parametrize("outputs", [("-o", "{}"), ("-o", "out.npy", "-a", "{}")])
+def test_a_terminal_gets_no_binary_data_by_any_name(
+    outputs: tuple[str, ...], run: Run, pair: Any, tmp_path: Path
+) -> None:
+    ours, theirs = os.openpty()
+    try:
+        named = [name.format(os.ttyname(theirs)) for name in outputs]
+        assert b"binary data on a terminal" in run("fuse", "img.npy", "txt.npy", *named, "-q", code=2).stderr
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert not (tmp_path / "out.npy").exists()
+
+
 def test_an_empty_name_is_no_file(run: Run, pair: Any) -> None:
     for option, rest in (("-a", ()), ("--tokens", ("-a", "a.safetensors"))):
         for command in (("fuse", "regions.npy", "txt.npy", "-o", "o.npy"), ("batch", "img", "txt", "-o", "out")):

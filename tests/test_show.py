@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fusecli.errors import FileError
+from fusecli.errors import FileError, UsageError
 from fusecli.heatmap.dump import Wanted, caption, open_dumps
 from fusecli.heatmap.report import _pictures as pictures_of
 from fusecli.heatmap.shades import colours, entropy, pooled, shades, strongest
@@ -214,6 +214,34 @@ def test_a_dump_keeps_its_tokens_under_another_name(run: Run, tmp_path: Path, pa
     run("fuse", "regions.npy", "txt.npy", "-o", "o.npy", "-a", "dumps/x.safetensors", "--tokens", "t", "-q")
     facts = json.loads(run("show", "dumps", "--id", "x", "--json").stdout)
     assert [token["token"] for token in facts["tokens"]] == list("abcde")
+
+
+@pytest.mark.parametrize(
+    ("told", "asked", "grid", "skip"),
+    [
+        (["--grid", "2x8"], ["--skip-rows", 0], [2, 8], 0),
+        (["--grid", "3x4", "--skip-rows", 4], ["--skip-rows", 4], [3, 4], 4),
+        (["--grid", "3x4", "--skip-rows", 4], ["--grid", "3x4"], [3, 4], 4),
+        (["--grid", "3x4", "--skip-rows", 4], ["--grid", "4x4"], [4, 4], 0),
+        (["--grid", "3x4", "--skip-rows", 4], ["--skip-rows", 7], [3, 3], 7),
+        (["--grid", "2x8"], ["--skip-rows", 7], [3, 3], 7),
+    ],
+)
+def test_what_is_not_said_of_a_grid_is_as_the_dump_has_it(
+    told: list[Any], asked: list[Any], grid: list[int], skip: int, run: Run, pair: Any
+) -> None:
+    run("fuse", "regions.npy", "txt.npy", "-o", "o.npy", "-a", "a.safetensors", *told, "-q")
+    facts = json.loads(run("show", "a.safetensors", "--json", *asked).stdout)
+    assert (facts["grid"], facts["skip_rows"]) == (grid, skip)
+
+
+def test_gates_are_to_be_seen_where_there_is_one_image_row(run: Run, pair: Any) -> None:
+    run("init", "-m", "gated", "-o", "w.safetensors", "-q")
+    run("fuse", "img.npy", "txt.npy", "-w", "w.safetensors", "-o", "o.npy", "-a", "a.safetensors", "-q")
+    shares = [token["gate"] for token in json.loads(run("show", "a.safetensors", "--json").stdout)["tokens"]]
+    header, *lines = run("show", "a.safetensors").stdout.decode().splitlines()
+    assert header.split()[:3] == ["token", "bits", "gate"]
+    assert [line.split()[2] for line in lines] == [f"{share:.3f}" for share in shares]
 
 
 def test_one_image_row_has_nothing_to_see(run: Run, tmp_path: Path) -> None:
@@ -515,6 +543,26 @@ def test_a_report_that_fails_halfway_leaves_the_old_one(tmp_path: Path, monkeypa
     with pytest.raises(OutputError, match="No space"):
         write_report(dumps, str(output), Wanted(), None, "cover", overwrite=True)
     assert (output / "index.html").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["a.npy", "report"]
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_what_came_while_a_report_was_made_is_left_alone(
+    overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(tmp_path / "a.npy", [0], 4)
+    dumps, output = open_dumps(str(tmp_path / "a.npy")), tmp_path / "report"
+
+    def others(ids: list[str]) -> Any:
+        output.mkdir()
+        (output / "thesis.txt").write_text("important")
+        return ids
+
+    from fusecli.heatmap.report import write_report
+
+    with pytest.raises(UsageError, match="left as it is"):
+        write_report(dumps, str(output), Wanted(), None, "cover", overwrite=overwrite, counted=others)
+    assert os.listdir(output) == ["thesis.txt"]
     assert sorted(os.listdir(tmp_path)) == ["a.npy", "report"]
 
 

@@ -77,7 +77,7 @@ def failed(id: str, error: Exception) -> Outcome:
     fatal = FATAL_IN_READING if isinstance(error, InputError) else FATAL
     stop = isinstance(cause, OSError) and cause.errno in fatal
     if is_out_of_memory(error):
-        on_gpu = not isinstance(error, MemoryError)
+        on_gpu = type(error).__name__ == "OutOfMemoryError"
         way_out = "use --device cpu, or another GPU" if on_gpu else "use fewer workers, or more memory"
         error = FusecliError("out of memory", hint=way_out)
     elif isinstance(error, OSError):

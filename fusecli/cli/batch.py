@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -193,7 +194,7 @@ def _refuse_contradictions(given: dict[str, Any]) -> None:
     if given["overwrite"] and given["retry_failed"]:
         raise UsageError("--overwrite forgets what has failed", where="--retry-failed", hint="leave one of them out")
     if given["overwrite"] and given["shard"]:
-        hint = f"rm -r {given['output']}, then start the shards"
+        hint = f"rm -r {shlex.quote(given['output'])}, then start the shards"
         raise UsageError("one shard cannot restart all of them", where="--overwrite", hint=hint)
     if given["dry_run"] and given["manifest"] == "-":
         raise UsageError("lines that have not arrived yet cannot be planned", where="--dry-run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
 import time
 from enum import StrEnum
@@ -195,16 +196,23 @@ def _tell_of_one_row(config: Config, quiet: bool) -> None:
 
 
 def _check_streams(output: str, attention: str | None, json: bool) -> None:
-    if output != "-" and _is_our_terminal(output):
-        output = "-"
-    if "-" in (output, attention) and sys.stdout.isatty():
-        raise UsageError("binary data on a terminal", where="-", hint="name a file, or pipe it on")
+    for path in (output, attention):
+        if path and _is_terminal(path):
+            raise UsageError("binary data on a terminal", where=path, hint="name a file, or pipe it on")
     if "-" in (output, attention) and json:
         raise UsageError("--json and a result would both go to stdout", hint="write the result to a file")
 
 
-def _is_our_terminal(path: str) -> bool:
+def _is_terminal(path: str) -> bool:
+    if path == "-":
+        return sys.stdout.isatty()
     try:
-        return os.isatty(1) and os.path.samestat(os.stat(path), os.fstat(1))
+        if not stat.S_ISCHR(os.stat(path).st_mode):
+            return False
+        fd = os.open(path, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
     except OSError:
         return False
+    try:
+        return os.isatty(fd)
+    finally:
+        os.close(fd)

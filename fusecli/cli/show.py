@@ -112,7 +112,8 @@ def show(
         _draw(view, output, image, *style, quiet)
         note(f"{output}: {view.title}", quiet)
     elif dump.m == 1 and not json:
-        print(f"{printable(dump.stored.where)}: {ONE_ROW[0]}\n{ONE_ROW[1]}")
+        shares = dump.gate is not None  # of the image that each token takes: there is that to see
+        print("\n".join(_table(view)) if shares else f"{printable(dump.stored.where)}: {ONE_ROW[0]}\n{ONE_ROW[1]}")
     elif not json:
         _print(view, style[1])
 
@@ -152,11 +153,15 @@ def _check_options(given: dict[str, Any]) -> None:
 
 def _is_folder(output: str) -> bool:
     """Whether a report is asked for: a name without suffix, or a folder that is there."""
-    return output.endswith("/") or os.path.isdir(output) or not os.path.splitext(output)[1]
+    return output.endswith("/") or os.path.isdir(output) or not _suffix(output)
+
+
+def _suffix(output: str) -> str:
+    return os.path.splitext(f"x{os.path.basename(output)}")[1].lower()  # of a hidden file as well
 
 
 def _draw(view: View, output: str, image: str | None, fit: str, scale: str, quiet: bool) -> None:
-    suffix = os.path.splitext(output)[1].lower()
+    suffix = _suffix(output)
     if suffix in (".html", ".htm"):
         from fusecli.heatmap.page import write_page
 
@@ -223,13 +228,19 @@ def _table(view: View) -> list[str]:
 
     from fusecli.cli.tiles import fitted
 
-    grid = view.dump.grid
-    rows = [("token", "bits", "strongest image rows" + (" (line,column)" if grid else ""))]
+    grid, gated = view.dump.grid, view.dump.gate is not None
+    where = " (line,column)" if grid else ""
+    rows = [["token", "bits", *(["gate"] if gated else []), f"strongest image rows{where}"]]
     for look in view.looks:
         top = []
         for row, weight in look.top:
             cell = grid.cell(row) if grid else None
             top.append(f"{row}{' ({},{})'.format(*cell) if cell else ''} {weight:.4f}")
-        rows.append((fitted(printable(look.label[:LONGEST]), LONGEST), f"{look.bits:.3f}", "  ".join(top)))
-    widths = [max(cell_len(row[at]) for row in rows) for at in (0, 1)]
-    return [f"{a}{' ' * (widths[0] - cell_len(a))}  {b:>{widths[1]}}  {c}".rstrip() for a, b, c in rows]
+        token = fitted(printable(look.label[:LONGEST]), LONGEST)
+        rows.append([token, f"{look.bits:.3f}", *([f"{look.gate:.3f}"] if gated else []), "  ".join(top)])
+    widths = [max(cell_len(row[at]) for row in rows) for at in range(len(rows[0]) - 1)]
+    lines = []
+    for token, *numbers, last in rows:
+        padded = (f"{number:>{width}}" for number, width in zip(numbers, widths[1:], strict=True))
+        lines.append("  ".join([token + " " * (widths[0] - cell_len(token)), *padded, last]).rstrip())
+    return lines

@@ -119,7 +119,7 @@ class Dump:
 
             words = [_bare(word[:40]) for word in self.tokens]
             near = get_close_matches(token[:40], words, 3, 0.5) or words[:5]
-            wanted = f"one of {', '.join(near)}" + ("" if self.words else f" … {self.n - 1}: no tokens are known")
+            wanted = f"one of {', '.join(near)}" if self.words else f"0 to {self.n - 1}: no tokens are known"
             hint = None if self.words else "--tokens FILE"
             raise FileError("no such token", where=self.stored.where, found=repr(token[:40]), wanted=wanted, hint=hint)
         return found
@@ -211,15 +211,22 @@ def _dump(id: str, found: _Found, wanted: Wanted) -> Dump:
         wanted.tokens.require(id)
     words = wanted.tokens.of(id) if wanted.tokens else about.words(id)
     require_tokens(words, n, wanted.tokens.path if wanted.tokens else stored.where)
-    size, skip = wanted.size, wanted.skip
-    if size is None and skip is None:
-        fits = about.grid is None or m - about.grid[0] * about.grid[1] in (about.skip, 0, 1)
-        size, skip = (about.grid, about.skip) if fits else (None, None)
-    grid = grid_of(m, size, skip, stored.where) if m > 1 else None
+    grid = grid_of(m, *_layout(wanted, about, m), stored.where) if m > 1 else None
     shares = gate.read() if gate is not None and gate.shape == (n,) else None
     if gate is not None and shares is not None and not np.isfinite(shares).all():
         raise ValuesError("not finite", where=gate.where, wanted="mean gates of tokens")
     return Dump(id, stored, about.facts, words, grid, shares)
+
+
+def _layout(wanted: Wanted, about: About, m: int) -> tuple[tuple[int, int] | None, int | None]:
+    """Size of the grid and rows before it: what the user says, and beside that what the dump says, where it fits."""
+    size, skip = wanted.size or about.grid, wanted.skip
+    if size is None:
+        return None, skip
+    rest = m - size[0] * size[1]
+    if skip is None and (rest == about.skip or (wanted.size is None and rest in (0, 1))):
+        skip = about.skip
+    return (size, skip) if wanted.size or (rest == skip or wanted.skip is None) else (None, skip)
 
 
 def _as_weights(stored: Stored) -> Stored:

@@ -89,6 +89,7 @@ def write_report(
             for name in ("/pairs", "/thumbs"):
                 os.mkdir(building + name)
             done = _write_all(dumps, building, wanted, pictures, (fit, scale), counted)
+            _require_free(output, overwrite)  # that was minutes ago, perhaps
             _put_in_place(building, target)
     except OSError as error:
         raise unwritable(output, error) from error
@@ -161,8 +162,8 @@ def _write_page(folder: str, listed: list[Listed], whole: bytes, following: str 
 def _make(dump: Dump, id: str, name: str, image: str | None, style: tuple[str, str]) -> tuple[Listed, bytes, bytes]:
     """What the index has of a pair, its thumbnail and its page."""
     fit, scale = style
-    grid = require_map(dump)
     view = look_at(dump)
+    grid = require_map(dump)
     picture = load_picture(image) if image else None
     embedded = for_page(image, picture) if image and picture else None
     whole = page(dump, list(range(dump.n)), view.weights, view.top, embedded, fit, scale)
@@ -210,6 +211,8 @@ def _pictures(folder: str) -> dict[str, str]:
 def _require_free(output: str, overwrite: bool) -> None:
     if not os.path.lexists(output) or (os.path.isdir(output) and not os.listdir(output)):
         return
+    if not os.path.isdir(output):
+        raise UsageError("is no folder, and is left as it is", where=output, hint="write to a new folder")
     if not _is_report(output):
         raise UsageError("holds more than a report, and is left as it is", where=output, hint="write to a new folder")
     if not overwrite:
