@@ -161,7 +161,7 @@ def save(weights: Weights, path: str | os.PathLike[str]) -> None:
     names = sorted(tensors, key=lambda name: (-itemsize(kinds[name][1]), kinds[name][1], name))
     options = {"format": FORMAT, "method": weights.config.method, **weights.config.options()}
     about = {safetensors.OURS: json.dumps(options, sort_keys=True, separators=(",", ":"))}
-    header = safetensors.header_of_many(((name, *kinds[name]) for name in names), about)
+    header = safetensors.header(((name, *kinds[name]) for name in names), about)
     with open_sink(os.fspath(path)) as sink:
         sink.put(0, header)
         at = len(header)

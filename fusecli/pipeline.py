@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from operator import itemgetter
 from time import perf_counter
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -27,8 +27,8 @@ COPIED_ROWS = 128
 #: Text rows of a block otherwise: some threads with such blocks, of D = 768 and 8 heads, stay under 300 MiB.
 FUSED_ROWS = 2048
 
-#: Opens the place of one result: ``(name, shape, dtype)`` to a sink and the offset where the numbers begin.
-Opener: TypeAlias = Callable[[str, tuple[int, ...], str], AbstractContextManager[tuple[Sink, int]]]
+#: Opens the place of one result: ``(shape, dtype)`` to a sink and the offset where the numbers begin.
+Opener: TypeAlias = Callable[[tuple[int, ...], str], AbstractContextManager[tuple[Sink, int]]]
 
 
 class Output(NamedTuple):
@@ -41,7 +41,7 @@ class Output(NamedTuple):
     dtype: str | None = None  # None: the text's
     finite: bool = True  # refuse NaN and Inf
     stream: bool = False  # what has gone out cannot be taken back
-    gate: bool = False  # the attention's place has room for the mean gate of each token behind it, see `gate_of`
+    gate: bool = False  # the attention's place has room for the mean gate of each token behind it, see `arrays_of`
     threads: int = 1  # for texts of many blocks
 
 
@@ -50,22 +50,34 @@ def takes_gate(weights: Weights, path_or_suffix: str) -> bool:
     return weights.config.method == "gated" and has_names(path_or_suffix)
 
 
-def gate_of(attention: tuple[int, ...]) -> tuple[int, ...]:
+def gate_shape(attention: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the mean gates that belong to attention of a shape, ``[H, N, M]`` or ``[N, M]``."""
     return (attention[-2],)
 
 
+def arrays_of(name: str, shape: tuple[int, ...], dtype: str, gate: bool) -> list[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and dtype of a result and, with ``gate``, of the gates that stand behind it in its file."""
+    return [(name, shape, dtype), ("gate", gate_shape(shape), dtype)] if gate else [(name, shape, dtype)]
+
+
 def to_file(
-    path: str, format: str | None = None, gate: bool = False, metadata: Mapping[str, str] | None = None
+    path: str, name: str, format: str | None = None, gate: bool = False, metadata: Mapping[str, str] | None = None
 ) -> Opener:
-    """Results into one file, in ``format`` or by its suffix; ``-`` is standard output; with ``gate``, room for that."""
+    """Results into one file, in ``format`` or by its suffix.
+
+    Args:
+        path: of the file; ``-`` is standard output.
+        name: of the array, in a format that has names.
+        format: as `format_of` has it.
+        gate: leave room for gates behind it.
+        metadata: what the file says of itself, in a format that has room for it.
+    """
 
     @contextmanager
-    def opener(name: str, shape: tuple[int, ...], dtype: str) -> Iterator[tuple[Sink, int]]:
+    def opener(shape: tuple[int, ...], dtype: str) -> Iterator[tuple[Sink, int]]:
         if os.path.isdir(path):
             raise OutputError("is a directory", where=path, wanted="a file name")
-        second = ("gate", gate_of(shape)) if gate else None
-        header: bytes = format_of(path, format).header(name, shape, dtype, metadata or {}, second)
+        header: bytes = format_of(path, format).header(arrays_of(name, shape, dtype, gate), metadata)
         with open_sink(path) as sink:
             sink.put(0, header)
             yield sink, len(header)
@@ -135,8 +147,8 @@ def fuse_pair(weights: Weights, pair: Pair, output: Output, to_device: Mover = N
     if output.attention:
         shape = (n, m) if output.attention_mean else (weights.config.num_heads, n, m)
         of_attention = output.attention_dtype or compute_dtype(image.dtype, text.dtype)
-        attention = _Opened(output.attention, "attention", shape, of_attention, finite)
-    with _Opened(output.fused, "fused", (n, weights.dim), dtype, finite) as fused, attention as dump:
+        attention = _opened(output.attention, shape, of_attention, finite)
+    with _opened(output.fused, (n, weights.dim), dtype, finite) as fused, attention as dump:
         opened = perf_counter()
         work.do_all(_Results(output, fused, dump))
         done = perf_counter()
@@ -299,21 +311,10 @@ class _Blocks:
         seconds.write += perf_counter() - fused
 
 
-class _Opened:
-    """A context that gives an `_ArrayFile` at the place that ``opener`` opens."""
-
-    __slots__ = ("_dtype", "_finite", "_place", "_shape")
-
-    def __init__(self, opener: Opener, name: str, shape: tuple[int, ...], dtype: str, finite: bool) -> None:
-        self._place = opener(name, shape, dtype)
-        self._shape, self._dtype, self._finite = shape, dtype, finite
-
-    def __enter__(self) -> _ArrayFile:
-        sink, begin = self._place.__enter__()
-        return _ArrayFile(sink, begin, self._shape, self._dtype, self._finite)
-
-    def __exit__(self, *error: Any) -> None:
-        self._place.__exit__(*error)
+@contextmanager
+def _opened(opener: Opener, shape: tuple[int, ...], dtype: str, finite: bool) -> Iterator[_ArrayFile]:
+    with opener(shape, dtype) as (sink, begin):
+        yield _ArrayFile(sink, begin, shape, dtype, finite)
 
 
 class _ArrayFile:

@@ -33,7 +33,7 @@ def results(folder: Path) -> dict[str, bytes]:
 
 
 def as_npy(array: Any) -> bytes:
-    return npy.header("", array.shape, str(array.dtype), {}) + np.ascontiguousarray(array).tobytes()
+    return npy.header([("", array.shape, str(array.dtype))]) + np.ascontiguousarray(array).tobytes()
 
 
 def batch(run: Run, *args: Any, code: int = 0, **options: Any) -> Any:

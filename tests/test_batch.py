@@ -53,7 +53,7 @@ def test_large_texts_are_shared_by_threads_and_stay_the_same(
     assert results(tmp_path / "out") == expected(run, tmp_path, ids)
     image, text = (find_features(f"{tmp_path}/{side}/a.npy", "text") for side in ("img", "txt"))
     done = fuse_pair(
-        load(tmp_path / "w.safetensors"), Pair(image, text), Output(to_file(f"{tmp_path}/one.npy"), threads=4)
+        load(tmp_path / "w.safetensors"), Pair(image, text), Output(to_file(f"{tmp_path}/one.npy", "fused"), threads=4)
     )
     assert min(done.seconds.read, done.seconds.fuse, done.seconds.write) > 0
 

@@ -142,7 +142,7 @@ def test_without_a_ledger_gathered_results_count_for_nothing(run: Run, few: Path
 def _gathered_in(order: str, folder: Path) -> PartStore:
     store, told = PartStore(str(folder / "o.npy"), str(folder), "fused"), []  # type: ignore[var-annotated]
     for id in order:
-        with store.open(id, "fused", (1, 2), "float32", told) as (sink, at):
+        with store.open(id, (1, 2), "float32", told) as (sink, at):
             sink.put(at, np.full((1, 2), ord(id), np.float32))
     gather(store, lambda: iter(list(zip(order, told, strict=True))))
     return store

@@ -158,7 +158,7 @@ def test_a_result_whose_mode_cannot_be_kept_leaves_nothing(tmp_path: Path, monke
     (tmp_path / "out" / "a.npy").touch(0o600)
     monkeypatch.setattr(os, "fchmod", lambda fd, mode: os.stat("/none"))
     before = len(os.listdir("/dev/fd"))
-    with pytest.raises(OSError, match=r"out/a\.npy"), store.open("a", "fused", (1, 2), "float32", []):
+    with pytest.raises(OSError, match=r"out/a\.npy"), store.open("a", (1, 2), "float32", []):
         pass
     assert len(os.listdir("/dev/fd")) == before
     assert not os.listdir(tmp_path / "tmp" / str(os.getpid()))

@@ -165,8 +165,8 @@ def test_an_item_gives_what_its_pairs_give(
             assert not (tmp_path / "out" / f"{task.id}.npy").exists()
             continue
         image, text = find_features(task.image.path, "image"), find_features(task.text.path, "text")
-        attention = to_file(f"{tmp_path}/a.npy") if job.attention else None
-        fuse_pair(weights, Pair(image, text), Output(to_file(f"{tmp_path}/o.npy"), attention), _move(device))
+        attention = to_file(f"{tmp_path}/a.npy", "attention") if job.attention else None
+        fuse_pair(weights, Pair(image, text), Output(to_file(f"{tmp_path}/o.npy", "fused"), attention), _move(device))
         for one, folder in (("o.npy", "out"), ("a.npy", "att"))[: 1 + bool(attention)]:
             assert (tmp_path / one).read_bytes() == (tmp_path / folder / f"{task.id}.npy").read_bytes()
         on_cpu = fuse(weights, np.load(task.image.path), np.load(task.text.path))

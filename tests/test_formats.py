@@ -70,9 +70,9 @@ def test_what_is_written_is_read_by_the_official_library(tmp_path: Path, dtype: 
     path = str(tmp_path / f"x.{suffix}")
     if (dtype, suffix) == ("bfloat16", "npy"):
         with pytest.raises(UsageError, match="bfloat16"):
-            format_of(path).header("fused", x.shape, dtype, {})
+            format_of(path).header([("fused", x.shape, dtype)])
         return
-    header = format_of(path).header("fused", x.shape, dtype, {"k": "v"} if suffix == "safetensors" else {})
+    header = format_of(path).header([("fused", x.shape, dtype)], {"k": "v"} if suffix == "safetensors" else {})
     with open_sink(path) as sink:
         sink.put(len(header), x)
         sink.put(0, header)

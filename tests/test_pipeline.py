@@ -19,7 +19,7 @@ def _fuse(folder: Path, weights: Weights, image: NumpyArray, text: NumpyArray, d
     np.save(folder / "t.npy", text)
     pair = Pair(find_features(f"{folder}/i.npy", "image"), find_features(f"{folder}/t.npy", "text"))
     with np.errstate(over="ignore"):  # as the commands do
-        fuse_pair(weights, pair, Output(to_file(f"{folder}/o.npy"), dtype=dtype, threads=threads))
+        fuse_pair(weights, pair, Output(to_file(f"{folder}/o.npy", "fused"), dtype=dtype, threads=threads))
 
 
 def test_the_first_row_that_overflows_is_named_wherever_it_is(tmp_path: Path) -> None:

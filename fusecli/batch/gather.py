@@ -37,7 +37,7 @@ from fusecli.formats import (
     open_source,
     safetensors,
 )
-from fusecli.pipeline import gate_of
+from fusecli.pipeline import gate_shape
 
 #: Bytes copied at once.
 BLOCK = 2**22
@@ -92,11 +92,11 @@ def gather(store: PartStore, results: Callable[[], Iterator[Result]]) -> None:
     """
     if not is_stack(store):
         told = store.label.of_many(id for id, _ in results()) if store.label else {}
-        header = safetensors.header_of_many(_tensors(results(), store.gate), told)
+        header = safetensors.header(_tensors(results(), store.gate), told)
         hole = b""
     else:
         shape, dtype = _common(store, results())
-        header = npy.header("", (sum(1 for _ in results()), *shape), dtype, {})
+        header = npy.header([("", (sum(1 for _ in results()), *shape), dtype)])
         hole = np.full(shape, np.nan, dtype).tobytes()
     target, temporary = os.path.realpath(store.path), _temporary(store)
     with _named(store.path), Replacing(target, temporary) as fd:
@@ -130,7 +130,7 @@ def _tensors(results: Iterator[Result], gate: bool) -> Iterator[tuple[str, tuple
         if piece:
             yield id, piece.shape, piece.dtype
             if gate:
-                yield id + GATE, gate_of(piece.shape), piece.dtype
+                yield id + GATE, gate_shape(piece.shape), piece.dtype
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 from fusecli.dumps import GATE, Label
 from fusecli.errors import FusecliError, OutputError
 from fusecli.formats import FLOATS, FileSink, Replacing, Sink, format_of, itemsize, keep_mode, safetensors
-from fusecli.pipeline import gate_of
+from fusecli.pipeline import arrays_of, gate_shape
 
 #: The folder in the output (or beside it, where that is a file) with the ledger and what is not finished.
 STATE = ".fusecli"
@@ -40,7 +40,7 @@ class Piece(NamedTuple):
 
     def nbytes(self, gate: bool = False) -> int:
         """Bytes of the numbers, with those of the ``gate`` behind them if there is one."""
-        behind = math.prod(gate_of(self.shape)) if gate else 0
+        behind = math.prod(gate_shape(self.shape)) if gate else 0
         return (math.prod(self.shape) + behind) * itemsize(self.dtype)
 
     def facts(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Store(Protocol):
     gate: bool  # each result has gates behind it
 
     def open(
-        self, id: str, name: str, shape: tuple[int, ...], dtype: str, told: list[Piece]
+        self, id: str, shape: tuple[int, ...], dtype: str, told: list[Piece]
     ) -> AbstractContextManager[tuple[Sink, int]]:
         """A context that gives a sink and the offset where the numbers begin.
 
@@ -121,17 +121,18 @@ class FolderStore:
     _count: Iterator[int] = field(default_factory=count)
     _owner: int = 0  # the process whose folder for files on their way is there
 
-    def open(
-        self, id: str, name: str, shape: tuple[int, ...], dtype: str, told: list[Piece]
-    ) -> AbstractContextManager[tuple[Sink, int]]:
+    @contextmanager
+    def open(self, id: str, shape: tuple[int, ...], dtype: str, told: list[Piece]) -> Iterator[tuple[Sink, int]]:
         """See `Store`. The file appears when it is whole."""
         require_safe(id, self.path)
         target = f"{self.path}/{id}{self.suffix}"
-        temporary = f"{self._own_folder()}/{next(self._count)}"
         self._make_room(target)
-        header = self._header(id, name, shape, dtype)
-        there = target in self._there[target.rpartition("/")[0]]
-        return _NewFile(target, temporary, header, Piece(shape, dtype), told, there)
+        header = self._header(id, shape, dtype)
+        with Replacing(target, f"{self._own_folder()}/{next(self._count)}") as fd:
+            if target in self._there[target.rpartition("/")[0]]:
+                keep_mode(fd, target)
+            yield FileSink(target, fd, header), len(header)
+        told.append(Piece(shape, dtype))
 
     def _own_folder(self) -> str:
         """Where this process makes its files, before they are moved to their places.
@@ -181,7 +182,7 @@ class FolderStore:
         """See `Store`: size and header are looked at."""
         path = f"{self.path}/{id}{self.suffix}"
         try:
-            header = self._header(id, self.kind, piece.shape, piece.dtype)
+            header = self._header(id, piece.shape, piece.dtype)
         except FusecliError:  # never written by us
             return False
         size, start = look_into(path, len(header))
@@ -191,10 +192,9 @@ class FolderStore:
     def _format(self) -> ModuleType:
         return format_of(f"x{self.suffix}")
 
-    def _header(self, id: str, name: str, shape: tuple[int, ...], dtype: str) -> bytes:
+    def _header(self, id: str, shape: tuple[int, ...], dtype: str) -> bytes:
         told = self.label.of_one(id, shape) if self.label else {}
-        second = ("gate", gate_of(shape)) if self.gate else None
-        header: bytes = self._format.header(name, shape, dtype, told, second)
+        header: bytes = self._format.header(arrays_of(self.kind, shape, dtype, self.gate), told)
         return header
 
 
@@ -208,33 +208,6 @@ def _is_one_of(target: str, paths: Iterable[str]) -> bool:
             if os.path.samefile(target, path):
                 return True
     return False
-
-
-class _NewFile(Replacing):
-    """A file of one array on its way, told of when it has arrived."""
-
-    __slots__ = ("_header", "_name", "_piece", "_there", "_told")
-
-    def __init__(
-        self, target: str, temporary: str, header: bytes, piece: Piece, told: list[Piece], there: bool
-    ) -> None:
-        super().__init__(target, temporary)
-        self._name, self._header, self._piece, self._told, self._there = target, header, piece, told, there
-
-    def __enter__(self) -> tuple[Sink, int]:  # type: ignore[override]
-        fd = self.create()
-        if self._there:
-            try:
-                keep_mode(fd, self._name)
-            except OSError as error:
-                super().__exit__(type(error), error, None)
-                raise
-        return FileSink(self._name, fd, self._header), len(self._header)
-
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        super().__exit__(kind, *error)
-        if kind is None:
-            self._told.append(self._piece)
 
 
 def look_into(path: str, count: int) -> tuple[int, bytes]:
@@ -272,11 +245,9 @@ class PartStore:
         self._was_there = os.path.exists(self.path)
 
     @contextmanager
-    def open(
-        self, id: str, name: str, shape: tuple[int, ...], dtype: str, told: list[Piece]
-    ) -> Iterator[tuple[Sink, int]]:
+    def open(self, id: str, shape: tuple[int, ...], dtype: str, told: list[Piece]) -> Iterator[tuple[Sink, int]]:
         """See `Store`."""
-        format_of(self.path).header(name, shape, dtype, {})  # it can name the dtype
+        format_of(self.path).header([(self.kind, shape, dtype)])  # it can name the dtype
         _require_name(id, self.path, self.gate)
         if self.label:
             self.label.check(id, shape)

@@ -118,8 +118,8 @@ def fuse(
         shape = (stored_text.shape[0], stored_image.shape[0])
         told = _metadata(loaded, attention_mean, tokens, layout, pairs.pair_id(image, text), shape)
     form = pipeline.Output(
-        pipeline.to_file(output, format),
-        pipeline.to_file(attention, gate=gate, metadata=told) if attention else None,
+        pipeline.to_file(output, "fused", format),
+        pipeline.to_file(attention, "attention", gate=gate, metadata=told) if attention else None,
         attention_mean=attention_mean,
         attention_dtype=attention_dtype,
         dtype=dtype,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -74,12 +74,13 @@ def _check_length(source: Source, offset: int, shape: tuple[int, ...], dtype: st
         raise FileError(what, where=source.name, found=found, wanted=wanted, hint=hint)
 
 
-def header(name: str, shape: tuple[int, ...], dtype: str, metadata: Mapping[str, str], second: object = None) -> bytes:
-    """What stands before the data; ``name``, ``metadata`` and a second array have no place in this format.
+def header(tensors: Iterable[tuple[str, tuple[int, ...], str]], metadata: Mapping[str, str] | None = None) -> bytes:
+    """What stands before the data of one array ``(name, shape, dtype)``; this format has room for no name or metadata.
 
     Raises:
-        UsageError: ``dtype`` is bfloat16, which the format cannot name.
+        UsageError: the dtype is bfloat16, which the format cannot name.
     """
+    [(_, shape, dtype)] = tensors
     return _header(shape, dtype)
 
 

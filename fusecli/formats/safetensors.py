@@ -195,27 +195,8 @@ def metadata(source: Source) -> dict[str, str]:
     return read_index(source).metadata
 
 
-def header(
-    name: str, shape: tuple[int, ...], dtype: str, metadata: Mapping[str, str], second: Second | None = None
-) -> bytes:
-    """What stands before the data of a file with one tensor, or with a ``second`` of the same dtype behind it.
-
-    Raises:
-        UsageError: the format has no name for ``dtype``.
-    """
-    entry, end = _described(name, shape, dtype, 0)
-    more = "," + _described(*second, dtype, end)[0] if second else ""
-    return _framed(bytearray((_strings(metadata) + entry + more).encode()))
-
-
-#: Name and shape of a tensor behind another.
-Second: TypeAlias = tuple[str, tuple[int, ...]]
-
-
-def header_of_many(
-    tensors: Iterable[tuple[str, tuple[int, ...], str]], metadata: Mapping[str, str] | None = None
-) -> bytes:
-    """What stands before the data of a file with many tensors ``(name, shape, dtype)``, in their order.
+def header(tensors: Iterable[tuple[str, tuple[int, ...], str]], metadata: Mapping[str, str] | None = None) -> bytes:
+    """What stands before the data of tensors ``(name, shape, dtype)``, in their order.
 
     Raises:
         UsageError: the format has no name for a dtype, or the header would be longer than the format allows.

@@ -188,10 +188,6 @@ class Replacing:
         self._target, self._temporary = target, temporary
 
     def __enter__(self) -> int:
-        return self.create()
-
-    def create(self) -> int:
-        """Begin; returns the descriptor."""
         self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         return self._fd
 
@@ -225,15 +221,14 @@ class _Unnamed(Replacing):
 
     __slots__ = ("_unnamed",)
 
-    def create(self) -> int:
-        """See `Replacing`."""
+    def __enter__(self) -> int:
         self._unnamed = hasattr(os, "O_TMPFILE") and os.path.isdir("/proc/self/fd")
         if self._unnamed:
             try:
                 self._fd = os.open(os.path.dirname(self._temporary), os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666)
             except OSError:  # not on this file system; anything else will come again
                 self._unnamed = False
-        return self._fd if self._unnamed else super().create()
+        return self._fd if self._unnamed else super().__enter__()
 
     def _link(self) -> None:
         if self._unnamed:

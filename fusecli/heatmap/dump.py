@@ -222,7 +222,7 @@ def _layout(wanted: Wanted, about: About, m: int) -> tuple[tuple[int, int] | Non
     """Size of the grid and rows before it: what the user says, and beside that what the dump says, where it fits."""
     size, skip = wanted.size or about.grid, wanted.skip
     if size is None:
-        return None, skip
+        return None, about.skip if skip is None else skip
     rest = m - size[0] * size[1]
     if skip is None and (rest == about.skip or (wanted.size is None and rest in (0, 1))):
         skip = about.skip
