@@ -23,7 +23,7 @@ from fusecli.errors import DeviceError, MissingPackageError, ShapeError, UsageEr
 Array: TypeAlias = Any
 
 FLOAT_NAMES = ("float16", "bfloat16", "float32", "float64", "longdouble")
-#: What torch does not take from NumPy, and what it is given instead: the same numbers, or as near as it has them.
+#: Dtypes that torch cannot take from NumPy, and the closest one that it can.
 TORCHLESS = {"bfloat16": "float32", "longdouble": "float64"}
 #: Those that do not fit into 32 bits: one of them, and a pair is computed in float64.
 WIDE = ("float64", "longdouble")

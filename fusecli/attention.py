@@ -87,7 +87,7 @@ class Keys:
     @cached_property
     def exact(self) -> Keys:
         """The same in float64."""
-        maps = self.maps.exact() if self.maps.exact else self.maps.like(self.image, "float64")
+        maps = self.maps.unrounded() if self.maps.unrounded else self.maps.like(self.image, "float64")
         return prepare_keys(self.order, self.num_heads, maps, cast(self.image, "float64"))
 
 
@@ -165,7 +165,7 @@ def attend(
     if side.plan.is_direct:
         return _attend_by_heads(text, side, need_weights, query)
     scores = side.keys.scores(text, query)  # [H, N, M]
-    weights, total = _softmax(scores, side.keys.order, text, partial(_exact_scores, text, side))
+    weights, total = _softmax(scores, side.keys.order, dtype_name(text), partial(_exact_scores, text, side))
     if side.plan.values is Order.IMAGE:
         weights = weights / total  # not in place: autograd still needs the exponentials
         n, columns = text.shape[0], side.values.shape[1]
@@ -196,7 +196,8 @@ def _attend_by_heads(text: Array, side: ImageSide, need_weights: bool, query: Ar
     for start in range(0, heads, step):
         some = slice(start, start + step)
         scores = dot(query[some], side.keys.rows[some].mT)  # [h, N, M]
-        weights, total = _softmax(scores, Order.DIRECT, text, partial(exact_scores, some))  # [h, N, M], [h, N, 1]
+        exact = partial(exact_scores, some)
+        weights, total = _softmax(scores, Order.DIRECT, dtype_name(text), exact)  # [h, N, M], [h, N, 1]
         if need_weights:
             dump.append(weights / total)
         mixed.append((dot(weights, side.values[some]) / total).swapaxes(0, 1))  # [N, h, d]
@@ -212,7 +213,7 @@ def _attend_at_once(text: Array, side: ImageSide, need_weights: bool, query: Arr
         return fused, weights if need_weights else None
 
     scores = side.keys.scores(text, query)  # [H, N, M]
-    weights = _torch_softmax(_masked(scores, side.mask), text)
+    weights = _torch_softmax(_masked(scores, side.mask), dtype_name(text))
     answered = answer(weights)
     # The reference's own products, in its order, are as good as that; and who exports them wants no branches.
     if _is_coarse(scores) and side.maps.key_value_bias is None:
@@ -223,7 +224,7 @@ def _attend_at_once(text: Array, side: ImageSide, need_weights: bool, query: Arr
             exact = _masked(side.keys.exact.scores(cast(text, "float64")), side.mask)
             # What one pair needs changes no number of another.
             good = (peaks < large)[..., None, None, None]
-            return answer(namespace(weights).where(good, weights, _torch_softmax(exact, text)))
+            return answer(namespace(weights).where(good, weights, _torch_softmax(exact, dtype_name(text))))
     return answered
 
 
@@ -274,32 +275,31 @@ def _is_coarse(scores: Array) -> bool:
     return dtype_name(scores) == "float32" and not needs_grad(scores)
 
 
-def _softmax(scores: Array, order: Order, text: Array, exact: Callable[[], Array]) -> tuple[Array, Array]:
+def _softmax(scores: Array, order: Order, dtype: str, exact: Callable[[], Array]) -> tuple[Array, Array]:
     """``exp`` of scores ``[H, N, M]`` and its row sums ``[H, N, 1]``; their quotient is the softmax.
 
-    Overwrites ``scores``. Where float32 does not do, ``exact`` gives them in float64. The result has the dtype of
-    ``text``.
+    Overwrites ``scores``. Where float32 does not do, ``exact`` gives them in float64. The result is of ``dtype``.
     """
     if not _is_coarse(scores):
-        return _shifted_softmax(scores, text)
+        return _shifted_softmax(scores, dtype)
     if order is not Order.DIRECT and not largest(scores) <= LARGE_SCORE:
-        return _shifted_softmax(exact(), text)
+        return _shifted_softmax(exact(), dtype)
     weights, total = exp_and_sums(scores)
     low, high = range_of(total)
-    return (weights, total) if low > 1 / LARGE_TOTAL and high < LARGE_TOTAL else _shifted_softmax(exact(), text)
+    return (weights, total) if low > 1 / LARGE_TOTAL and high < LARGE_TOTAL else _shifted_softmax(exact(), dtype)
 
 
-def _shifted_softmax(scores: Array, text: Array) -> tuple[Array, Array]:
+def _shifted_softmax(scores: Array, dtype: str) -> tuple[Array, Array]:
     if is_torch(scores):
-        weights = _torch_softmax(scores, text)
+        weights = _torch_softmax(scores, dtype)
         return weights, ones((1,), weights)
     scores -= scores.max(axis=-1, keepdims=True)
-    return exp_and_sums(cast(scores, dtype_name(text)))
+    return exp_and_sums(cast(scores, dtype))
 
 
-def _torch_softmax(scores: Array, text: Array) -> Array:
+def _torch_softmax(scores: Array, dtype: str) -> Array:
     # Its gradient is exact where one weight is 1; through exp and sums it would be rounding alone.
-    return cast(namespace(scores).softmax(scores, -1), dtype_name(text))
+    return cast(namespace(scores).softmax(scores, -1), dtype)
 
 
 def _split_heads(x: Array, num_heads: int) -> Array:

@@ -51,7 +51,7 @@ class Place(NamedTuple):
 
 
 def key_for(path: str, key: str | None) -> str | None:
-    """``key`` for a file that has room for one; beside such files there may be others, of one array without a name."""
+    """``key`` where the file has names for its arrays, else None: a folder may hold ``.npy`` files as well."""
     return key if has_names(path) else None
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from fusecli import checkpoint
-from fusecli.arrays import dtype_name
+from fusecli.arrays import FLOAT_NAMES, dtype_name
 from fusecli.dumps import About, names_of
 from fusecli.errors import CheckpointError
-from fusecli.formats import FLOATS, NumpyArray, Stored, open_source, tensors_of
+from fusecli.formats import NumpyArray, Stored, open_source, tensors_of
 from fusecli.state_dict import is_pt
 from fusecli.weights import Weights, are_of_weights
 
@@ -74,7 +74,7 @@ def _of_checkpoint(weights: Weights) -> dict[str, Any]:
 
 def _scan(stored: Stored) -> dict[str, Any]:
     facts = {"name": stored.name, "shape": list(stored.shape), "dtype": stored.dtype}
-    if stored.dtype not in FLOATS or not stored.nbytes:
+    if stored.dtype not in FLOAT_NAMES or not stored.nbytes:
         return facts | {"norms": None, "nonfinite": None, "stochastic": False}
     shape = (1,) * max(0, 2 - len(stored.shape)) + stored.shape
     whole = stored._replace(shape=shape if stored.fortran else (math.prod(shape[:-1]), shape[-1]))

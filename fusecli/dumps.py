@@ -137,7 +137,7 @@ def require_tokens(tokens: list[str] | None, n: int, where: str) -> None:
 
 
 @dataclass(frozen=True)
-class Label:
+class DumpMetadata:
     """What is to be written into dumps.
 
     ``facts`` are those of the weights (``method``, ``num_heads``, ``weights``) and ``mean``.

@@ -12,10 +12,11 @@
         ├── FileError            3  a file cannot be opened, or is not what its name says
         ├── ShapeError           3  an array has the wrong number of axes, rows or columns
         ├── ValuesError          3  an array holds values that cannot be used (NaN, Inf)
+        │   └── OneRowError      3  one image row, where a map of several is wanted
         └── CheckpointError      3  a checkpoint lacks, adds or misshapes a tensor
 
 Every message says what, where, found and wanted; a hint is something that can be typed or done.
-They become words for the user in one place, ``fusecli.cli``.
+They become words for the user in ``fusecli.cli``; of a pair among many, in ``fusecli.batch.job``.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def unwritable(path: str | None, error: OSError, what: str = "cannot be written"
 
 
 def listed(names: Iterable[str], most: int = 5, count: int | None = None) -> str:
-    """The first of some names, long ones cut, and that there are more, if there are; ``count`` of them in all."""
+    """The first ``most`` names, long ones shortened, with an ellipsis if there are more (``count`` in all)."""
     known = list(names)
     shown = ", ".join(_clip(name, 60) for name in known[:most])
     return shown + (", …" if max(count or 0, len(known)) > most else "")

@@ -27,7 +27,6 @@ from fusecli.arrays import (
 )
 from fusecli.errors import ShapeError, UsageError, ValuesError
 from fusecli.methods import BY_NAME, FusedRows, Method, View
-from fusecli.one_row import adds_one_row
 from fusecli.text_rows import TextRows
 from fusecli.weights import Config, Weights
 
@@ -57,19 +56,16 @@ class Prepared:
     @property
     def only_adds(self) -> bool:
         """Whether nothing is multiplied for a text row: it is answered at the speed of copying."""
-        return self._view.one_row is not None and adds_one_row(self._view.weights)
-
-    @property
-    def block_rows(self) -> int:
-        """Text rows to pass at once, so that memory stays flat in ``N``; all where they attend to each other."""
-        if self._config.self_attention:
-            return self._view.n
-        return max(1, min(BLOCK_ROWS, BLOCK_SCORES // (self._config.num_heads * self._view.m)))
+        return self._view.one_row is not None and self._config.one_row_is_added
 
     def blocks(self, most: int = BLOCK_ROWS) -> Iterator[slice]:
-        """The rows ``0..N``, a block of at most ``most`` at a time."""
-        step = self.block_rows if self._config.self_attention else min(self.block_rows, most)
-        return (slice(start, min(start + step, self._view.n)) for start in range(0, self._view.n, step))
+        """The rows ``0..N``, so many at a time, at most ``most``, that memory stays flat in ``N``.
+
+        All at once where they attend to each other.
+        """
+        n, scores = self._view.n, self._config.num_heads * self._view.m
+        step = n if self._config.self_attention else max(1, min(most, BLOCK_SCORES // scores))
+        return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
     def text_rows(self, text: Array) -> TextRows:
         """Text rows ``[n, Dt]`` to fuse more than once, with images that are looked at in the same way."""

@@ -28,7 +28,7 @@ def cores() -> int:
 
 
 def listen(number: int, handler: Any) -> Any:
-    """Take a signal, unless whoever started us wants it ignored (``nohup``, ``&`` in a script); returns what did."""
+    """Install a handler, unless the signal came ignored (``nohup``, ``&`` in a script); returns the one before."""
     before = signal.getsignal(number)
     return before if before is signal.SIG_IGN else signal.signal(number, handler)
 

@@ -21,14 +21,15 @@ class Maps:
     key_value: Array  # [2D, Di], F_k above F_v: one product gives keys and values
     out: Array  # [D, D]
     bias: Array  # [D], the constant c
-    exact: Callable[[], Maps] | None = None  # the same before rounding, in float64
+    unrounded: Callable[[], Maps] | None = None  # gives the same in float64, as they were folded
     scale: float = 1.0  # what queries are multiplied by; of `unfolded`
     key_value_bias: Array = None  # [2D], if the biases have not been dropped and moved into c; of `unfolded`
 
     def like(self, template: Array, dtype: str) -> Maps:
         """The same as ``dtype`` where ``template`` lives."""
         names = ("query", "query_bias", "key_value", "out", "bias")
-        return replace(self, exact=None, **{name: cast(like(getattr(self, name), template), dtype) for name in names})
+        moved = {name: cast(like(getattr(self, name), template), dtype) for name in names}
+        return replace(self, unrounded=None, **moved)
 
     @property
     def key(self) -> Array:

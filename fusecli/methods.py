@@ -23,7 +23,7 @@ from fusecli import attention
 from fusecli.arrays import Array, cast, cut, filled, is_on_gpu, like, namespace, needs_grad, ones
 from fusecli.functional import dot_by_parts, gelu, layer_norm, linear, mean_row, sigmoid
 from fusecli.maps import Maps, merged, unfolded, with_image
-from fusecli.one_row import one_row_is_enough, pooled, single
+from fusecli.one_row import pooled, single
 from fusecli.plans import DIRECT, Plan, plan, plan_of_batch, plan_to_learn
 from fusecli.text_rows import TextRows
 from fusecli.weights import Weights, layers_of
@@ -64,7 +64,8 @@ class View:
         """What every token gets from the only image row, ``[D]``, where that can be told before any text is seen."""
         if self.row is not None or self.m > 1 or self.training or self.is_batch:
             return self.row
-        if not one_row_is_enough(self.weights) or needs_grad(self.template):  # the text's gradient is zero, but wanted
+        wanted = needs_grad(self.template)  # the text's gradient: it is zero, but has to be there
+        if wanted or not self.weights.config.one_row_needs_no_text:
             return None
         return single(self.weights, self._given[0], lambda x, weight: weight @ x)
 

@@ -13,16 +13,6 @@ from fusecli.functional import layer_norm, rows_apart
 from fusecli.weights import Weights, layers_of
 
 
-def one_row_is_enough(weights: Weights) -> bool:
-    """Whether an image of one row can be brought to what it adds before any text is seen; see `single_rows`."""
-    return weights.config.method != "transformer"
-
-
-def adds_one_row(weights: Weights) -> bool:
-    """Whether an image of one row leaves no products for text rows: all get the same, and at most the text is added."""
-    return weights.config.method == "attention"
-
-
 def single_rows(weights: Weights, images: Array) -> Array:
     """What every token gets from an image of one row, for ``images [B, Di]`` of one row each: ``[B, D]``.
 

@@ -18,7 +18,7 @@ from fusecli.errors import OutputError
 from fusecli.formats import FileSource, NumpyArray, Sink, Stored, format_of, has_names, itemsize, open_sink
 from fusecli.fusion import Prepared, fuse_together, pairs_together
 from fusecli.methods import FusedRows, View
-from fusecli.one_row import adds_one_row, one_row_is_enough, single_rows
+from fusecli.one_row import single_rows
 from fusecli.pairs import read_finite, require_widths
 from fusecli.weights import Weights
 
@@ -180,7 +180,7 @@ def fuse_alike(
         torch.OutOfMemoryError: the GPU has no room for them.
     """
     rows = to_device(np.stack([cast(image, dtype) for image in images]))  # [B, M, Di]
-    if rows.shape[1] == 1 and adds_one_row(weights):  # so there is nothing left to do for a GPU
+    if rows.shape[1] == 1 and weights.config.one_row_is_added:  # so there is nothing left to do for a GPU
         answers = to_numpy(single_rows(weights, rows[:, 0]))  # [B, D]
         return [
             Prepared(View(weights, None, row, len(text), dtype, row=row)).fuse(text, need_weights=need_weights)
@@ -244,9 +244,9 @@ class _Blocks:
         compute, row = compute_dtype(pair.image.dtype, pair.text.dtype), pair.row  # [D], None if it is not known
         image = self._moved(cast(read_finite(pair.image, output.finite), compute)) if row is None else None
         read = perf_counter()
-        if image is not None and len(image) == 1 and one_row_is_enough(weights):
+        if image is not None and len(image) == 1 and weights.config.one_row_needs_no_text:
             row = single_rows(weights, image)[0]
-        if row is not None and adds_one_row(weights):  # nothing is left to do for a GPU
+        if row is not None and weights.config.one_row_is_added:  # nothing is left to do for a GPU
             row, self._to_device = to_numpy(row), None
         template = image if row is None else row
         self._prepared = prepared = Prepared(View(weights, image, template, pair.text.shape[0], compute, row=row))

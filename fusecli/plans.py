@@ -71,7 +71,7 @@ def _flops(weights: list[tuple[int, int, int]], rest: int, extra_rows: int) -> i
     return 2 * (rest + sum((rows + extra_rows) * height * width for rows, height, width in weights))
 
 
-#: Copying a number between the layouts of pairs, ``[B, N, ...]``, and of heads takes so many multiplications.
+#: What it costs, in multiplications, to copy a number between the layout of pairs, ``[B, N, ...]``, and that of heads.
 CARRYING = 80
 
 

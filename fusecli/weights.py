@@ -85,6 +85,16 @@ class Config:
         return "num_heads" in OPTIONS[self.method]
 
     @property
+    def one_row_needs_no_text(self) -> bool:
+        """Whether what an image of one row gives is known before any text is seen: see `fusecli.one_row`."""
+        return self.method != "transformer"
+
+    @property
+    def one_row_is_added(self) -> bool:
+        """Whether each text row then gets just that, or that and itself, and no product is left to do."""
+        return self.method == "attention"
+
+    @property
     def can_forget_text(self) -> bool:
         """Whether nothing of the text is left in the result where there is but one image row."""
         return self.method == "attention" and not self.residual
@@ -103,9 +113,9 @@ def _is_depth(value: Any) -> bool:
     return _is_count(value) and value <= MAX_LAYERS
 
 
-#: Names that are listed of tensors that should be there.
+#: Names of tensors that a message lists at most.
 MOST_TENSORS = 20
-#: More are a damaged file: the tensors of all of them would be listed before one is looked for.
+#: More layers than this mean a damaged file, and the names of all their tensors would be made before one is looked for.
 MAX_LAYERS = 1024
 _COUNT = _is_count, "a whole number from 1"
 _SWITCH = (lambda value: type(value) is bool), "true or false"
@@ -289,7 +299,7 @@ class Weights:
             exact = fold(layers_of(self._cast(names, own, "float64"), self.config.num_heads))
             maps = exact.like(template, dtype)
             # Not partial of the template: that is somebody's text, which would live as long as the weights.
-            return maps if dtype == "float64" else replace(maps, exact=partial(self.folded, maps.query, "float64"))
+            return maps if dtype == "float64" else replace(maps, unrounded=partial(self.folded, maps.query, "float64"))
 
         return self.kept("maps", template, dtype, make)
 

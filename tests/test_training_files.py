@@ -20,7 +20,7 @@ from fusecli.errors import FileError, InputError, UsageError
 from fusecli.training.data import Rows
 from fusecli.training.files import Files, begun_with
 from fusecli.training.labels import numbers, read_labels
-from fusecli.training.loop import Progress
+from fusecli.training.loop import TrainingState
 from fusecli.training.represent import Fusion
 from fusecli.training.run import _best
 from tests.conftest import Run
@@ -40,7 +40,7 @@ def stopped(tmp_path: Path) -> Path:
     """A run that was stopped after its second epoch, the best."""
     files = _files(tmp_path)
     files.begin(False)
-    progress = Progress(epoch=2, best_epoch=2, best_loss=1.0, log=[{"epoch": 2}])
+    progress = TrainingState(epoch=2, best_epoch=2, best_loss=1.0, log=[{"epoch": 2}])
     files.best(_fusion(2), {"head.weight": nn.Parameter(torch.ones(2, 8))}, progress)
     files.state({"progress": vars(progress)})
     return tmp_path
@@ -88,12 +88,12 @@ def test_a_run_ends_with_its_own_weights_alone(stopped: Path, how: str) -> None:
 @pytest.mark.parametrize("killed", ["before the weights", "before the state"])
 def test_a_run_killed_while_it_wrote_the_best_goes_on(stopped: Path, killed: str) -> None:
     before = (stopped / "f.safetensors").read_bytes()
-    progress = Progress(epoch=3, best_epoch=3, best_loss=0.5)
+    progress = TrainingState(epoch=3, best_epoch=3, best_loss=0.5)
     _files(stopped).best(_fusion(3), {"head.weight": nn.Parameter(torch.ones(2, 8))}, progress)
     if killed == "before the weights":
         (stopped / "f.safetensors").write_bytes(before)
     files = _files(stopped)
-    progress = Progress(**files.begin(True)["progress"])
+    progress = TrainingState(**files.begin(True)["progress"])
     assert (progress.epoch, progress.best_loss) == (2, math.inf)  # so what comes of epoch 3 now is kept in any case
     files.best(_fusion(3), {"head.weight": nn.Parameter(torch.ones(2, 8))}, progress)
     files.result("cpu")
@@ -120,7 +120,7 @@ def test_a_run_goes_on_in_the_precision_that_it_began_with(tmp_path: Path) -> No
     for facts, precision in (({}, False), ({"bfloat16": False}, False), ({"bfloat16": True}, True)):
         files = Files(str(tmp_path / "f.safetensors"), objective, facts)
         files.begin(False)
-        files.state({"progress": vars(Progress(epoch=1))})
+        files.state({"progress": vars(TrainingState(epoch=1))})
         begun = begun_with(str(tmp_path / "f.safetensors"))["bfloat16"]
         assert begun is precision
         Files(str(tmp_path / "f.safetensors"), objective, {"bfloat16": begun}).begin(True)

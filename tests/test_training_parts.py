@@ -19,7 +19,7 @@ from fusecli.training import loop, recipe
 from fusecli.training.data import MOST_LEARNED, MOST_MET, batches, part_of, read
 from fusecli.training.loop import _rate
 from fusecli.training.match import Match, Moments, _heads, _moments, _side, canonical
-from fusecli.training.objective import Classes, Measured, Numbers
+from fusecli.training.objective import Classes, Evaluation, Numbers
 from fusecli.training.represent import Fusion, Means
 from fusecli.training.start import laid_apart
 
@@ -142,7 +142,7 @@ def test_noise_explains_nothing(tmp_path: Path, rng: np.random.Generator) -> Non
     data, _ = _drawn(tmp_path, 60)
     objective = Numbers(torch.from_numpy(rng.standard_normal(60)), data.parts["train"], 0.0)
     means = Means(data, text=True, image=True)
-    measured, _ = objective.judge(means, data)
+    measured, _ = objective.fit_head(means, data)
     assert measured.loss < 1.1 * objective.targets[data.parts["validation"]].square().mean()
 
 
@@ -152,7 +152,7 @@ def test_equal_scores_are_no_hits(tmp_path: Path) -> None:
     objective = Match(8)
     represent = Means(data, text=True, image=False)
     torch.manual_seed(0)
-    measured = objective.measure(objective.head(8), represent, data, list(range(30)))
+    measured = objective.evaluate(objective.head(8), represent, data, list(range(30)))
     assert measured.score == 0
 
 
@@ -197,7 +197,7 @@ def test_patience_is_for_epochs_that_learn_nothing(tmp_path: Path) -> None:
     data, _ = _drawn(tmp_path, 60)
     objective = Classes(torch.arange(60) % 2, ["a", "b"], 0.0, 0.0, None)
     losses = iter([0.9, 0.8, 0.7, 0.75, 0.71, 0.6])
-    objective.judge = lambda *_: (Measured(next(losses), torch.zeros(1)), {})  # type: ignore[method-assign]
+    objective.fit_head = lambda *_: (Evaluation(next(losses), torch.zeros(1)), {})  # type: ignore[method-assign]
     settings = loop.Settings(epochs=9, batch_size=16, lr=0.0, weight_decay=0.0, patience=2, seed=0, device="cpu")
     quiet: Any = SimpleNamespace(best=print, state=id, step=lambda *_: None, epoch=id)
     # None of it betters what it began with.
@@ -209,7 +209,7 @@ def test_patience_is_for_epochs_that_learn_nothing(tmp_path: Path) -> None:
 def test_what_betters_the_start_by_less_than_2_percent_is_not_kept(tmp_path: Path, loss: float, best: int) -> None:
     data, _ = _drawn(tmp_path, 60)
     objective = Classes(torch.arange(60) % 2, ["a", "b"], 0.0, 0.0, None)
-    objective.judge = lambda *_: (Measured(loss, torch.zeros(1)), {})  # type: ignore[method-assign]
+    objective.fit_head = lambda *_: (Evaluation(loss, torch.zeros(1)), {})  # type: ignore[method-assign]
     settings = loop.Settings(epochs=1, batch_size=16, lr=0.0, weight_decay=0.0, patience=2, seed=0, device="cpu")
     quiet: Any = SimpleNamespace(best=lambda *_: None, state=id, step=lambda *_: None, epoch=id)
     progress = loop.fit(Fusion(fusecli.init(8, 2)), loop.Lesson(objective, data, settings), quiet, quiet, 1.0)
@@ -289,7 +289,7 @@ def test_a_fusion_that_only_repeats_the_text_matches_nothing(tmp_path: Path) -> 
 
     data, _ = _drawn(tmp_path, 300)
     weights = checkpoint.init(8, 2, method="gated", gate="tanh")  # shut
-    measured, _ = Match(8).judge(Fusion(weights, learned=False), data)
+    measured, _ = Match(8).fit_head(Fusion(weights, learned=False), data)
     assert measured.score == 0
 
 
@@ -324,7 +324,7 @@ def test_matching_minds_no_unit_of_a_side(rng: np.random.Generator, scale: float
 def test_training_may_begin_with_what_has_seen_no_pairs(tmp_path: Path) -> None:
     data, _ = _drawn(tmp_path, 30)
     for gate, may in (("sigmoid", True), ("tanh", False)):  # shut, nothing behind it would learn
-        beginning = recipe.drawn(True, None, 0, {"method": "gated", "num_heads": 2, "gate": gate}, data)
+        beginning = recipe.from_scratch(True, None, 0, {"method": "gated", "num_heads": 2, "gate": gate}, data)
         assert any(start is beginning.untrained for start in beginning.starts) == may
 
 
@@ -349,5 +349,5 @@ def test_a_head_is_as_good_when_it_is_used_as_when_it_was_made(tmp_path: Path) -
     data, _ = _drawn(tmp_path, 60)
     objective = Classes(torch.arange(60) % 2, ["a", "b"], 0.0, 0.0, None)
     means = Means(data, text=True, image=True)
-    judged, head = objective.judge(means, data)
-    assert objective.measure(head, means, data, data.parts["validation"]).loss == pytest.approx(judged.loss, rel=1e-4)
+    judged, head = objective.fit_head(means, data)
+    assert objective.evaluate(head, means, data, data.parts["validation"]).loss == pytest.approx(judged.loss, rel=1e-4)

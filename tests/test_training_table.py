@@ -21,12 +21,12 @@ def test_intervals_of_what_is_explained_are_those_of_a_ratio(rng: np.random.Gene
     targets = torch.from_numpy(rng.standard_normal(60)).float()
     objective = Numbers(targets, list(range(60)), 0.0)
     part = list(range(60))
-    guess = table.row("mean", objective.guess(part, part), objective.shares(part))
+    guess = table.row("mean", objective.baseline(part, part), objective.shares(part))
     assert (guess.score, guess.low, guess.high) == (0, 0, 0)
     few = Numbers(torch.tensor([1.0, 2, 3, 4, 5, 3, 3, 4, 3, 3]), list(range(5)), 0.0)  # three are just their mean
-    assert table.row("mean", few.guess(part[5:10], []), few.shares(part[5:10])).high == 0
+    assert table.row("mean", few.baseline(part[5:10], []), few.shares(part[5:10])).high == 0
     outputs = objective.targets[:, None] + 0.5 * torch.randn(60, 1, generator=torch.Generator().manual_seed(0))
-    found = table.row("fit", objective.measured(outputs, objective.targets).scores, objective.shares(part))
+    found = table.row("fit", objective.evaluated(outputs, objective.targets).scores, objective.shares(part))
     squares = (outputs[:, 0] - objective.targets).square().numpy(), objective.targets.square().numpy()
     drawn = rng.integers(0, 60, (20_000, 60))
     ratios = 1 - squares[0][drawn].sum(1) / squares[1][drawn].sum(1)
@@ -37,15 +37,15 @@ def test_the_mean_explains_nothing_and_the_truth_all() -> None:
     numbers = Numbers(torch.tensor([1.0, 2, 3, 10], dtype=torch.float64), [0, 1, 2], 0.0)
     part = [2, 3]
     truth = numbers.targets[part][:, None]
-    assert numbers.measured(truth, numbers.targets[part]).score == 1
-    nothing = numbers.measured(torch.zeros(2, 1), numbers.targets[part])
-    torch.testing.assert_close(nothing.scores, numbers.guess(part, [0, 1, 2]))
+    assert numbers.evaluated(truth, numbers.targets[part]).score == 1
+    nothing = numbers.evaluated(torch.zeros(2, 1), numbers.targets[part])
+    torch.testing.assert_close(nothing.scores, numbers.baseline(part, [0, 1, 2]))
     assert nothing.score == pytest.approx(0, abs=1e-6)
 
 
 def test_the_majority_is_that_of_the_pairs_to_train_on() -> None:
     objective = Classes(torch.tensor([0, 0, 0, 1, 1]), ["a", "b"], 0.0, 0.0, None)
-    assert objective.guess([3, 4], [0, 1, 2]).tolist() == [0, 0]
+    assert objective.baseline([3, 4], [0, 1, 2]).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(

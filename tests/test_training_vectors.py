@@ -47,7 +47,7 @@ def test_an_image_meets_many_texts_as_it_meets_each(method: str, options: dict[s
             vectors = fusion.each(batch, which)
         else:
             beside = [replace(batch, texts=batch.texts[at], text_mask=batch.text_mask[at]) for at in which.mT]
-            vectors = torch.stack([fusion.own(some) for some in beside], 1)
+            vectors = torch.stack([fusion.encode(some) for some in beside], 1)
         vectors.square().sum().backward()
         found.append(vectors.detach())
         gradients.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in fusion.parameters()])
@@ -67,12 +67,12 @@ def test_products_in_bfloat16_teach_the_same_and_judge_nothing(
     learned, judged = [], []
     for bfloat16 in (False, True):
         fusion = _fusion(method, options, bfloat16)
-        vectors: Any = fusion.each(batch, which) if together else fusion.own(batch)
+        vectors: Any = fusion.each(batch, which) if together else fusion.encode(batch)
         assert vectors.dtype == torch.float32
         vectors.square().sum().backward()
         learned.append([vectors.detach(), *(p.grad for p in fusion.parameters() if p.grad is not None)])
         with torch.no_grad():
-            judged.append(fusion.own(batch))
+            judged.append(fusion.encode(batch))
     assert torch.equal(*judged)
     exact, narrow = (torch.cat([x.flatten() for x in some]) for some in learned)
     off = (exact - narrow).norm() / exact.norm()
@@ -98,17 +98,17 @@ def test_all_products_of_learning_are_in_bfloat16_and_the_text_is_not(method: st
     batch = replace(batch, texts=batch.texts + 100)  # in bfloat16 that takes all digits but one
     fusion, exact = _fusion(method, options, True), _fusion(method, options)
     with _Products() as products:
-        vectors: Any = fusion.own(batch)
+        vectors: Any = fusion.encode(batch)
         vectors.square().sum().backward()
     assert products.dtypes == {torch.bfloat16}
     if exact.config.adds_text:
-        assert (vectors - exact.own(batch)).abs().max() < 0.05
+        assert (vectors - exact.encode(batch)).abs().max() < 0.05
 
 
 def test_what_does_not_learn_is_computed_in_float32() -> None:
     fusion = Fusion(oracle("gated", D, 4, D, D)[1], learned=False, bfloat16=True)
     with _Products() as products:
-        fusion.own(_batch(6))
+        fusion.encode(_batch(6))
     assert torch.bfloat16 not in products.dtypes
 
 
@@ -136,9 +136,9 @@ def test_an_image_among_texts_is_judged_as_each_pair_is(
     data = read(list(images), lambda name: (images.place(name), texts.place(name)), str(tmp_path), 0.1, 0.2)
     fusion, pairs = _fusion(method, options), [0, 1, 2]
     with torch.no_grad():
-        beside = fusion.beside(data, pairs)
+        beside = fusion.encode_beside(data, pairs)
         for image in pairs:
-            expected = fusion.own(load(data, pairs, [image] * 3))
+            expected = fusion.encode(load(data, pairs, [image] * 3))
             torch.testing.assert_close(beside(image), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -154,7 +154,7 @@ def test_costs_of_orders_are_the_products_that_torch_counts(monkeypatch: pytest.
         monkeypatch.setattr(methods, "plan_to_learn", lambda *given: (Plan(order, order, 0), first))
         fusion = Fusion(weights, learned=learn)
         with FlopCounterMode(display=False) as counter:
-            vectors: Any = fusion.own(Batch(list(range(pairs)), images, whole[0], texts, whole[1]))
+            vectors: Any = fusion.encode(Batch(list(range(pairs)), images, whole[0], texts, whole[1]))
             if learn:
                 vectors.sum().backward()
         return int(counter.get_total_flops())

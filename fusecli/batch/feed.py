@@ -18,7 +18,7 @@ from fusecli.errors import FileError, InputError
 
 #: Ids without work after which it is told how far we are.
 TELL = 4096
-#: Says what is known of an id without any work, None if it is to be done.
+#: Gives the outcome of an id that needs no work, else None.
 Keep = Callable[[str], Outcome | None]
 
 

@@ -60,6 +60,10 @@ class Outcome(NamedTuple):
     write: float = 0.0
     nbytes: int = 0  # read and written
 
+    def ends_run(self, fail_fast: bool) -> bool:
+        """Whether no pair is to be done after that one."""
+        return self.stop or (fail_fast and self.status == "failed")
+
     def record(self) -> dict[str, Any]:
         """As the ledger and ``--json`` have it."""
         return {"id": self.id, "status": self.status, **self.facts}
@@ -102,10 +106,6 @@ class Job:
     read: tuple[str, ...] = ()  # files that are read beside the features
     fail_fast: bool = False  # the first pair that fails is the last
 
-    def ends_with(self, outcome: Outcome) -> bool:
-        """Whether no pair is to be done after that one."""
-        return outcome.stop or (self.fail_fast and outcome.status == "failed")
-
 
 #: Does one item; never raises for a bad pair.
 Work: TypeAlias = Callable[[Item], "list[Outcome]"]
@@ -137,7 +137,7 @@ class Items(Protocol):
 
 
 class Stop:
-    """A wish to stop, from Ctrl-C or from the run itself, that a sleeping runner notices."""
+    """A request to stop, from Ctrl-C or from the run itself, that wakes a waiting runner."""
 
     def __init__(self) -> None:
         self.asked = False

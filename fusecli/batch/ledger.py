@@ -174,7 +174,7 @@ def _reading(path: str | Path) -> Iterator[None]:
         raise OutputError("cannot be read", where=str(path), found=error.strerror, hint=hint) from error
 
 
-class _Part(NamedTuple):
+class _Run(NamedTuple):
     """What one run wrote to a ledger."""
 
     began: float  # in seconds since 1970; a part of the ledger that does not say it comes first
@@ -183,22 +183,22 @@ class _Part(NamedTuple):
     end: int
 
 
-def _runs(path: Path) -> list[_Part]:
+def _runs(path: Path) -> list[_Run]:
     """The parts of a ledger, by the lines that begin them; each began after those before it, whatever a clock said."""
     parts, at, start, began = [], 0, 0, 0.0
     with _reading(path), open(path, "rb") as file:
         for line in file:
             if line.startswith(BEGAN):
-                parts.append(_Part(began, path, start, at))
+                parts.append(_Run(began, path, start, at))
                 start = at
                 with contextlib.suppress(ValueError):
                     told = float(line[len(BEGAN) :].partition(b",")[0])
                     began = max(began, told) if math.isfinite(told) else began
             at += len(line)
-    return [*parts, _Part(began, path, start, at)]
+    return [*parts, _Run(began, path, start, at)]
 
 
-def _lines(part: _Part) -> Iterator[dict[str, Any]]:
+def _lines(part: _Run) -> Iterator[dict[str, Any]]:
     with open(part.path, "rb") as file:
         file.seek(part.start)
         left = part.end - part.start

@@ -39,7 +39,7 @@ class Manifest:
         self._keys = image_key, text_key
         self._columns: list[str] | None = None
         self._delimiter: str | None = None  # None: JSON
-        self._open = False  # a quote that an earlier line has opened, so that the rest of a value may come
+        self._in_quote = False  # a quote that an earlier line has opened, so that the rest of a value may come
 
     def read(self, text: str) -> Entry | None:
         """What one line says; None for a header or an empty line.
@@ -104,17 +104,17 @@ class Manifest:
             return record
         assert self._columns is not None
         odd = text.count('"') % 2 == 1
-        if self._open and odd:
-            self._open = False
+        if self._in_quote and odd:
+            self._in_quote = False
             raise self._bad(text, "a value in one line")
         try:
             values = next(csv.reader([text], delimiter=self._delimiter, strict=True))
         except csv.Error:
-            self._open = odd
+            self._in_quote = odd
             raise self._bad(text, "a line of CSV") from None
         if len(values) != len(self._columns):
             raise self._bad(text, f"{len(self._columns)} values")
-        self._open = False
+        self._in_quote = False
         return dict(zip(self._columns, values, strict=True))
 
     def _place(self, path: str, key: str | None) -> Place:

@@ -12,7 +12,7 @@ from fusecli.batch.plan import Shard
 from fusecli.batch.store import STATE
 from fusecli.checkpoint import dump_facts, fingerprint
 from fusecli.collections import SUFFIXES
-from fusecli.dumps import Label, Tokens
+from fusecli.dumps import DumpMetadata, Tokens
 from fusecli.pipeline import takes_gate
 from fusecli.weights import Weights
 
@@ -44,10 +44,10 @@ class Request:
         """Of the weights."""
         return fingerprint(self.weights)
 
-    def label(self) -> Label:
+    def label(self) -> DumpMetadata:
         """What dumps of attention say of themselves."""
         facts = dump_facts(self.weights.config, self.fingerprint, self.options.attention_mean)
-        return Label(facts, self.tokens, self.grid, self.skip_rows)
+        return DumpMetadata(facts, self.tokens, self.grid, self.skip_rows)
 
     def targets(self) -> list[tuple[str, str | None]]:
         """Where results go: a folder and the suffix of the files in it, or a file and None."""

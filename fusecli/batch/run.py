@@ -21,7 +21,7 @@ from fusecli.batch.plan import Shard, item_size
 from fusecli.batch.request import Request, is_one_file, named_like
 from fusecli.batch.stacks import Stacks, is_stack
 from fusecli.batch.store import STATE, FolderStore, PartStore, Piece, Store
-from fusecli.batch.summary import Recorder, Reporter, Summary, reason_to_stop
+from fusecli.batch.summary import Recorder, Reporter, Summary
 from fusecli.batch.worker import work
 from fusecli.errors import UsageError, unwritable
 from fusecli.formats import require_replaceable, safetensors
@@ -233,7 +233,7 @@ def _drive(request: Request, job: Job, feed: ListFeed | StreamFeed, recorder: Re
         for outcomes in runner(feed, stop):
             outcomes = [*feed.outcomes(), *outcomes]
             recorder.record(outcomes)
-            if not stop.asked and (reason := reason_to_stop(outcomes, request.fail_fast)):
+            if not stop.asked and (reason := next((x for x in outcomes if x.ends_run(request.fail_fast)), None)):
                 summary.stopped = reason
                 stop.ask()
         for outcomes in pool.drain():

@@ -17,9 +17,10 @@ from itertools import count
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
-from fusecli.dumps import GATE, Label
+from fusecli.arrays import FLOAT_NAMES
+from fusecli.dumps import GATE, DumpMetadata
 from fusecli.errors import FusecliError, OutputError
-from fusecli.formats import FLOATS, FileSink, Replacing, Sink, format_of, itemsize, keep_mode, safetensors
+from fusecli.formats import FileSink, Replacing, Sink, format_of, itemsize, keep_mode, safetensors
 from fusecli.pipeline import arrays_of, gate_shape
 
 #: The folder in the output (or beside it, where that is a file) with the ledger and what is not finished.
@@ -57,7 +58,7 @@ def believed(shape: Any, dtype: Any, part: Any, at: Any) -> Piece:
     """
     numbers = [*shape, at] if isinstance(shape, list) else []
     sane = len(numbers) > 2 and all(type(n) is int and 0 <= n < 2**50 for n in numbers)
-    if not sane or dtype not in FLOATS or not (part is None or (type(part) is str and not set("/\0") & set(part))):
+    if not sane or dtype not in FLOAT_NAMES or not (part is None or (type(part) is str and not set("/\0") & set(part))):
         raise ValueError(shape)
     return Piece(tuple(shape), dtype, part, at)
 
@@ -116,7 +117,7 @@ class FolderStore:
     temporary: str  # folder on the same file system
     kind: str = "fused"  # or "attention"
     gate: bool = False  # each result has gates behind it
-    label: Label | None = None  # what each result says of itself, in a format that has room for it
+    label: DumpMetadata | None = None  # what each result says of itself, in a format that has room for it
     _there: dict[str, dict[str, str]] = field(default_factory=dict)  # what was in a folder at first, and its kind
     _count: Iterator[int] = field(default_factory=count)
     _owner: int = 0  # the process whose folder for files on their way is there
@@ -233,7 +234,7 @@ class PartStore:
     folder: str  # of the parts
     kind: str  # "fused" or "attention"
     gate: bool = False  # each result has gates behind it
-    label: Label | None = None  # what the file says of itself, in a format that has room for it
+    label: DumpMetadata | None = None  # what the file says of itself, in a format that has room for it
     _lock: Any = field(default_factory=threading.Lock)
     _fd: int = -1
     _owner: int = 0

@@ -88,11 +88,6 @@ class Recorder:
         self.ledger.add(new)
         for outcome in outcomes:
             self.summary.add(outcome)
-        self.first_failure = self.first_failure or reason_to_stop(outcomes, fail_fast=True)
+        self.first_failure = self.first_failure or next((x for x in outcomes if x.ends_run(fail_fast=True)), None)
         self.reporter.told(outcomes, self.summary)
         self.check(outcomes)
-
-
-def reason_to_stop(outcomes: list[Outcome], fail_fast: bool) -> Outcome | None:
-    """The first of ``outcomes`` after which a run goes no further."""
-    return next((x for x in outcomes if x.stop or (fail_fast and x.status == "failed")), None)

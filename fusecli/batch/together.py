@@ -20,7 +20,7 @@ def work(job: Job, item: Item) -> list[Outcome]:
     with np.errstate(all="ignore"):  # what overflows is found by looking
         for outcome in _work(job, item):
             outcomes[outcome.id] = outcome
-            if job.ends_with(outcome):
+            if outcome.ends_run(job.fail_fast):
                 break
     return [outcomes[task.id] for task in item if task.id in outcomes]
 

@@ -20,7 +20,7 @@ from fusecli.formats import NumpyArray, Stored
 from fusecli.fusion import NUMBERS_IN_TURN, PAIRS_IN_TURN, InTurn, fuse_in_turn, numbers_in_turn
 from fusecli.machine import alone_in
 from fusecli.methods import FusedRows
-from fusecli.one_row import adds_one_row, one_row_is_enough, single_rows
+from fusecli.one_row import single_rows
 from fusecli.pairs import read_finite, require_width
 from fusecli.pipeline import FUSED_ROWS, Output, Pair, Seconds, fuse_pair
 from fusecli.places import features_at
@@ -42,7 +42,7 @@ def work(job: Job, item: Item) -> list[Outcome]:
             _fuse_in_turn(job, some)
             for pair in some:
                 outcomes.append(pair.outcome or write(job, pair))
-                if job.ends_with(outcomes[-1]):
+                if outcomes[-1].ends_run(job.fail_fast):
                     return outcomes
     return outcomes
 
@@ -104,8 +104,8 @@ def _goes_alone(job: Job, pair: Underway) -> bool:
     """Whether a pair is bad, is taken in blocks, or has one image row that is all there is, or not yet looked at."""
     if pair.outcome or pair.text.shape[0] > FUSED_ROWS:
         return True
-    one_row = pair.image.shape[0] == 1 and one_row_is_enough(job.weights)
-    return one_row and (pair.row is None or adds_one_row(job.weights))
+    one_row = pair.image.shape[0] == 1 and job.weights.config.one_row_needs_no_text
+    return one_row and (pair.row is None or job.weights.config.one_row_is_added)
 
 
 def _fuse_in_turn(job: Job, pairs: list[Underway]) -> None:
@@ -161,7 +161,7 @@ def open_side(job: Job, id: str, place: Place, side: str) -> Stored | Outcome:
 def _rows_of_single_images(job: Job, item: Item, images: list[Stored | Outcome]) -> list[Any]:
     """What `single_rows` gives for each image of one row, None for the others; bad ones become outcomes."""
     rows: list[Any] = [None] * len(images)
-    if not one_row_is_enough(job.weights):
+    if not job.weights.config.one_row_needs_no_text:
         return rows
     groups: dict[str, list[tuple[int, NumpyArray]]] = {}
     for at, image in enumerate(images):

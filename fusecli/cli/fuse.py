@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from fusecli.weights import Config, Weights
 
 #: Other names of standard output: opened anew, they would write over what is there.
-STDOUT = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+STDOUT_PATHS = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 
 
 class Format(StrEnum):
@@ -99,8 +99,8 @@ def fuse(
     from fusecli.machine import cores
 
     started = time.perf_counter()
-    output = "-" if output in STDOUT else output
-    attention = "-" if attention in STDOUT else attention
+    output = "-" if output in STDOUT_PATHS else output
+    attention = "-" if attention in STDOUT_PATHS else attention
     _check_streams(output, attention, json)
     refuse_stdin_twice(tokens, image, text)
     placed = {"tokens": tokens, "grid": grid, "skip-rows": skip_rows}
@@ -180,12 +180,12 @@ def _metadata(
     shape: tuple[int, int],
 ) -> dict[str, str]:
     from fusecli.checkpoint import dump_facts, fingerprint
-    from fusecli.dumps import Label, read_tokens
+    from fusecli.dumps import DumpMetadata, read_tokens
 
     words = read_tokens(tokens) if tokens else None
     if words:
         words.require(id)
-    return Label(dump_facts(weights.config, fingerprint(weights), mean), words, *layout).of_one(id, shape)
+    return DumpMetadata(dump_facts(weights.config, fingerprint(weights), mean), words, *layout).of_one(id, shape)
 
 
 def _tell_of_one_row(config: Config, quiet: bool) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fusecli.heatmap.dump import Dumps, Wanted
-    from fusecli.heatmap.view import View
+    from fusecli.heatmap.view import HeatMaps
 
 
 class Heads(StrEnum):
@@ -160,7 +160,7 @@ def _suffix(output: str) -> str:
     return os.path.splitext(f"x{os.path.basename(output)}")[1].lower()  # of a hidden file as well
 
 
-def _draw(view: View, output: str, image: str | None, fit: str, scale: str, quiet: bool) -> None:
+def _draw(view: HeatMaps, output: str, image: str | None, fit: str, scale: str, quiet: bool) -> None:
     suffix = _suffix(output)
     if suffix in (".html", ".htm"):
         from fusecli.heatmap.page import write_page
@@ -194,7 +194,7 @@ def _report(
         raise typer.Exit(4)
 
 
-def _print(view: View, scale: str) -> None:
+def _print(view: HeatMaps, scale: str) -> None:
     """On a terminal maps, elsewhere a plain table."""
     from rich.console import Console
 
@@ -211,7 +211,7 @@ def _print(view: View, scale: str) -> None:
         print("\n".join(_table(view)), flush=True)
 
 
-def _legend(console: Console, view: View, scale: str) -> None:
+def _legend(console: Console, view: HeatMaps, scale: str) -> None:
     import math
 
     from fusecli.cli.tiles import fitted, shown_on
@@ -223,7 +223,7 @@ def _legend(console: Console, view: View, scale: str) -> None:
         console.print(fitted(shown_on(console, line), console.width), markup=False)
 
 
-def _table(view: View) -> list[str]:
+def _table(view: HeatMaps) -> list[str]:
     from rich.cells import cell_len
 
     from fusecli.cli.tiles import fitted

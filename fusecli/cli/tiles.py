@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fusecli.formats import NumpyArray
     from fusecli.grid import Grid
-    from fusecli.heatmap.view import Look, View
+    from fusecli.heatmap.view import HeatMaps, Look
 
 #: Columns and lines that a map may fill; cells of small grids grow until they do.
 COLUMNS, LINES = 32, 16
@@ -32,7 +32,7 @@ LEVELS = (0, 95, 135, 175, 215, 255)
 
 
 class Painter:
-    """Draws the maps of a `fusecli.heatmap.view.View` on a rich console."""
+    """Draws the maps of a `fusecli.heatmap.view.HeatMaps` on a rich console."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -40,7 +40,7 @@ class Painter:
         self._coloured = colours and _is_unicode(console)
         self._cube = console.color_system == "256"
 
-    def paint(self, view: View, scale: str) -> None:
+    def paint(self, view: HeatMaps, scale: str) -> None:
         """All maps, as tiles where the image rows form a grid, as a table of strips where they do not."""
         shares = view.shades(scale)
         if view.dump.grid:
@@ -48,7 +48,7 @@ class Painter:
         else:
             self._strips(view, shares)
 
-    def _tiles(self, view: View, shares: NumpyArray) -> None:
+    def _tiles(self, view: HeatMaps, shares: NumpyArray) -> None:
         from fusecli.heatmap.shades import pooled
 
         cells, steps = pooled(shares, (COLUMNS, COLUMNS) if self._coloured else (LINES * 2, COLUMNS // 2))
@@ -82,7 +82,7 @@ class Painter:
         grown = cells.repeat(_half(grow), 0).repeat(_half(grow), 1)
         return [self._words("".join(2 * _character(share) for share in line)) for line in grown.tolist()]
 
-    def _strips(self, view: View, shares: NumpyArray) -> None:
+    def _strips(self, view: HeatMaps, shares: NumpyArray) -> None:
         from rich.cells import cell_len
 
         from fusecli.heatmap.shades import pooled

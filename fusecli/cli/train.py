@@ -266,7 +266,7 @@ def _recipe(
         recipe.SMOOTHING if smoothing is None else smoothing,
         asked["class_weights"] is not None,
     )
-    beginning = partial(recipe.drawn, labels is not None, asked["feature_dim"], asked["seed"], options)
+    beginning = partial(recipe.from_scratch, labels is not None, asked["feature_dim"], asked["seed"], options)
     if weights:
         beginning = partial(recipe.from_checkpoint, weights, asked["weights"])
     settings = Settings(

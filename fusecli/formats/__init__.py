@@ -25,7 +25,6 @@ from fusecli.formats.sink import (
     write_whole,
 )
 from fusecli.formats.source import (
-    FLOATS,
     FileSource,
     NumpyArray,
     Source,
@@ -38,7 +37,6 @@ from fusecli.formats.source import (
 )
 
 __all__ = [
-    "FLOATS",
     "FORMATS",
     "FileSink",
     "FileSource",

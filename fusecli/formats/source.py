@@ -21,8 +21,6 @@ NumpyArray: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 #: What a pipe is read by; a header that lies costs at most this much memory.
 CHUNK = 2**20
 
-FLOATS = frozenset(FLOAT_NAMES)
-
 
 class Source(Protocol):
     """Bytes with a name."""
@@ -223,7 +221,7 @@ class Stored(NamedTuple):
     source: Source
     name: str  # of the tensor; "" in a file of one array
     shape: tuple[int, ...]
-    dtype: str  # "float32", ...; a name outside FLOATS can be listed, not read
+    dtype: str  # "float32", ...; a name outside FLOAT_NAMES can be listed, not read
     offset: int
     big_endian: bool = False
     fortran: bool = False
@@ -249,7 +247,7 @@ class Stored(NamedTuple):
 
     def require_float(self) -> None:
         """Raise `ValuesError` if this is no array of floats."""
-        if self.dtype not in FLOATS:
+        if self.dtype not in FLOAT_NAMES:
             hint = "convert it first, e.g. x.astype('float32')"
             if self.dtype.startswith("complex"):
                 hint = "store real numbers, e.g. numpy.abs(x)"

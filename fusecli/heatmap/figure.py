@@ -18,7 +18,7 @@ from fusecli.formats import NumpyArray, write_whole
 from fusecli.heatmap.lettering import Fonts, cut, printed
 from fusecli.heatmap.picture import fitted, grey, load_picture, need, panel_size
 from fusecli.heatmap.shades import FULL, colours
-from fusecli.heatmap.view import View, require_map
+from fusecli.heatmap.view import HeatMaps, require_map
 
 #: Pixels of all panels together that are aimed at, and that are refused.
 AIM, MOST = 8_000_000, 200_000_000
@@ -56,7 +56,7 @@ class _Layout:
         return GAP + column * (self.width + GAP), TITLE + row * (LABEL + self.height + TOLD + GAP) + LABEL
 
 
-def write_figure(view: View, output: str, image: str | None, fit: str, scale: str) -> list[str]:
+def write_figure(view: HeatMaps, output: str, image: str | None, fit: str, scale: str) -> list[str]:
     """Draw all maps of a view into a ``.png`` or ``.svg``; returns what the user should know.
 
     Raises:
@@ -108,7 +108,7 @@ class _Word:
     ink: str = "#000000"
 
 
-def _words(view: View, layout: _Layout, scale: str) -> list[_Word]:
+def _words(view: HeatMaps, layout: _Layout, scale: str) -> list[_Word]:
     width, height = layout.size
     words = [_Word(GAP, TITLE - 12, f"{view.dump.id}: {view.title}", width - 2 * GAP)]
     for at, look in enumerate(view.looks):

@@ -18,13 +18,13 @@ from fusecli.heatmap.dump import Dump, caption
 from fusecli.heatmap.lettering import printed
 from fusecli.heatmap.picture import for_page, load_picture
 from fusecli.heatmap.shades import VIRIDIS, entropy
-from fusecli.heatmap.view import View, require_map
+from fusecli.heatmap.view import HeatMaps, require_map
 
 #: Numbers of all heads, and of their mean, that a page carries at most.
 MOST_OF_HEADS, MOST = 2**24, 2**25
 
 
-def write_page(view: View, output: str, image: str | None, fit: str, scale: str) -> None:
+def write_page(view: HeatMaps, output: str, image: str | None, fit: str, scale: str) -> None:
     """Write the page of a view: its tokens, with all heads to choose from.
 
     Raises:

@@ -40,7 +40,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class View:
+class HeatMaps:
     """Maps of a dump, in order, and their weights ``[K, M]``."""
 
     dump: Dump
@@ -84,7 +84,7 @@ def _facts(look: Look, grid: Grid | None) -> dict[str, Any]:
     return shown | ({"gate": look.gate} if look.gate is not None else {})
 
 
-def look_at(dump: Dump, head: int | None = None, every: bool = False, tokens: list[str] | None = None) -> View:
+def look_at(dump: Dump, head: int | None = None, every: bool = False, tokens: list[str] | None = None) -> HeatMaps:
     """The maps of a dump.
 
     Args:
@@ -122,7 +122,7 @@ def look_at(dump: Dump, head: int | None = None, every: bool = False, tokens: li
         for k, (row, number) in enumerate(labels)
     ]
     shown: int | str = "all" if every else "mean" if head is None else head
-    return View(dump, shown, looks, weights, top_of_all)
+    return HeatMaps(dump, shown, looks, weights, top_of_all)
 
 
 def require_map(dump: Dump) -> Grid:

@@ -286,7 +286,7 @@ class Batch:
     text_mask: torch.Tensor  # [B, N]
 
     def to(self, device: str) -> Batch:
-        """The same there."""
+        """The batch on ``device``."""
         if device == "cpu":
             return self
         parts = (self.images, self.image_mask, self.texts, self.text_mask)

@@ -16,7 +16,7 @@ from torch import nn
 from fusecli import checkpoint
 from fusecli.errors import FileError, InputError, UsageError, listed, unwritable
 from fusecli.formats import write_whole
-from fusecli.training.loop import Progress
+from fusecli.training.loop import TrainingState
 from fusecli.training.objective import Head, Objective
 from fusecli.training.represent import Fusion
 from fusecli.weights import Weights
@@ -147,7 +147,7 @@ class Files:
             raise self._changed(self._head)
         return weights, head
 
-    def best(self, fusion: Fusion, head: Head, progress: Progress) -> None:
+    def best(self, fusion: Fusion, head: Head, progress: TrainingState) -> None:
         """See `Keeper`."""
         from safetensors.numpy import save
 

@@ -56,7 +56,7 @@ class Settings:
 
 
 @dataclass
-class Progress:
+class TrainingState:
     """How far a run is: all that has to be kept beside weights and optimizer."""
 
     epoch: int = 0  # done
@@ -80,7 +80,7 @@ class Lesson:
 class Keeper(Protocol):
     """Keeps what a run has come to."""
 
-    def best(self, fusion: Fusion, head: Head, progress: Progress) -> None:
+    def best(self, fusion: Fusion, head: Head, progress: TrainingState) -> None:
         """The weights are better than all before."""
 
     def state(self, state: dict[str, Any]) -> None:
@@ -107,7 +107,7 @@ def fit(
     listener: Listener,
     loss_before: float | None = None,
     state: dict[str, Any] | None = None,
-) -> Progress:
+) -> TrainingState:
     """Train a fusion, and a head along with it.
 
     Args:
@@ -152,7 +152,7 @@ class _Run:
         torch.manual_seed(settings.seed)
         head = {name: tensor.detach().to(settings.device) for name, tensor in objective.head(fusion.width).items()}
         self._head = {name: nn.Parameter(tensor) for name, tensor in head.items()}
-        self.progress = Progress()
+        self.progress = TrainingState()
         ours, along = fusion.parameters(), list(self._head.values())
         lr, decay, first = settings.lr, settings.weight_decay, lesson.sizes
         groups = [
@@ -173,7 +173,7 @@ class _Run:
         began, progress = time.perf_counter(), self.progress
         loss = self._learned_once(listener)
         try:
-            measured, judged = self._objective.judge(self._fusion, self._data)
+            measured, judged = self._objective.fit_head(self._fusion, self._data)
         except ValuesError:  # at the start they were not too large
             raise self._diverged(self.steps, math.nan) from None
         if not math.isfinite(measured.loss):
@@ -258,7 +258,7 @@ class _Run:
                     tensor.copy_(state["head"][name])
             self.optimizer.load_state_dict(state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
-            self.progress = Progress(**state["progress"])
+            self.progress = TrainingState(**state["progress"])
         except (KeyError, TypeError, ValueError, RuntimeError):
             return False
         return True

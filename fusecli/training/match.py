@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from fusecli.errors import ValuesError
 from fusecli.training.data import MOST_ROWS, Batch, Data, batches, cut, load
-from fusecli.training.objective import Head, Measured, one_thread
+from fusecli.training.objective import Evaluation, Head, one_thread
 from fusecli.training.represent import EVALUATED, Fusion, Representation, masked_mean
 
 #: Share of the vectors that the head does not see in training.
@@ -35,13 +35,13 @@ class Match:
     """Tell the image of a text from the images of other pairs.
 
     The score of a text and an image is the cosine, times a factor, between the mean text and the mean of what the
-    fusion makes of both, each under a linear map of its own. The loss is a cross-entropy over the images of a
-    group (van den Oord et al. 2018, equation 4), which is hard: a pair of the batch, drawn, and those whose texts are
-    closest to its own. A pair scores 1 if its image comes first among those of `pool` pairs of its part: the same
+    fusion makes of both, each under a linear map of its own. The loss is InfoNCE over the images of a group (van den
+    Oord et al. 2018, equation 4) with hard negatives: a pair of the batch, drawn, and those whose texts are closest to
+    its own. A pair scores 1 if its image comes first among those of `pool` pairs of its part: the same
     number whatever the size of the data, or scores could not be compared.
     """
 
-    name, score_name, guess_name = "match", "recall@1", "chance"
+    name, score_name, baseline_name = "match", "recall@1", "chance"
     #: None: over three splits of the emoji, what was better on the pairs for validation was so on those held out.
     margin = 0.0
     unknown = 0
@@ -91,7 +91,7 @@ class Match:
             free = free[~torch.isin(free, groups[-1])]
         return torch.stack(groups)
 
-    def judge(self, represent: Representation, data: Data) -> tuple[Measured, Head]:
+    def fit_head(self, represent: Representation, data: Data) -> tuple[Evaluation, Head]:
         """See `Objective`. The head is not learned but computed: see `canonical`."""
         moments = _moments(represent, data, data.parts["train"])
         heads = _heads(moments, represent.widths, self.space, represent.device)
@@ -103,7 +103,7 @@ class Match:
         ]
         return min(tried, key=lambda pair: pair[0].loss)
 
-    def measure(self, head: Head, represent: Representation, data: Data, part: list[int]) -> Measured:
+    def evaluate(self, head: Head, represent: Representation, data: Data, part: list[int]) -> Evaluation:
         """See `Objective`."""
         [cosines] = self._cosines([head], represent, data, self._pooled(part))
         return _measured(cosines * _factor(head).detach().cpu())
@@ -116,14 +116,14 @@ class Match:
             texts = torch.stack([data.texts.mean(at) for at in part]).to(represent.device)
             seen = [_side(head, "text", texts) for head in heads]
             columns: list[list[torch.Tensor]] = [[] for _ in heads]
-            beside = represent.beside(data, part)
+            beside = represent.encode_beside(data, part)
             for image in part:
                 fused = beside(image).to(represent.device)
                 for column, head, text in zip(columns, heads, seen, strict=True):
                     column.append((text * _side(head, "fused", fused)).sum(1).cpu())
         return [torch.stack(column, 1) for column in columns]
 
-    def guess(self, part: list[int], train: list[int]) -> torch.Tensor:
+    def baseline(self, part: list[int], train: list[int]) -> torch.Tensor:
         """See `Objective`: chance."""
         count = len(self._pooled(part))
         return torch.full((count,), 1 / count)
@@ -161,12 +161,12 @@ def _side(head: Head, name: str, x: torch.Tensor) -> torch.Tensor:
     return F.normalize(F.linear(x, head[f"{name}_head.weight"], head[f"{name}_head.bias"]), dim=-1)
 
 
-def _measured(scores: torch.Tensor) -> Measured:
+def _measured(scores: torch.Tensor) -> Evaluation:
     """How it comes out, from scores ``[texts, images]``."""
     true = torch.arange(len(scores), device=scores.device)
     # Equal scores count as beaten: a representation that cannot tell images apart scores nothing, nor does NaN.
     rank = (~(scores < scores.diagonal()[:, None])).sum(1)
-    return Measured(float(F.cross_entropy(scores, true)), (rank <= 1).float())
+    return Evaluation(float(F.cross_entropy(scores, true)), (rank <= 1).float())
 
 
 class Moments:
@@ -290,7 +290,7 @@ def _meeting(
 ) -> Callable[[list[int]], torch.Tensor]:
     """Gives vectors ``[B, width]`` of ``images`` with texts of as many other pairs; called ``times`` times."""
     device = represent.device
-    met = represent.of_images(load(data, images).to(device), times)
+    met = represent.encode_images(load(data, images).to(device), times)
 
     def meet(texts: list[int]) -> torch.Tensor:
         if len(texts) * max(map(data.texts.length, texts)) <= MOST_ROWS:
@@ -302,7 +302,7 @@ def _meeting(
         for part in cut(lengths, len(texts)):
             some = by_length[part]
             batch = load(data, [texts[at] for at in some], [images[at] for at in some])
-            found[some] = represent.own(batch.to(device)).cpu()
+            found[some] = represent.encode(batch.to(device)).cpu()
         return found
 
     return meet

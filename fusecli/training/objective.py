@@ -1,7 +1,7 @@
 """What is learned: classes or numbers here, which picture belongs to a text in `fusecli.training.match`.
 
 An objective turns vectors of pairs (`fusecli.training.represent`) into a loss, and into a score for every pair of a
-part of the data, under a small head of its own. `judge` gives any representation the head that suits it.
+part of the data, under a small head of its own. `fit_head` gives any representation the head that suits it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Head = Mapping[str, nn.Parameter]
 
 
 @dataclass(frozen=True)
-class Measured:
+class Evaluation:
     """How a part of the data came out."""
 
     loss: float
@@ -43,7 +43,7 @@ class Objective(Protocol):
 
     name: str
     score_name: str
-    guess_name: str  # of what `guess` does
+    baseline_name: str  # of what `baseline` gives
     texts_per_image: int  # that it meets in a batch that is learned from
     margin: float  # share of the loss by which training has to better what it began with
     unknown: int  # pairs whose label no pair to train on has
@@ -54,16 +54,16 @@ class Objective(Protocol):
     def loss(self, head: Head, fusion: Fusion, batch: Batch) -> torch.Tensor:
         """The mean loss of a batch, to be learned from."""
 
-    def judge(self, represent: Representation, data: Data) -> tuple[Measured, Head]:
+    def fit_head(self, represent: Representation, data: Data) -> tuple[Evaluation, Head]:
         """The head that suits the pairs to train on, made afresh, and how the pairs for validation come out under it.
 
         What is judged is not the head that learned along, which is overfitted to the pairs that it saw.
         """
 
-    def measure(self, head: Head, represent: Representation, data: Data, part: list[int]) -> Measured:
+    def evaluate(self, head: Head, represent: Representation, data: Data, part: list[int]) -> Evaluation:
         """How the pairs of ``part`` come out; nothing is learned."""
 
-    def guess(self, part: list[int], train: list[int]) -> torch.Tensor:
+    def baseline(self, part: list[int], train: list[int]) -> torch.Tensor:
         """Scores of the best answer that looks at no features."""
 
     def shares(self, part: list[int]) -> torch.Tensor | None:
@@ -81,7 +81,7 @@ def vectors(represent: Representation, data: Data, wanted: list[int]) -> torch.T
     found = torch.zeros(len(data.ids), represent.width)
     with torch.no_grad():
         for which in batches(data, wanted, EVALUATED, None):
-            found[which] = represent.own(load(data, which).to(represent.device)).float().cpu()
+            found[which] = represent.encode(load(data, which).to(represent.device)).float().cpu()
     return found
 
 
@@ -109,8 +109,8 @@ def one_thread() -> Iterator[None]:
 class Supervised:
     """What classes and numbers have in common: a linear head on the vector of a pair.
 
-    In training, the text of some pairs can be hidden (``text_dropout``), so that more is learned from the image
-    (Neverova et al. 2016, section 3.3, of dropping whole modalities).
+    In training, the text of some pairs can be hidden (``text_dropout``), so that more is learned from the image:
+    modality dropout (Neverova et al. 2016, section 3.3).
     """
 
     texts_per_image = 1
@@ -134,7 +134,7 @@ class Supervised:
         """See `Objective`."""
         shown = torch.rand(len(batch.which), 1, 1) >= self._text_dropout
         batch = replace(batch, texts=batch.texts * shown.to(batch.texts.device))
-        x = F.dropout(fusion.own(batch), HEAD_DROPOUT)
+        x = F.dropout(fusion.encode(batch), HEAD_DROPOUT)
         return self.loss_of(_applied(head, x), self.targets[batch.which].to(x.device))
 
     def shares(self, part: list[int]) -> torch.Tensor | None:
@@ -145,14 +145,14 @@ class Supervised:
         """See `Objective`."""
         return f"{zlib.crc32(self.targets.numpy().data):08x}"
 
-    def judge(self, represent: Representation, data: Data) -> tuple[Measured, Head]:
+    def fit_head(self, represent: Representation, data: Data) -> tuple[Evaluation, Head]:
         """See `Objective`."""
         x = vectors(represent, data, data.parts["train"] + data.parts["validation"])
         measured, best = self._fitted(x, data, represent.widths)
         return measured, {name: nn.Parameter(tensor.to(represent.device)) for name, tensor in best.items()}
 
     @one_thread()
-    def _fitted(self, x: torch.Tensor, data: Data, widths: list[int]) -> tuple[Measured, Head]:
+    def _fitted(self, x: torch.Tensor, data: Data, widths: list[int]) -> tuple[Evaluation, Head]:
         """The best linear head on ``x [pairs, width]``, and how the pairs for validation come out under it.
 
         Trained to the end (L-BFGS: Liu and Nocedal 1989) on standardised vectors, with the penalty that suits the pairs
@@ -168,11 +168,11 @@ class Supervised:
             raise ValuesError("numbers too large to learn from", hint="scale the features down")
         seen, asked, targets = x[train], x[validation], self.targets
 
-        def under(penalty: float) -> tuple[Measured, Head]:
+        def under(penalty: float) -> tuple[Evaluation, Head]:
             fresh = self.head(x.shape[1])
             self._minimise(fresh, seen, targets[train], penalty)
             with torch.no_grad():
-                measured = self.measured(_applied(fresh, asked), targets[validation])
+                measured = self.evaluated(_applied(fresh, asked), targets[validation])
                 weight = fresh["head.weight"] / std
                 bias = fresh["head.bias"] - weight @ mean
             return measured, {"head.weight": nn.Parameter(weight), "head.bias": nn.Parameter(bias)}
@@ -192,17 +192,17 @@ class Supervised:
 
         optimizer.step(closure)  # type: ignore[no-untyped-call]
 
-    def measure(self, head: Head, represent: Representation, data: Data, part: list[int]) -> Measured:
+    def evaluate(self, head: Head, represent: Representation, data: Data, part: list[int]) -> Evaluation:
         """See `Objective`."""
         x = vectors(represent, data, part)[part].to(represent.device)
         with torch.no_grad():
-            return self.measured(_applied(head, x).cpu(), self.targets[part])
+            return self.evaluated(_applied(head, x).cpu(), self.targets[part])
 
     def loss_of(self, outputs: torch.Tensor, targets: torch.Tensor, smoothing: float | None = None) -> torch.Tensor:
         """The loss in training; of classes, with the ``smoothing`` that was asked for unless told otherwise."""
         raise NotImplementedError
 
-    def measured(self, outputs: torch.Tensor, targets: torch.Tensor) -> Measured:
+    def evaluated(self, outputs: torch.Tensor, targets: torch.Tensor) -> Evaluation:
         """Loss and scores."""
         raise NotImplementedError
 
@@ -218,7 +218,7 @@ UNKNOWN = -1
 class Classes(Supervised):
     """Tell the label: cross-entropy; the score of a pair is 1 if the likeliest label is right."""
 
-    name, score_name, guess_name = "classify", "accuracy", "majority"
+    name, score_name, baseline_name = "classify", "accuracy", "majority"
 
     def __init__(
         self,
@@ -239,12 +239,12 @@ class Classes(Supervised):
         smoothing = self._smoothing if smoothing is None else smoothing
         return F.cross_entropy(outputs, targets, weights, label_smoothing=smoothing)
 
-    def measured(self, outputs: torch.Tensor, targets: torch.Tensor) -> Measured:
+    def evaluated(self, outputs: torch.Tensor, targets: torch.Tensor) -> Evaluation:
         """See `Supervised`."""
         right = (outputs.argmax(1) == targets).float()
-        return Measured(float(F.cross_entropy(outputs, targets, ignore_index=UNKNOWN)), right)
+        return Evaluation(float(F.cross_entropy(outputs, targets, ignore_index=UNKNOWN)), right)
 
-    def guess(self, part: list[int], train: list[int]) -> torch.Tensor:
+    def baseline(self, part: list[int], train: list[int]) -> torch.Tensor:
         """See `Objective`: the most frequent label."""
         return (self.targets[part] == self.targets[train].mode().values).float()
 
@@ -259,10 +259,10 @@ class Numbers(Supervised):
     """Tell a number: squared error in units of the training pairs' variance.
 
     The score of a pair is 1 minus its squared error over that of the mean of the training pairs, so that the mean
-    score is R² against that guess.
+    score is R² against that baseline.
     """
 
-    name, score_name, guess_name, outputs = "regression", "R²", "mean", 1
+    name, score_name, baseline_name, outputs = "regression", "R²", "mean", 1
     penalties = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # up to where nothing but the mean is left
 
     def __init__(self, targets: torch.Tensor, train: list[int], text_dropout: float) -> None:
@@ -274,12 +274,12 @@ class Numbers(Supervised):
         """See `Supervised`."""
         return F.mse_loss(outputs[:, 0], targets)
 
-    def measured(self, outputs: torch.Tensor, targets: torch.Tensor) -> Measured:
+    def evaluated(self, outputs: torch.Tensor, targets: torch.Tensor) -> Evaluation:
         """See `Supervised`."""
         squares = (outputs[:, 0] - targets).square()
-        return Measured(float(squares.mean()), 1 - squares / targets.square().mean())
+        return Evaluation(float(squares.mean()), 1 - squares / targets.square().mean())
 
-    def guess(self, part: list[int], train: list[int]) -> torch.Tensor:
+    def baseline(self, part: list[int], train: list[int]) -> torch.Tensor:
         """See `Objective`: the mean."""
         return 1 - self.shares(part)
 

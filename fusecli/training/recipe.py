@@ -63,7 +63,9 @@ def from_checkpoint(weights: Weights, path: str | None, data: Data) -> Beginning
     return Beginning(weights, [weights])
 
 
-def drawn(labelled: bool, feature_dim: int | None, seed: int, options: Mapping[str, Any], data: Data) -> Beginning:
+def from_scratch(
+    labelled: bool, feature_dim: int | None, seed: int, options: Mapping[str, Any], data: Data
+) -> Beginning:
     """Begin with new weights of ``feature_dim``, or else the text's width, and of a method and its ``options``.
 
     Raises:

@@ -29,16 +29,16 @@ class Representation(Protocol):
     widths: list[int]  # of what lies side by side in a vector
     device: str
 
-    def own(self, batch: Batch) -> torch.Tensor:
+    def encode(self, batch: Batch) -> torch.Tensor:
         """Vectors ``[B, width]`` of the pairs of a batch."""
 
-    def of_images(self, batch: Batch, times: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def encode_images(self, batch: Batch, times: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         """Gives vectors ``[B, width]`` of the images of a batch with texts ``[B, N, Dt]`` and their mask.
 
         It will be called ``times`` times; the texts are about as long as those of the batch.
         """
 
-    def beside(self, data: Data, texts: list[int]) -> Callable[[int], torch.Tensor]:
+    def encode_beside(self, data: Data, texts: list[int]) -> Callable[[int], torch.Tensor]:
         """Gives, for an image, its vectors ``[len(texts), width]`` with each text; nothing is learned from them."""
 
 
@@ -59,17 +59,17 @@ class Means:
         self.widths = [side.width for side, wanted in ((data.texts, text), (data.images, image)) if wanted]
         self.width = sum(self.widths)
 
-    def own(self, batch: Batch) -> torch.Tensor:
+    def encode(self, batch: Batch) -> torch.Tensor:
         """See `Representation`."""
         parts = [masked_mean(batch.texts, batch.text_mask)] if self._text else []
         parts += [masked_mean(batch.images, batch.image_mask)] if self._image else []
         return torch.cat(parts, 1)
 
-    def of_images(self, batch: Batch, times: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def encode_images(self, batch: Batch, times: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         """See `Representation`."""
-        return lambda texts, mask: self.own(replace(batch, texts=texts, text_mask=mask))
+        return lambda texts, mask: self.encode(replace(batch, texts=texts, text_mask=mask))
 
-    def beside(self, data: Data, texts: list[int]) -> Callable[[int], torch.Tensor]:
+    def encode_beside(self, data: Data, texts: list[int]) -> Callable[[int], torch.Tensor]:
         """See `Representation`."""
         left = [] if self._texts is None else [self._texts[texts]]
 
@@ -125,11 +125,11 @@ class Fusion:
         finally:
             self._drop = 0.0
 
-    def own(self, batch: Batch) -> torch.Tensor:
+    def encode(self, batch: Batch) -> torch.Tensor:
         """See `Representation`."""
-        return self.of_images(batch, 1)(batch.texts, batch.text_mask)
+        return self.encode_images(batch, 1)(batch.texts, batch.text_mask)
 
-    def of_images(self, batch: Batch, times: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def encode_images(self, batch: Batch, times: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         """See `Representation`."""
         prepared = self._prepared(batch, times)
 
@@ -176,7 +176,7 @@ class Fusion:
         """
         if self.config.self_attention:  # texts that follow one another would see each other
             columns = [replace(batch, texts=batch.texts[at], text_mask=batch.text_mask[at]) for at in which.mT]
-            return torch.stack([self.own(column) for column in columns], 1)
+            return torch.stack([self.encode(column) for column in columns], 1)
         size, count = which.shape
 
         def pick(rows: torch.Tensor) -> torch.Tensor:
@@ -190,7 +190,7 @@ class Fusion:
         fused = fused.float().reshape(size * count, -1, self.width)
         return masked_mean(fused, mask.flatten(0, 1)).reshape(size, count, -1)
 
-    def beside(self, data: Data, texts: list[int]) -> Callable[[int], torch.Tensor]:
+    def encode_beside(self, data: Data, texts: list[int]) -> Callable[[int], torch.Tensor]:
         """See `Representation`."""
         frozen = self.frozen()
         rows = torch.cat([torch.from_numpy(data.texts[at]).float() for at in texts]).to(self.device)
@@ -209,7 +209,7 @@ class Fusion:
 
         def give_apart(image: int) -> torch.Tensor:
             parts = [texts[at : at + EVALUATED] for at in range(0, len(texts), EVALUATED)]
-            return torch.cat([self.own(load(data, some, [image] * len(some)).to(self.device)) for some in parts])
+            return torch.cat([self.encode(load(data, some, [image] * len(some)).to(self.device)) for some in parts])
 
         return give_apart if self.config.self_attention else give
 

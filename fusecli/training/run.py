@@ -19,8 +19,8 @@ from fusecli.formats import require_replaceable
 from fusecli.machine import cores
 from fusecli.training.data import read, require_enough
 from fusecli.training.files import STATE, Files, begun_with, beside, files_of
-from fusecli.training.loop import Lesson, Listener, Progress, fit
-from fusecli.training.objective import Head, Measured
+from fusecli.training.loop import Lesson, Listener, TrainingState, fit
+from fusecli.training.objective import Evaluation, Head
 from fusecli.training.recipe import Recipe
 from fusecli.training.represent import Fusion, fast_in_bfloat16
 from fusecli.training.start import Beginning
@@ -54,7 +54,7 @@ class Reporter(Listener, Protocol):
 class Result:
     """What a training came to."""
 
-    progress: Progress
+    progress: TrainingState
     score: str  # the name of what the table shows
     rows: list[Row]
     fingerprint: str
@@ -208,9 +208,9 @@ class _Start:
         self._objective, self._data = lesson.objective, lesson.data
 
     @cached_property
-    def judged(self) -> tuple[Measured, Head]:
+    def judged(self) -> tuple[Evaluation, Head]:
         """See `Objective`."""
-        return self._objective.judge(self.fusion, self._data)
+        return self._objective.fit_head(self.fusion, self._data)
 
     @property
     def loss(self) -> float:

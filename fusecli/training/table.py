@@ -92,11 +92,11 @@ def compare(
 
     def of_means(text: bool, image: bool) -> Judged:
         means = Means(data, text=text, image=image)
-        return means, objective.judge(means, data)[1]
+        return means, objective.fit_head(means, data)[1]
 
     train, test = data.parts["train"], data.parts["held-out"]
     shares = objective.shares(test)
-    rows = [row(objective.guess_name, objective.guess(test, train), shares)]
+    rows = [row(objective.baseline_name, objective.baseline(test, train), shares)]
     lines: list[tuple[str, Callable[[], Judged]]] = [
         (TEXT, partial(of_means, True, False)),
         (IMAGE, partial(of_means, False, True)),
@@ -107,7 +107,7 @@ def compare(
     for name, judged in lines:
         tell(name)
         represent, head = judged()
-        rows.append(row(name, objective.measure(head, represent, data, test).scores, shares))
+        rows.append(row(name, objective.evaluate(head, represent, data, test).scores, shares))
     return rows
 
 
