@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from fusecli.cli.paths import pair_id
 from fusecli.errors import FileError, ShapeError
 from fusecli.grid import Grid, fitting, grid_of, parse_grid
-from fusecli.pairs import pair_id
 from tests.batches import IDS, batch
 from tests.conftest import Run
 

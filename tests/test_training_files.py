@@ -18,7 +18,7 @@ from torch import nn
 import fusecli
 from fusecli.errors import FileError, InputError, UsageError
 from fusecli.training.data import Rows
-from fusecli.training.files import Files, begun_with
+from fusecli.training.files import Begun, Files, begun_with
 from fusecli.training.labels import numbers, read_labels
 from fusecli.training.loop import TrainingState
 from fusecli.training.represent import Fusion
@@ -108,9 +108,9 @@ def test_a_run_that_goes_on_does_not_choose_its_start_again(tmp_path: Path) -> N
     starts: Any = [Start() for _ in range(3)]
     _files(tmp_path).begin(False, start=1)
     begun = begun_with(str(tmp_path / "f.safetensors"))
-    assert begun == {"start": 1, "threads": torch.get_num_threads(), "bfloat16": False}
-    assert _best(starts, begun["start"]) == 1
-    assert begun_with(str(tmp_path / "none.safetensors")) == {}
+    assert begun == Begun(start=1, threads=torch.get_num_threads(), bfloat16=False)
+    assert _best(starts, begun.start) == 1
+    assert begun_with(str(tmp_path / "none.safetensors")) == Begun()
     assert _best(starts[:1], 1) == 0  # another command, as will be told: there is but one start now
 
 
@@ -121,7 +121,7 @@ def test_a_run_goes_on_in_the_precision_that_it_began_with(tmp_path: Path) -> No
         files = Files(str(tmp_path / "f.safetensors"), objective, facts)
         files.begin(False)
         files.state({"progress": vars(TrainingState(epoch=1))})
-        begun = begun_with(str(tmp_path / "f.safetensors"))["bfloat16"]
+        begun = begun_with(str(tmp_path / "f.safetensors")).bfloat16
         assert begun is precision
         Files(str(tmp_path / "f.safetensors"), objective, {"bfloat16": begun}).begin(True)
         with pytest.raises(UsageError, match=f"found bfloat16 {precision}, wanted bfloat16 {not precision}"):
@@ -270,4 +270,4 @@ def test_a_state_of_no_epoch_is_damaged(stopped: Path, epoch: Any) -> None:
 def test_a_log_of_anything_says_nothing(stopped: Path) -> None:
     for junk in ("[" * 200_000, "[1]", "null", '{"run": 3}'):
         (stopped / "f.log.jsonl").write_text(junk)
-        assert begun_with(str(stopped / "f.safetensors")) == {}
+        assert begun_with(str(stopped / "f.safetensors")) == Begun()

@@ -31,6 +31,7 @@ from fusecli.cli.options import (
     require_names,
     to_grid,
 )
+from fusecli.cli.paths import pair_id, refuse_same_file
 from fusecli.cli.shared import KEPT_TEXT, ONE_ROW, check_attention_options, load_weights
 from fusecli.errors import OutputError, UsageError
 
@@ -107,7 +108,7 @@ def fuse(
     given = {"attention-mean": attention_mean, "attention-dtype": attention_dtype, **placed}
     require_names({"--output": output})
     check_attention_options(attention, given)
-    pairs.refuse_same_file([output, attention], [image, text, weights, tokens])
+    refuse_same_file([output, attention], [image, text, weights, tokens])
     layout = to_grid(grid), skip_rows
     stored_image = pairs.find_features(image, "image", image_key)
     stored_text = pairs.find_features(text, "text", text_key)
@@ -116,7 +117,7 @@ def fuse(
     told = None
     if attention and has_names(attention):
         shape = (stored_text.shape[0], stored_image.shape[0])
-        told = _metadata(loaded, attention_mean, tokens, layout, pairs.pair_id(image, text), shape)
+        told = _metadata(loaded, attention_mean, tokens, layout, pair_id(image, text), shape)
     form = pipeline.Output(
         pipeline.to_file(output, "fused", format),
         pipeline.to_file(attention, "attention", gate=gate, metadata=told) if attention else None,

@@ -11,6 +11,7 @@ import typer
 
 from fusecli.cli.console import emit, note, printable
 from fusecli.cli.options import Debug, GridSize, Quiet, SkipRows, refuse_stdin_twice, require_names, to_grid
+from fusecli.cli.paths import refuse_same_file
 from fusecli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -119,8 +120,6 @@ def show(
 
 
 def _check_options(given: dict[str, Any]) -> None:
-    from fusecli.pairs import refuse_same_file
-
     output, attention = given["output"], given["attention"]
     require_names({f"--{name}": given[name] for name in ("image", "images", "output", "tokens", "id")})
     if given["head"] is not None and given["heads"] is Heads.all:

@@ -28,6 +28,7 @@ from fusecli.cli.options import (
     require_names,
     require_safetensors,
 )
+from fusecli.cli.paths import refuse_same_file
 from fusecli.cli.progress import Epochs
 from fusecli.cli.sources import (
     ImageKey,
@@ -207,7 +208,6 @@ def train(
     """
     parameters = locals()
     from fusecli import checkpoint
-    from fusecli.pairs import refuse_same_file
     from fusecli.training import labels as labelled
     from fusecli.training.files import files_of
     from fusecli.training.run import train_on
@@ -317,7 +317,6 @@ def _method_options(parameters: dict[str, Any]) -> dict[str, Any]:
 
 def _check(sources: Sources, output: str, labels: str | None, weights: str | None, kept: float) -> None:
     from fusecli.formats import require_folder
-    from fusecli.pairs import refuse_same_file
     from fusecli.training.files import files_of
 
     check_sources(sources)

@@ -23,6 +23,7 @@ from fusecli.cli.options import (
     method_options,
     require_safetensors,
 )
+from fusecli.cli.paths import refuse_same_file
 from fusecli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -132,10 +133,10 @@ def convert(
 
     fusecli convert model.pt -o fusion.safetensors --num-heads 8
     """
-    from fusecli import checkpoint, pairs
+    from fusecli import checkpoint
 
     require_safetensors(output)
-    pairs.refuse_same_file([output], [model])
+    refuse_same_file([output], [model])
     weights = checkpoint.load(model, num_heads, tell=lambda line: note(line, quiet))
     _write(checkpoint.stored_as(weights, dtype) if dtype else weights, output, json, quiet)
 

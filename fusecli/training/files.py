@@ -7,7 +7,7 @@ import io
 import json
 import math
 import os
-from typing import Any
+from typing import Any, NamedTuple
 from zipfile import ZipFile
 
 import torch
@@ -37,15 +37,23 @@ def files_of(output: str) -> list[str]:
     return [beside(output, suffix) for suffix in (HEAD, LOG, STATE)]
 
 
-def begun_with(output: str) -> dict[str, int]:
-    """``start``, ``threads`` and ``bfloat16`` of an unfinished run, as far as the first line of its log has them."""
+class Begun(NamedTuple):
+    """What an unfinished run was begun with, as far as the first line of its log tells."""
+
+    start: int | None = None  # which of the weights to begin with
+    threads: int | None = None
+    bfloat16: bool | None = None
+
+
+def begun_with(output: str) -> Begun:
+    """See `Begun`."""
     damaged = ValueError, AttributeError, TypeError, RecursionError
     with contextlib.suppress(OSError, *damaged), open(beside(output, LOG), "rb") as file:
         first = json.loads(file.readline())
         found = {**first, "bfloat16": first.get("run", {}).get("bfloat16", False)}  # an older version had none
         kinds = {"start": int, "threads": int, "bfloat16": bool}
-        return {name: found[name] for name, kind in kinds.items() if type(found.get(name)) is kind}
-    return {}
+        return Begun(**{name: found[name] for name, kind in kinds.items() if type(found.get(name)) is kind})
+    return Begun()
 
 
 class Files:

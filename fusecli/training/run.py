@@ -18,7 +18,7 @@ from fusecli.errors import TrainingError, UsageError, ValuesError
 from fusecli.formats import require_replaceable
 from fusecli.machine import cores
 from fusecli.training.data import read, require_enough
-from fusecli.training.files import STATE, Files, begun_with, beside, files_of
+from fusecli.training.files import STATE, Begun, Files, begun_with, beside, files_of
 from fusecli.training.loop import Lesson, Listener, TrainingState, fit
 from fusecli.training.objective import Evaluation, Head
 from fusecli.training.recipe import Recipe
@@ -100,13 +100,14 @@ def train_on(
         reporter.nothing_to_resume()
     # The command multiplies on one thread for the sake of equal bytes everywhere; here it would take twice as long.
     # What goes on keeps to its number of them, and its precision, or digits would differ.
-    begun = begun_with(output) if going_on else {}
-    threads, settings = begun.get("threads", 0), recipe.settings
+    begun, settings = begun_with(output) if going_on else None, recipe.settings
+    threads = (begun and begun.threads) or 0
     torch.set_num_threads(threads if 0 < threads <= MOST_THREADS else cores())
     if settings.device != "cpu":
         to_device(settings.device)
     if settings.bfloat16 is None:
-        settings = replace(settings, bfloat16=bool(begun.get("bfloat16", fast_in_bfloat16(settings.device))))
+        before = begun.bfloat16 if begun else None
+        settings = replace(settings, bfloat16=fast_in_bfloat16(settings.device) if before is None else before)
     folder, shares = os.path.dirname(output) or ".", (recipe.validation, recipe.held_out)
     data = read(ids, places, folder, *shares, lambda done: reporter.read(done, len(ids)))
     require_enough(data)
@@ -117,7 +118,7 @@ def train_on(
     alone = sum(data.images.length(at) == 1 for at in range(len(data.ids)))
     if alone and beginning.untrained.config.can_forget_text:
         reporter.forgets_text(alone)
-    return train(output, beginning, lesson, reporter, going_on)
+    return train(output, beginning, lesson, reporter, begun)
 
 
 def _goes_on(output: str, resume: bool, overwrite: bool) -> bool:
@@ -138,8 +139,10 @@ def _goes_on(output: str, resume: bool, overwrite: bool) -> bool:
     return resume and there
 
 
-def train(output: str, beginning: Beginning, lesson: Lesson, reporter: Reporter, resume: bool) -> Result:
+def train(output: str, beginning: Beginning, lesson: Lesson, reporter: Reporter, begun: Begun | None) -> Result:
     """Train from ``beginning`` on and write the best weights to ``output``; then compare on the held-out pairs.
+
+    A run that was ``begun`` and not finished is gone on with.
 
     Raises:
         UsageError: the run to go on with had other pairs or options.
@@ -147,12 +150,11 @@ def train(output: str, beginning: Beginning, lesson: Lesson, reporter: Reporter,
         ValuesError: the features are too large.
     """
     objective, device = lesson.objective, lesson.settings.device
-    begun = begun_with(output) if resume else {}
     starts = [_Start(weights, lesson) for weights in beginning.starts]
-    which = _best(starts, begun.get("start"))
+    which = _best(starts, begun.start if begun else None)
     start = starts[which]
     keeper = Files(output, objective, _facts(beginning, lesson))
-    state = keeper.begin(resume, which)
+    state = keeper.begin(begun is not None, which)
     try:
         before = start.loss if state is None else None
         fusion = Fusion(start.weights, device, bfloat16=bool(lesson.settings.bfloat16))
