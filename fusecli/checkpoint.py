@@ -143,7 +143,7 @@ def _bare(tensors: Mapping[str, Array], path: str, num_heads: int | None, tell: 
     return _checked(Config(num_heads=8 if num_heads is None else num_heads), named, path)
 
 
-def save(weights: Weights, path: str | os.PathLike[str]) -> None:
+def save(weights: Weights, path: str | bytes | os.PathLike[str]) -> None:
     """Write a checkpoint, atomically; the same weights give the same bytes.
 
     Tensors keep their dtype, float16, bfloat16, float32 or float64; bfloat16 of torch is stored as float32. They stand
@@ -162,7 +162,10 @@ def save(weights: Weights, path: str | os.PathLike[str]) -> None:
     options = {"format": FORMAT, "method": weights.config.method, **weights.config.options()}
     about = {safetensors.OURS: json.dumps(options, sort_keys=True, separators=(",", ":"))}
     header = safetensors.header(((name, *kinds[name]) for name in names), about)
-    with open_sink(os.fspath(path)) as sink:
+    path = os.fsdecode(path)
+    if "\0" in path:
+        raise OutputError("no file name", where=repr(path))
+    with open_sink(path) as sink:
         sink.put(0, header)
         at = len(header)
         for name in names:  # one by one: another copy of all may be too much
@@ -246,8 +249,8 @@ def init(
     config = _configured(method, num_heads, options)
     text_dim, image_dim = (feature_dim if width is None else width for width in (text_dim, image_dim))
     _require_widths(feature_dim, text_dim, image_dim)
-    if not 0 <= seed < 2**32:
-        raise UsageError("bad seed", found=str(seed), wanted="0 to 2**32 - 1")
+    if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
+        raise UsageError("bad seed", found=repr(seed), wanted="0 to 2**32 - 1")
     if config.has_attention:  # before anything is drawn
         require_heads(num_heads, feature_dim)
     tensors = drawn(tensor_shapes(config, feature_dim, text_dim, image_dim), seed)
@@ -273,8 +276,12 @@ def orthogonal(feature_dim: int = 768, num_heads: int = 8, *, seed: int = 0, **o
 
 
 def _require_widths(feature_dim: int, text_dim: int, image_dim: int) -> None:
-    if min(feature_dim, text_dim, image_dim) < 1:
-        raise UsageError("a width is below 1", found=f"D={feature_dim}, Dt={text_dim}, Di={image_dim}")
+    widths = feature_dim, text_dim, image_dim
+    found = "D={!r}, Dt={!r}, Di={!r}".format(*widths)
+    if not all(isinstance(width, (int, np.integer)) for width in widths):
+        raise UsageError("a width is no whole number", found=found)
+    if min(widths) < 1:
+        raise UsageError("a width is below 1", found=found)
 
 
 def _configured(method: str, num_heads: int, options: Mapping[str, Any]) -> Config:

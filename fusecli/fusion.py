@@ -183,8 +183,8 @@ def fuse(weights: Weights, image: Array, text: Array, *, need_weights: bool = Fa
     Args:
         weights: from `fusecli.load`, `fusecli.init` or built by hand.
         image: ``[M, Di]``, NumPy or torch, any float dtype; ``[Di]`` and ``[1, M, Di]`` are read as that.
-        text: ``[N, Dt]``, likewise. The work is done where the text lives: by NumPy for tensors on the CPU too, unless
-            a gradient is wanted.
+        text: ``[N, Dt]``, likewise. The work is done where the text lives, and what comes back is of its kind: an
+            array has no gradient. By NumPy for tensors on the CPU too, unless a gradient is wanted.
         need_weights: return the attention as well.
 
     Returns:

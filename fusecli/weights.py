@@ -233,9 +233,7 @@ class Weights:
         for name, shape in tensor_shapes(self.config, *self._likeliest_widths()).items():
             if tuple(self.tensors[name].shape) != shape:
                 raise _misshapen(name, self.tensors[name], str(list(shape)))
-            if dtype_name(self.tensors[name]) not in FLOAT_NAMES:
-                found = dtype_name(self.tensors[name])
-                raise CheckpointError("not a floating-point tensor", where=name, found=found, wanted="a float dtype")
+            _require_floats(name, self.tensors[name])
 
     def _likeliest_widths(self) -> tuple[int, int, int]:
         """``D``, ``Dt``, ``Di`` as most tensors have them, so that it is the odd one which is called misshapen."""
@@ -349,6 +347,13 @@ def layers_of(tensors: Mapping[str, Array], num_heads: int) -> Layers:
         out_proj=take("attention.out_proj."),
         num_heads=num_heads,
     )
+
+
+def _require_floats(name: str, tensor: Array) -> None:
+    if getattr(tensor, "mask", None) is not None:
+        raise CheckpointError("masked arrays are not supported", where=name, wanted="an array of numbers")
+    if (dtype := dtype_name(tensor)) not in FLOAT_NAMES:
+        raise CheckpointError("not a floating-point tensor", where=name, found=dtype, wanted="a float dtype")
 
 
 def _misshapen(name: str, tensor: Array, wanted: str) -> CheckpointError:

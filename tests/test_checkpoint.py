@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -437,3 +438,31 @@ def test_a_weighted_sum_begins_with_the_text_as_it_is() -> None:
 def test_a_width_of_nothing_is_refused() -> None:
     with pytest.raises(UsageError):
         init(8, 2, text_dim=0)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"feature_dim": 32.0}, {"text_dim": "32"}, {"seed": 1.5}, {"seed": None}, {"seed": -1}]
+)
+def test_new_weights_of_no_whole_number_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        init(**{"feature_dim": 32, "num_heads": 4, **bad})
+
+
+def test_paths_are_as_the_system_has_them(tmp_path: Path) -> None:
+    weights = init(8, 2)
+    save(weights, os.fsencode(tmp_path / "x.safetensors"))
+    assert fingerprint(load(tmp_path / "x.safetensors")) == fingerprint(weights)
+    with pytest.raises(OutputError, match="no file name"):
+        save(weights, "a\0b")
+
+
+def test_masked_weights_are_refused() -> None:
+    weights = init(8, 2)
+    masked = {name: np.ma.masked_less(tensor, 0) for name, tensor in weights.tensors.items()}
+    with pytest.raises(CheckpointError, match="masked"):
+        Weights(weights.config, masked)
+
+
+def test_the_same_dropout_has_the_same_fingerprint() -> None:
+    one, other = (init(8, 2, method="transformer", dropout=dropout) for dropout in (0, 0.0))
+    assert fingerprint(one) == fingerprint(other)
