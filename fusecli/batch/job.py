@@ -103,7 +103,7 @@ class Job:
     to_device: Mover = None
     folder: str = ""  # with the state of the run
     threads: int = 1  # for a large text
-    read: tuple[str, ...] = ()  # files that are read beside the features
+    other_inputs: tuple[str, ...] = ()  # files that are read beside the features
     fail_fast: bool = False  # the first pair that fails is the last
 
 

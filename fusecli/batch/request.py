@@ -37,7 +37,7 @@ class Request:
     tokens: Tokens | None = None  # for the dumps of attention
     grid: tuple[int, int] | None = None  # likewise
     skip_rows: int | None = None  # likewise
-    read: tuple[str, ...] = ()  # files that are read beside the features: weights, tokens
+    other_inputs: tuple[str, ...] = ()  # files that are read beside the features: weights, tokens
 
     @cached_property
     def fingerprint(self) -> str:

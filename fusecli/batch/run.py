@@ -180,19 +180,16 @@ def _job(request: Request, folder: str) -> Job:
         temporary = f"{path}/{STATE}/{f'tmp-{request.shard}' if request.shard else 'tmp'}"
         return FolderStore(path, request.suffix, temporary, kind, gate, label)
 
-    mover = None if request.device == "cpu" else to_device(request.device)
-    attention = store(request.attention, "attention") if request.attention else None
-    threads = request.workers if request.device == "cpu" else 1
-    fused = store(request.output, "fused")
+    on_cpu = request.device == "cpu"
     return Job(
-        request.weights,
-        request.options,
-        fused,
-        attention,
-        mover,
-        folder,
-        threads,
-        read=request.read,
+        weights=request.weights,
+        options=request.options,
+        attention=store(request.attention, "attention") if request.attention else None,
+        fused=store(request.output, "fused"),
+        to_device=None if on_cpu else to_device(request.device),
+        folder=folder,
+        threads=request.workers if on_cpu else 1,
+        other_inputs=request.other_inputs,
         fail_fast=request.fail_fast,
     )
 

@@ -188,7 +188,7 @@ def write(job: Job, pair: Underway) -> Outcome:
     task, image, text = pair.task, pair.image, pair.text
     result, pair.result = pair.result, None  # it need not stay
     for store in (job.fused, job.attention):
-        if store and store.is_input(task.id, task.image.path, task.text.path, *job.read):
+        if store and store.is_input(task.id, task.image.path, task.text.path, *job.other_inputs):
             outcome = failed(task.id, OutputError("the result would replace an input", where=task.id))
             return outcome._replace(stop=isinstance(store, PartStore))  # the one file would be written all the same
     pieces: list[Piece] = []

@@ -181,7 +181,7 @@ def _request(given: dict[str, Any], weights: Weights, sources: Sources) -> Reque
         tokens=_read_tokens(given["tokens"]) if given["tokens"] else None,
         grid=to_grid(given["grid"]),
         skip_rows=given["skip_rows"],
-        read=tuple(given[name] for name in ("weights", "tokens") if given[name] and given[name] != "-"),
+        other_inputs=tuple(given[name] for name in ("weights", "tokens") if given[name] and given[name] != "-"),
         **{name: given[name] for name in as_given},
     )
 

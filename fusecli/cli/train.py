@@ -260,24 +260,24 @@ def _recipe(
     objective = partial(
         labelled.objective,
         labels,
-        asked["labels"],
-        str(asked["task"] or Task.classify),
-        asked["text_dropout"] or 0.0,
-        recipe.SMOOTHING if smoothing is None else smoothing,
-        asked["class_weights"] is not None,
+        where=asked["labels"],
+        task=str(asked["task"] or Task.classify),
+        text_dropout=asked["text_dropout"] or 0.0,
+        smoothing=recipe.SMOOTHING if smoothing is None else smoothing,
+        balanced=asked["class_weights"] is not None,
     )
     beginning = partial(recipe.from_scratch, labels is not None, asked["feature_dim"], asked["seed"], options)
     if weights:
         beginning = partial(recipe.from_checkpoint, weights, asked["weights"])
     settings = Settings(
-        asked["epochs"] or usual.epochs,
-        asked["batch_size"],
-        usual.lr if asked["lr"] is None else asked["lr"],
-        asked["weight_decay"],
-        asked["patience"] or usual.patience,
-        asked["seed"],
-        asked["device"],
-        asked["bfloat16"],
+        epochs=asked["epochs"] or usual.epochs,
+        batch_size=asked["batch_size"],
+        lr=usual.lr if asked["lr"] is None else asked["lr"],
+        weight_decay=asked["weight_decay"],
+        patience=asked["patience"] or usual.patience,
+        seed=asked["seed"],
+        device=asked["device"],
+        bfloat16=asked["bfloat16"],
     )
     return recipe.Recipe(objective, beginning, settings, asked["validation"], asked["held_out"])
 

@@ -84,12 +84,13 @@ def _require_no_more(record: dict[Any, Any], columns: int, where: str) -> None:
 
 def objective(
     labels: dict[str, str] | None,
+    data: Data,
+    *,
     where: str | None,
     task: str,
     text_dropout: float,
     smoothing: float,
     balanced: bool,
-    data: Data,
 ) -> Objective:
     """What there is to learn: the labels as classes or numbers, or without any, which image belongs to a text."""
     if labels is None or where is None:
