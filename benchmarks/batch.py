@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.timing import side_by_side
 from fusecli.machine import cores
-from fusecli.plans import plan
+from fusecli.plans import flops
 
 D = 768
 PAIRS = 10_000
@@ -100,7 +100,7 @@ def _large_pairs(folder: str, weights: str) -> None:
     rate = _ours(root, f"{folder}/one", weights, "-j", "1")
     a, b = (np.random.default_rng(0).standard_normal((2048, width), np.float32) for width in (D, D))
     gemm = 2 * 2048 * 2048 * D / side_by_side({"gemm": lambda: a @ b.T})["gemm"]
-    reached = rate * plan(n, m, D, D, D, 8).flops
+    reached = rate * flops(n, m, D, D, D, 8)
     print(f"batch: M = {m}, N = {n}, {pairs:,} pairs, one worker, whole command")
     print(f"  {rate:.0f} pairs/s, {reached / 1e9:.0f} GFLOP/s, {reached / gemm:.0%} of one product of 2048 rows")
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.timing import side_by_side
 from fusecli import Config, Weights, fuse
-from fusecli.plans import plan
+from fusecli.plans import flops
 
 D, H = 768, 8
 #: (M, N): times faster than the module, the mark to beat.
@@ -58,7 +58,7 @@ def _gemm_rate(rows: int) -> float:
 
 def _operations(m: int, n: int) -> float:
     """How many times as many floating-point operations the module takes: the ratio if they all ran at one rate."""
-    ours = 6 * D * D if m == 1 else plan(n, m, D, D, D, H).flops  # of one image row three products are left
+    ours = 6 * D * D if m == 1 else flops(n, m, D, D, D, H)  # of one image row three products are left
     return (6 * (m + n) * D * D + 4 * m * n * D) / ours
 
 
@@ -91,7 +91,7 @@ def run() -> None:
         worst = min(worst, theirs / ours, theirs / tensors)
     print(f"  least of all: {worst:.2f}")
     _, ours, _ = _one(577, 577, module, weights)
-    reached = plan(577, 577, D, D, D, H).flops / ours / 1e9
+    reached = flops(577, 577, D, D, D, H) / ours / 1e9
     for rows in (577, 2048):
         rate = _gemm_rate(rows)
         print(f"  M = N = 577: {reached:.0f} GFLOP/s, {reached / rate:.0%} of one product of {rows} rows ({rate:.0f})")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
+from typing import TypeAlias
 
 
 class Order(Enum):
@@ -20,11 +21,10 @@ class Order(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The order of the products, and the floating-point operations (multiply and add) they take."""
+    """The order of the products."""
 
     scores: Order
     values: Order
-    flops: int
 
     @property
     def is_direct(self) -> bool:
@@ -33,11 +33,32 @@ class Plan:
 
 
 #: Both sides projected, whatever it takes.
-DIRECT = Plan(Order.DIRECT, Order.DIRECT, 0)
+DIRECT = Plan(Order.DIRECT, Order.DIRECT)
 
 #: OpenBLAS copies ("packs") a weight matrix before it multiplies, whatever the number of rows: the time of
 #: about this many rows more. It decides only between plans of nearly the same cost.
 PACKING_ROWS = 16
+
+#: The products of an order: the weight matrices as (rows that meet it, height, width), and the multiplications without.
+Products: TypeAlias = tuple[list[tuple[int, int, int]], int]
+
+
+def _products(
+    n: int, m: int, dim: int, text_dim: int, image_dim: int, num_heads: int
+) -> tuple[dict[Order, Products], dict[Order, Products]]:
+    """Of scores and of values, in each order; see `plan`."""
+    text_in, image_in, back = (n, text_dim, dim), (m, image_dim, dim), (n, dim, dim)
+    scores: dict[Order, Products] = {
+        Order.DIRECT: ([text_in, image_in], n * m * dim),
+        Order.IMAGE: ([image_in, (m, dim, text_dim)], n * num_heads * m * text_dim),
+        Order.TEXT: ([text_in, (n, dim, image_dim)], n * num_heads * m * image_dim),
+    }
+    values: dict[Order, Products] = {
+        Order.DIRECT: ([image_in, back], n * m * dim),
+        Order.IMAGE: ([image_in, (m, dim, dim)], n * num_heads * m * dim),
+        Order.TEXT: ([(n, image_dim, dim), back], n * num_heads * m * image_dim),
+    }
+    return scores, values
 
 
 @lru_cache(maxsize=1024)
@@ -50,21 +71,18 @@ def plan(n: int, m: int, dim: int, text_dim: int, image_dim: int, num_heads: int
     Values ``P_h I F_vᵀ_h W_oᵀ_h`` likewise. The cost of a combination is the sum of its two halves, so the
     best of all nine is the best scores order with the best values order.
     """
-    # For each order: the weight matrices as (rows that meet it, height, width), and the products without one.
-    text_in, image_in, back = (n, text_dim, dim), (m, image_dim, dim), (n, dim, dim)
-    scores = {
-        Order.DIRECT: ([text_in, image_in], n * m * dim),
-        Order.IMAGE: ([image_in, (m, dim, text_dim)], n * num_heads * m * text_dim),
-        Order.TEXT: ([text_in, (n, dim, image_dim)], n * num_heads * m * image_dim),
-    }
-    values = {
-        Order.DIRECT: ([image_in, back], n * m * dim),
-        Order.IMAGE: ([image_in, (m, dim, dim)], n * num_heads * m * dim),
-        Order.TEXT: ([(n, image_dim, dim), back], n * num_heads * m * image_dim),
-    }
-    by_scores = min(Order, key=lambda order: _flops(*scores[order], PACKING_ROWS))
-    by_values = min(Order, key=lambda order: _flops(*values[order], PACKING_ROWS))
-    return Plan(by_scores, by_values, _flops(*scores[by_scores], 0) + _flops(*values[by_values], 0))
+    scores, values = _products(n, m, dim, text_dim, image_dim, num_heads)
+    return Plan(
+        min(Order, key=lambda order: _flops(*scores[order], PACKING_ROWS)),
+        min(Order, key=lambda order: _flops(*values[order], PACKING_ROWS)),
+    )
+
+
+def flops(n: int, m: int, dim: int, text_dim: int, image_dim: int, num_heads: int) -> int:
+    """The floating-point operations (multiply and add) of the products in the order that `plan` chooses."""
+    shape = n, m, dim, text_dim, image_dim, num_heads
+    (scores, values), chosen = _products(*shape), plan(*shape)
+    return _flops(*scores[chosen.scores], 0) + _flops(*values[chosen.values], 0)
 
 
 def _flops(weights: list[tuple[int, int, int]], rest: int, extra_rows: int) -> int:
@@ -121,4 +139,4 @@ def costs_to_learn(
 
 
 def _both(order: Order) -> Plan:
-    return Plan(order, order, 0)
+    return Plan(order, order)

@@ -148,7 +148,7 @@ WAYS = pytest.mark.parametrize("way", list(product([Order.DIRECT, Order.TEXT], [
 
 
 def _go(way: tuple[Order, bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = Plan(way[0], way[0], 0)
+    chosen = Plan(way[0], way[0])
     monkeypatch.setattr(methods, "plan_of_batch", lambda *shape: chosen)
     monkeypatch.setattr(methods, "plan_to_learn", lambda *shape: (chosen, way[1]))
 

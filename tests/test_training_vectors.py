@@ -150,8 +150,8 @@ def test_costs_of_orders_are_the_products_that_torch_counts(monkeypatch: pytest.
     whole = [torch.ones(pairs, k, dtype=torch.bool) for k in (m, n)]
 
     def counted(order: Order, learn: bool, first: bool = False) -> int:
-        monkeypatch.setattr(methods, "plan_of_batch", lambda *given: Plan(order, order, 0))
-        monkeypatch.setattr(methods, "plan_to_learn", lambda *given: (Plan(order, order, 0), first))
+        monkeypatch.setattr(methods, "plan_of_batch", lambda *given: Plan(order, order))
+        monkeypatch.setattr(methods, "plan_to_learn", lambda *given: (Plan(order, order), first))
         fusion = Fusion(weights, learned=learn)
         with FlopCounterMode(display=False) as counter:
             vectors: Any = fusion.encode(Batch(list(range(pairs)), images, whole[0], texts, whole[1]))
