@@ -102,7 +102,7 @@ def test_a_mode_that_cannot_be_kept_is_an_error(tmp_path: Path, monkeypatch: pyt
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "fchmod", refuse)
-    for mode in (0o600, 0o666 & ~os.umask(os.umask(0))):
+    for mode in (0o600, 0o666):  # the umask takes its share
         (tmp_path / f"{mode}").touch(mode)
         if mode == 0o600:
             with pytest.raises(OutputError, match="not permitted"):
