@@ -116,13 +116,13 @@ def verdict(rows: list[Row]) -> str:
     named, shares = {row.name: row for row in rows}, rows[0].shares
     alone = max(named[TEXT], named[IMAGE], key=lambda row: row.score)
     both = _beaten(named[TRAINED].scores - named[SIDE_BY_SIDE].scores, "side by side", shares)
-    return f"the fusion {both} here; it {_beaten(named[TRAINED].scores - alone.scores, alone.name, shares)}"
+    return f"the fusion {both}; it {_beaten(named[TRAINED].scores - alone.scores, alone.name, shares)}"
 
 
 def _beaten(gain: torch.Tensor, what: str, shares: torch.Tensor | None) -> str:
     # Pair by pair: the interval is narrower than those of the two lines.
     if gain.mean() <= 0:
-        return f"does not beat {what}"
+        return f"does not beat {what} here"
     low, high = resampled(gain, shares)
     chance = "" if low > 0 else ", perhaps by chance"
     return f"beats {what} by {float(gain.mean()):.3f} (95% interval {low:+.3f} to {high:+.3f}{chance})"
