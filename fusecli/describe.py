@@ -98,7 +98,7 @@ def _rows(block: NumpyArray) -> tuple[NumpyArray, int, bool]:
         rows = block.reshape(-1, block.shape[-1]).astype(np.float64)
         sums = rows.sum(1)
         scale = 1.0
-        if block.dtype.itemsize == 8:  # squares of float64 may not fit it
+        if block.dtype.itemsize >= 8:  # squares of float64 may not fit it
             scale = np.fmax(abs(rows).max(1, initial=0), np.finfo(np.float64).tiny)
             rows = rows / scale[:, None]
         norms = np.linalg.norm(rows, axis=1) * scale

@@ -95,9 +95,10 @@ def multiplies_in_place() -> bool:
 
 
 def in_tiles(a: Array, b: Array) -> bool:
-    """Whether ``a [..., D, K] @ b [..., K, n]`` is faster in tiles, for more than `THIN` columns."""
+    """Whether ``a [..., D, K] @ b [..., K, n]`` is faster in tiles, of four rows or more; beyond `THIN` columns."""
     (dim, width), n = a.shape[-2:], b.shape[-1]
-    return THIN < n <= WIDE and dim * width * n > SMALL_PRODUCT and a.dtype == np.float32 and multiplies_in_place()
+    fits = THIN < n <= min(WIDE, dim - 1) and 4 * width * n <= SMALL_PRODUCT < dim * width * n
+    return fits and a.dtype == np.float32 and multiplies_in_place()
 
 
 def _tiles(a: Array, b: Array, out: Array) -> None:

@@ -60,8 +60,9 @@ class ImageTextFusion(nn.Module):
         if not usual:
             batch = 0 if getattr(attention, "batch_first", False) else 1
             memory = memory.unsqueeze(batch)  # [M, 1, D]
-            attended: torch.Tensor = attention(query.unsqueeze(batch), memory, memory)[0]  # [N, 1, D]
-            return attended.squeeze(batch).to(text_feat.dtype)
+            attended = attention(query.unsqueeze(batch), memory, memory)  # [N, 1, D], and the weights if it has some
+            attended = attended[0] if isinstance(attended, tuple) else attended
+            return attended.squeeze(batch).to(text_feat.dtype)  # type: ignore[no-any-return]
         in_proj = attention.in_proj_weight, _bias(attention.in_proj_bias, attention.in_proj_weight)
         out_proj = attention.out_proj.weight, _bias(attention.out_proj.bias, attention.out_proj.weight)
         maps = unfolded(in_proj, out_proj, attention.num_heads)
@@ -70,8 +71,12 @@ class ImageTextFusion(nn.Module):
 
 
 def _is_usual(attention: nn.Module) -> bool:
-    """Whether a layer does what `attend` does; one with dropout, hooks, keys of its own or other code is called."""
-    if not isinstance(attention, nn.MultiheadAttention) or type(attention).forward is not nn.MultiheadAttention.forward:
+    """Whether a layer does what `attend` does; one with dropout, or hooks, keys or code of its own, is called."""
+    if (
+        "forward" in vars(attention)
+        or not isinstance(attention, nn.MultiheadAttention)
+        or type(attention).forward is not nn.MultiheadAttention.forward
+    ):
         return False
     heard = any(getattr(attention, name, None) for name in HOOKS)
     keys = attention.bias_k is not None or attention.add_zero_attn or attention.in_proj_weight is None

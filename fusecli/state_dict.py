@@ -31,7 +31,8 @@ def article_names(tensors: Mapping[str, NumpyArray]) -> dict[str, NumpyArray]:
     ``bias=False`` get zeros.
     """
     names = list(tensors)
-    marks = [name.removesuffix("text_proj.weight") for name in names if f".{name}".endswith(".text_proj.weight")]
+    marks = [name.removesuffix("text_proj.weight") for name in names if name.endswith("text_proj.weight")]
+    marks = [mark for mark in marks if not mark or mark.endswith(".")] or marks  # context_proj is another layer
     if len(marks) > 1:
         found = ", ".join(repr(mark) for mark in marks[:5])
         raise CheckpointError("more than one fusion, by prefix", found=found, wanted="one", hint="save one of them")

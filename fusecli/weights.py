@@ -133,7 +133,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 def are_of_weights(names: Iterable[str]) -> bool:
     """Whether tensors of these ``names`` are meant for a checkpoint, with any prefix, be it whole or not."""
-    return any(f".{name}".endswith((".image_proj.weight", ".text_proj.weight")) for name in names)
+    return any(name.endswith(("image_proj.weight", "text_proj.weight")) for name in names)
 
 
 def tensor_shapes(config: Config, dim: int, text_dim: int, image_dim: int) -> dict[str, tuple[int, ...]]:

@@ -287,6 +287,13 @@ def test_a_state_dict_that_says_two_things_is_refused(tmp_path: Path, spoil: Any
         load(tmp_path / "model.pt", 4)
 
 
+@pytest.mark.parametrize("prefix", ["", "model.", "_orig_mod.fusion.", "fusion_"])
+def test_any_prefix_goes(prefix: str, tmp_path: Path) -> None:
+    state = article(16, 4).state_dict()
+    torch.save({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "model.pt")
+    assert list(load(tmp_path / "model.pt", 4).tensors) == list(state)
+
+
 def test_a_file_of_torch_that_is_cut_is_called_so(tmp_path: Path) -> None:
     torch.save(article(16, 4).state_dict(), tmp_path / "model.pt")
     data = (tmp_path / "model.pt").read_bytes()

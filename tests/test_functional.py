@@ -78,7 +78,7 @@ for dim, width in {[(768, 1000), (184, 1000), (100, 1336), (131, 790), (1009, 21
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "OPENBLAS_CORETYPE": processor}, check=True)
 
 
-@pytest.mark.parametrize(("dim", "width"), [(1009, 216), (1009, 286), (768, 768), (301, 1000)])
+@pytest.mark.parametrize(("dim", "width"), [(1009, 216), (1009, 286), (768, 768), (301, 1000), (20, 4096), (64, 768)])
 @pytest.mark.parametrize("rows", [1, 2, 5, 9, 12, 13, 77])
 @pytest.mark.parametrize("here", [nullcontext, on_one_thread])
 def test_long_sums_round_no_more_than_torchs(dim: int, width: int, rows: int, here: Any) -> None:

@@ -176,9 +176,14 @@ def _wrapped(module: Any) -> None:
     module.attention = _Twice(module.attention)
 
 
+def _with_code_of_its_own(module: Any) -> None:
+    given = module.attention.forward
+    module.attention.forward = lambda *args, **options: (2 * given(*args, **options)[0], torch.zeros(1))
+
+
 CHANGES = [
     *(_without_bias, _with_another_layer, _with_normed_weights, _as_a_replica),
-    *(_with_dropout, _with_keys_of_its_own, _with_a_hook, _wrapped),
+    *(_with_dropout, _with_keys_of_its_own, _with_a_hook, _wrapped, _with_code_of_its_own),
 ]
 
 
@@ -195,6 +200,16 @@ def test_what_can_be_done_to_the_article_s_module_can_be_done_to_this(change: An
     expected = theirs(image, text)[0]
     torch.manual_seed(2)
     torch.testing.assert_close(ours(image, text), expected)
+
+
+def test_a_layer_may_give_no_weights() -> None:
+    class Alone(torch.nn.Linear):
+        def forward(self, query: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+            return super().forward(query)
+
+    module: Any = ImageTextFusion(16, 4)
+    module.attention = Alone(16, 16)
+    assert module(*_pair(3, 5, 16, 16)).shape == (5, 16)
 
 
 def test_layers_may_be_of_several_dtypes() -> None:

@@ -235,11 +235,34 @@ def test_what_is_not_said_of_a_grid_is_as_the_dump_has_it(
     assert (facts["grid"], facts["skip_rows"]) == (grid, skip)
 
 
+def test_a_grid_of_a_dump_that_does_not_fit_it_is_passed_over(run: Run, tmp_path: Path) -> None:
+    about = {"fusecli": json.dumps({"kind": "attention", "format": 1, "grid": [14, 14], "skip_rows": 1})}
+    save_file({"attention": np.full((2, 3, 50), 0.02, np.float32)}, tmp_path / "a.safetensors", about)
+    facts = json.loads(run("show", "a.safetensors", "--json").stdout)
+    assert (facts["grid"], facts["skip_rows"]) == ([7, 7], 1)
+
+
+@pytest.mark.parametrize("name", [".rep", "rep", "a/.rep/"])
+def test_a_report_may_be_hidden(name: str, run: Run, tmp_path: Path) -> None:
+    plant(tmp_path / "a.npy", [0], 4)
+    (tmp_path / "a").mkdir()
+    run("show", "a.npy", "-o", name)
+    assert (tmp_path / name / "index.html").exists()
+
+
+def test_a_picture_may_be_hidden(run: Run, tmp_path: Path) -> None:
+    plant(tmp_path / "a.npy", [0], 4)
+    run("show", "a.npy", "-o", ".html")
+    assert (tmp_path / ".html").is_file()
+
+
 def test_gates_are_to_be_seen_where_there_is_one_image_row(run: Run, pair: Any) -> None:
     run("init", "-m", "gated", "-o", "w.safetensors", "-q")
     run("fuse", "img.npy", "txt.npy", "-w", "w.safetensors", "-o", "o.npy", "-a", "a.safetensors", "-q")
     shares = [token["gate"] for token in json.loads(run("show", "a.safetensors", "--json").stdout)["tokens"]]
-    header, *lines = run("show", "a.safetensors").stdout.decode().splitlines()
+    done = run("show", "a.safetensors")
+    assert b"one image row" in done.stderr
+    header, *lines = done.stdout.decode().splitlines()
     assert header.split()[:3] == ["token", "bits", "gate"]
     assert [line.split()[2] for line in lines] == [f"{share:.3f}" for share in shares]
 

@@ -46,6 +46,8 @@ class Fit(StrEnum):
 
 #: Columns of a table's words.
 LONGEST = 60
+#: Suffixes of what is drawn.
+PAGES, FIGURES = (".html", ".htm"), (".png", ".svg")
 
 
 def show(
@@ -113,8 +115,15 @@ def show(
         _draw(view, output, image, *style, quiet)
         note(f"{output}: {view.title}", quiet)
     elif dump.m == 1 and not json:
-        shares = dump.gate is not None  # of the image that each token takes: there is that to see
-        print("\n".join(_table(view)) if shares else f"{printable(dump.stored.where)}: {ONE_ROW[0]}\n{ONE_ROW[1]}")
+        where = printable(dump.stored.where)
+        if dump.gate is None:
+            print(f"{where}: {ONE_ROW[0]}\n{ONE_ROW[1]}")
+        else:  # the share of the image that each token takes
+            note(
+                f"{where}: one image row, so each weight is 1, whatever the token says; the gates are the tokens' own",
+                quiet,
+            )
+            print("\n".join(_table(view)))
     elif not json:
         _print(view, style[1])
 
@@ -156,16 +165,18 @@ def _is_folder(output: str) -> bool:
 
 
 def _suffix(output: str) -> str:
-    return os.path.splitext(f"x{os.path.basename(output)}")[1].lower()  # of a hidden file as well
+    """In lower case; that of a picture or page also where it is all of the name."""
+    name = os.path.basename(output).lower()
+    return name if name in (*PAGES, *FIGURES) else os.path.splitext(name)[1]
 
 
 def _draw(view: HeatMaps, output: str, image: str | None, fit: str, scale: str, quiet: bool) -> None:
     suffix = _suffix(output)
-    if suffix in (".html", ".htm"):
+    if suffix in PAGES:
         from fusecli.heatmap.page import write_page
 
         write_page(view, output, image, fit, scale)
-    elif suffix in (".png", ".svg"):
+    elif suffix in FIGURES:
         from fusecli.heatmap.figure import write_figure
 
         for line in write_figure(view, output, image, fit, scale):

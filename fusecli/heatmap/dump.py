@@ -220,13 +220,14 @@ def _dump(id: str, found: _Found, wanted: Wanted) -> Dump:
 
 def _layout(wanted: Wanted, about: About, m: int) -> tuple[tuple[int, int] | None, int | None]:
     """Size of the grid and rows before it: what the user says, and beside that what the dump says, where it fits."""
-    size, skip = wanted.size or about.grid, wanted.skip
-    if size is None:
-        return None, about.skip if skip is None else skip
-    rest = m - size[0] * size[1]
-    if skip is None and (rest == about.skip or (wanted.size is None and rest in (0, 1))):
+    size, skip = wanted.size, wanted.skip
+    if size is None and about.grid is not None:
+        rest, before = m - about.grid[0] * about.grid[1], about.skip if skip is None else skip
+        fits = rest == before or (skip is None and rest in (0, 1))
+        return (about.grid, before) if fits else (None, skip)
+    if skip is None and (size is None or m - size[0] * size[1] == about.skip):
         skip = about.skip
-    return (size, skip) if wanted.size or (rest == skip or wanted.skip is None) else (None, skip)
+    return size, skip
 
 
 def _as_weights(stored: Stored) -> Stored:
