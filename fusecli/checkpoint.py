@@ -30,7 +30,7 @@ from fusecli.errors import (
 )
 from fusecli.formats import NumpyArray, Source, as_bytes, itemsize, open_sink, open_source, safetensors, sniff
 from fusecli.state_dict import article_names, is_pt, read_pt
-from fusecli.weights import OPTIONS, Config, Weights, are_of_weights, require_heads, tensor_shapes
+from fusecli.weights import OPTIONS, Config, Weights, require_heads, tensor_shapes
 
 #: Version of what the metadata of a checkpoint say.
 FORMAT = 1
@@ -138,9 +138,10 @@ def _bare(tensors: Mapping[str, Array], path: str, num_heads: int | None, tell: 
         named = article_names(tensors)
     except CheckpointError as error:
         raise _located(error, path) from None
-    if num_heads is None and are_of_weights(named):
+    weights = _checked(Config(num_heads=8 if num_heads is None else num_heads), named, path)
+    if num_heads is None:
         tell(f"{path} does not say its number of heads: assuming 8; pass --num-heads if that is wrong")
-    return _checked(Config(num_heads=8 if num_heads is None else num_heads), named, path)
+    return weights
 
 
 def save(weights: Weights, path: str | bytes | os.PathLike[str]) -> None:

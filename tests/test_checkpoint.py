@@ -473,3 +473,20 @@ def test_masked_weights_are_refused() -> None:
 def test_the_same_dropout_has_the_same_fingerprint() -> None:
     one, other = (init(8, 2, method="transformer", dropout=dropout) for dropout in (0, 0.0))
     assert fingerprint(one) == fingerprint(other)
+
+
+def test_heads_are_assumed_of_a_checkpoint_that_is_one(tmp_path: Path) -> None:
+    told: list[str] = []
+    state = article(16, 4).state_dict()
+    torch.save({name: tensor for name, tensor in state.items() if name != "image_proj.weight"}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"image_proj\.weight"):
+        load(tmp_path / "x.pt", tell=told.append)
+    assert not told
+    torch.save(state, tmp_path / "x.pt")
+    load(tmp_path / "x.pt", tell=told.append)
+    assert "assuming 8" in told[0]
+
+
+def test_a_folder_is_no_name_of_a_checkpoint(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert b"-o out/fusion.safetensors" in run("init", "-o", "out/", code=2).stderr

@@ -180,5 +180,6 @@ def require_safetensors(output: str) -> None:
     if not output or output == "-":
         raise UsageError("no file name", where="--output", hint="-o fusion.safetensors")
     if not has_names(output):
-        hint = f"-o {shlex.quote(os.path.splitext(output)[0])}.safetensors"
+        stem = output + "fusion" if output.endswith("/") else os.path.splitext(output)[0]
+        hint = f"-o {shlex.quote(stem)}.safetensors"
         raise UsageError("checkpoints are .safetensors files", where=output, hint=hint)
