@@ -95,13 +95,18 @@ def to_numpy(x: Array) -> Array:
     return (x.float() if dtype_name(x) == "bfloat16" else x).numpy(force=True)
 
 
+def is_masked(x: Array) -> bool:
+    """Whether an array has a mask, which would be lost."""
+    return getattr(x, "mask", None) is not None
+
+
 def plain(x: Array) -> Array:
     """``x`` as a tensor or an array and no kind of its own, such as a matrix, whose operators mean something else.
 
     Raises:
         ValuesError: it has a mask, which would be lost.
     """
-    if getattr(x, "mask", None) is not None:
+    if is_masked(x):
         raise ValuesError(
             "masked arrays are not supported", wanted="an array of numbers", hint="leave out those rows, or x.filled(0)"
         )

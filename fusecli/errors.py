@@ -142,6 +142,11 @@ def listed(names: Iterable[str], most: int = 5, count: int | None = None) -> str
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory did not suffice, here or on a GPU: torch's errors for that have no base that can be named here."""
+    """Whether memory did not suffice, here or on a GPU."""
     here = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
-    return here or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return here or isinstance(error, MemoryError) or is_out_of_gpu_memory(error)
+
+
+def is_out_of_gpu_memory(error: BaseException) -> bool:
+    """Whether that of a GPU did not: torch's error for it has no base that can be named here."""
+    return type(error).__name__ == "OutOfMemoryError"

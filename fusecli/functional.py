@@ -15,6 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from fusecli.arrays import Array, cast, contiguous, dtype_name, is_torch, namespace, ones, padded
+from fusecli.machine import BLAS_THREADS
 
 
 def exp_and_sums(x: Array) -> tuple[Array, Array]:
@@ -54,7 +55,7 @@ def products_beside(a: Array, b: Array) -> Array:
     if is_torch(a):
         return (a @ b).swapaxes(0, 1).reshape(a.shape[1], -1)
     beside = np.empty((a.shape[1], a.shape[0], b.shape[-1]), a.dtype)
-    if in_tiles(a, b):
+    if _in_tiles(a, b):
         _tiles(a, b, beside.swapaxes(0, 1))
     else:
         np.matmul(a, b, out=beside.swapaxes(0, 1))
@@ -78,13 +79,9 @@ ROWS_APART = 16
 SUM_CHUNK = 256
 
 
-#: What OpenBLAS takes the number of its threads from as it is loaded; the command sets it to 1.
-BLAS_THREADS = "OPENBLAS_NUM_THREADS"
-
-
 @lru_cache(maxsize=1)
 def multiplies_in_place() -> bool:
-    """Whether one thread multiplies, and small matrices where they lie.
+    """Whether one thread multiplies, as in the command, and small matrices where they lie.
 
     That it sees by their bits: what is copied first comes to the same, however it lay.
     """
@@ -94,7 +91,7 @@ def multiplies_in_place() -> bool:
     return not np.array_equal(a @ b.T, a @ contiguous(b.T))
 
 
-def in_tiles(a: Array, b: Array) -> bool:
+def _in_tiles(a: Array, b: Array) -> bool:
     """Whether ``a [..., D, K] @ b [..., K, n]`` is faster in tiles, of four rows or more; beyond `THIN` columns."""
     (dim, width), n = a.shape[-2:], b.shape[-1]
     fits = THIN < n <= min(WIDE, dim - 1) and 4 * width * n <= SMALL_PRODUCT < dim * width * n
@@ -128,6 +125,11 @@ def _small_products(weight: Array, columns: Array) -> Array:
     return out
 
 
+def _sums_in_lanes(a: Array, b: Array) -> bool:
+    """Whether more than `THIN` rows ``a`` meet a weight in tiles, whose numbers of a sum lie one after the other."""
+    return b.strides[-2] == b.itemsize and _in_tiles(b.mT, a.mT)
+
+
 def dot(a: Array, b: Array) -> Array:
     """``a @ b``, computed as ``(bᵀ aᵀ)ᵀ`` where the result is wider than high.
 
@@ -137,7 +139,8 @@ def dot(a: Array, b: Array) -> Array:
     """
     if is_torch(a) or a.shape[-2] >= b.shape[-1]:
         return a @ b
-    if b.strides[-2] == b.itemsize and ((a.ndim == 2 and 1 < len(a) <= THIN) or in_tiles(b.mT, a.mT)):
+    thin = a.ndim == 2 and 1 < len(a) <= THIN and b.strides[-2] == b.itemsize
+    if thin or _sums_in_lanes(a, b):
         # Of rows that do not lie one after the other, from 9 on, sums are taken one by one, which rounds more.
         return _small_products(b.mT, contiguous(a).mT).mT
     if a.ndim == 2 and THIN < len(a) < STEP:
@@ -152,7 +155,7 @@ def dot_by_parts(a: Array, b: Array) -> Array:
     300 were over the bar where the text meets one matrix (folded maps make up for it). One row is added in lanes, and
     so are tiles.
     """
-    if is_torch(a) or a.shape[-2] == 1 or (b.strides[-2] == b.itemsize and in_tiles(b.mT, a.mT)):
+    if is_torch(a) or a.shape[-2] == 1 or _sums_in_lanes(a, b):
         return dot(a, b)
     width = a.shape[-1]
     step = min(SUM_CHUNK, -(-width // 2))

@@ -209,10 +209,10 @@ def fuse(weights: Weights, image: Array, text: Array, *, need_weights: bool = Fa
     with unwarned(given):
         prepared = Prepared(View(weights, image, text, len(text), dtype, training=training))
         parts = [prepared.fuse(text[rows], need_weights=need_weights) for rows in prepared.blocks()]
-        fused = cast(like(contiguous(joined([part.fused for part in parts], 0)), given), dtype_name(given))
+        fused = cast(contiguous(like(joined([part.fused for part in parts], 0), given)), dtype_name(given))
         if not need_weights:
             return fused
-        return fused, like(contiguous(joined([part.attention for part in parts], 1)), given)
+        return fused, contiguous(like(joined([part.attention for part in parts], 1), given))
 
 
 def as_rows(x: Array, what: str, width: int) -> Array:

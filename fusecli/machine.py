@@ -14,6 +14,9 @@ from typing import Any
 #: "max", and the period.
 CPU_MAX = "/sys/fs/cgroup/cpu.max"
 
+#: What OpenBLAS takes the number of its threads from as it is loaded.
+BLAS_THREADS = "OPENBLAS_NUM_THREADS"
+
 #: Signals that end a process, and of which it learns.
 ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
-from fusecli.arrays import FLOAT_NAMES, Array, cast, dtype_name, is_torch, kind_and_device, lasting, like
+from fusecli.arrays import FLOAT_NAMES, Array, cast, dtype_name, is_masked, is_torch, kind_and_device, lasting, like
 from fusecli.errors import CheckpointError, UsageError, listed
 from fusecli.maps import Layers, Maps, fold
 
@@ -197,9 +197,7 @@ class Weights:
     config: Config
     tensors: Mapping[str, Array]
     _cache: dict[tuple[str, ...], Any] = field(default_factory=dict, init=False, repr=False)
-    _versions: list[int] = field(
-        default_factory=list, init=False, repr=False
-    )  # of the tensors that the cache is true of
+    _versions: list[int] = field(default_factory=list, init=False, repr=False)  # of tensors, when the cache was made
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.config, self.tensors)  # a copy, on whatever machine, folds for itself
@@ -350,7 +348,7 @@ def layers_of(tensors: Mapping[str, Array], num_heads: int) -> Layers:
 
 
 def _require_floats(name: str, tensor: Array) -> None:
-    if getattr(tensor, "mask", None) is not None:
+    if is_masked(tensor):
         raise CheckpointError("masked arrays are not supported", where=name, wanted="an array of numbers")
     if (dtype := dtype_name(tensor)) not in FLOAT_NAMES:
         raise CheckpointError("not a floating-point tensor", where=name, found=dtype, wanted="a float dtype")

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from fusecli.functional import BLAS_THREADS, multiplies_in_place
+from fusecli.functional import multiplies_in_place
+from fusecli.machine import BLAS_THREADS
 from fusecli.weights import Config, Weights
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from fusecli.batch.store import Store
 from fusecli.collections import Place
-from fusecli.errors import FusecliError, InputError, is_out_of_memory, unwritable
+from fusecli.errors import FusecliError, InputError, is_out_of_gpu_memory, is_out_of_memory, unwritable
 from fusecli.machine import listen
 from fusecli.pipeline import Mover
 from fusecli.weights import Weights
@@ -81,7 +81,7 @@ def failed(id: str, error: Exception) -> Outcome:
     fatal = FATAL_IN_READING if isinstance(error, InputError) else FATAL
     stop = isinstance(cause, OSError) and cause.errno in fatal
     if is_out_of_memory(error):
-        on_gpu = type(error).__name__ == "OutOfMemoryError"
+        on_gpu = is_out_of_gpu_memory(error)
         way_out = "use --device cpu, or another GPU" if on_gpu else "use fewer workers, or more memory"
         error = FusecliError("out of memory", hint=way_out)
     elif isinstance(error, OSError):

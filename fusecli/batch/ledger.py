@@ -72,9 +72,9 @@ class History:
             OutputError: one cannot be read.
         """
         history = cls()
-        for part in sorted(chain.from_iterable(map(_runs, _ledgers(folder)))):
-            history.began, history._begun = part.began, None
-            for record in _lines(part):
+        for run in sorted(chain.from_iterable(map(_runs, _ledgers(folder)))):
+            history.began, history._begun = run.began, None
+            for record in _lines(run):
                 with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError):  # no line of ours
                     history._take(record)
         history._sort()
@@ -184,24 +184,24 @@ class _Run(NamedTuple):
 
 
 def _runs(path: Path) -> list[_Run]:
-    """The parts of a ledger, by the lines that begin them; each began after those before it, whatever a clock said."""
-    parts, at, start, began = [], 0, 0, 0.0
+    """The runs in a ledger, by the lines that begin them; each began after those before it, whatever a clock said."""
+    runs, at, start, began = [], 0, 0, 0.0
     with _reading(path), open(path, "rb") as file:
         for line in file:
             if line.startswith(BEGAN):
-                parts.append(_Run(began, path, start, at))
+                runs.append(_Run(began, path, start, at))
                 start = at
                 with contextlib.suppress(ValueError):
                     told = float(line[len(BEGAN) :].partition(b",")[0])
                     began = max(began, told) if math.isfinite(told) else began
             at += len(line)
-    return [*parts, _Run(began, path, start, at)]
+    return [*runs, _Run(began, path, start, at)]
 
 
-def _lines(part: _Run) -> Iterator[dict[str, Any]]:
-    with open(part.path, "rb") as file:
-        file.seek(part.start)
-        left = part.end - part.start
+def _lines(run: _Run) -> Iterator[dict[str, Any]]:
+    with open(run.path, "rb") as file:
+        file.seek(run.start)
+        left = run.end - run.start
         for line in file:
             left -= len(line)
             if left < 0:
@@ -227,8 +227,8 @@ def runs_beside(mine: str) -> list[dict[str, Any]]:
     found = []
     for path in _ledgers(os.path.dirname(mine)):
         other, shard = path != Path(mine), path.stem.removeprefix("ledger").removeprefix("-")
-        for part in _runs(path):
-            lines = _lines(part)
+        for one in _runs(path):
+            lines = _lines(one)
             run = next(lines, {}).get("run")
             if isinstance(run, dict) and (next(lines, None) or (other and is_held(lock_of(str(path.parent), shard)))):
                 found.append(run)

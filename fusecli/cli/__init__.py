@@ -15,11 +15,11 @@ from fusecli import __version__
 from fusecli.cli.console import complain, flush_stdout, open_streams
 from fusecli.cli.light import LightCommand, LightGroup
 from fusecli.errors import FusecliError, is_out_of_memory
-from fusecli.machine import listen
+from fusecli.machine import BLAS_THREADS, listen
 
 #: What the libraries that NumPy and torch multiply with take the number of their threads from.
 THREADS = (
-    "OPENBLAS_NUM_THREADS",
+    BLAS_THREADS,
     "MKL_NUM_THREADS",
     "OMP_NUM_THREADS",
     "BLIS_NUM_THREADS",

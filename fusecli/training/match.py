@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from fusecli.errors import ValuesError
 from fusecli.training.data import MOST_ROWS, Batch, Data, batches, cut, load
-from fusecli.training.objective import Evaluation, Head, one_thread
+from fusecli.training.objective import Evaluation, Head, one_thread, usual_spread
 from fusecli.training.represent import EVALUATED, Fusion, Representation, masked_mean
 
 #: Share of the vectors that the head does not see in training.
@@ -262,9 +262,9 @@ def _scales(variances: torch.Tensor, widths: list[int]) -> list[torch.Tensor]:
     """Factors ``[Dx]`` for the channels of a vector, alike within each of its parts; one part stays as it is."""
     if len(widths) == 1:
         return [torch.ones_like(variances)]
-    usual = [float(part.mean().sqrt()) or 1.0 for part in torch.split(variances.clamp(min=0), widths)]
-    first, second = (torch.full((width,), 1 / size) for width, size in zip(widths, usual, strict=True))
-    return [torch.cat([balance * first, second]).to(variances) for balance in BALANCES]
+    usual = usual_spread(variances.clamp(min=0).sqrt(), widths)
+    first, second = torch.where(usual > 0, 1 / usual, 1.0).split_with_sizes(widths)
+    return [torch.cat([balance * first, second]) for balance in BALANCES]
 
 
 def _moments(represent: Representation, data: Data, part: list[int]) -> Moments:

@@ -95,6 +95,12 @@ FLAT, TINY = 1e-6, 1e-30
 HELD_EACH, MOST_HELD = 2 * ITERATIONS, 2**27
 
 
+def usual_spread(std: torch.Tensor, widths: list[int]) -> torch.Tensor:
+    """For each channel, what those of its part of a vector vary by (root of the mean square): ``[width]``."""
+    parts = torch.split(std, widths)
+    return torch.cat([part.square().mean().sqrt().expand(len(part)) for part in parts])
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Compute on one thread: of thousands of operations of microseconds, each would wait for whoever has no core."""
@@ -160,9 +166,7 @@ class Supervised:
         """
         train, validation = data.parts["train"], data.parts["validation"]
         mean, std = x[train].mean(0), x[train].std(0)
-        parts = torch.split(std, widths)
-        usual = torch.cat([part.square().mean().sqrt().expand(len(part)) for part in parts])  # [width]
-        std = std + FLAT * (mean.abs() + usual) + TINY  # what does not vary is rounding
+        std = std + FLAT * (mean.abs() + usual_spread(std, widths)) + TINY  # what does not vary is rounding
         x = (x - mean) / std
         if not torch.isfinite(x).all():
             raise ValuesError("numbers too large to learn from", hint="scale the features down")

@@ -100,14 +100,15 @@ def train_on(
         reporter.nothing_to_resume()
     # The command multiplies on one thread for the sake of equal bytes everywhere; here it would take twice as long.
     # What goes on keeps to its number of them, and its precision, or digits would differ.
-    begun, settings = begun_with(output) if going_on else None, recipe.settings
-    threads = (begun and begun.threads) or 0
+    begun = begun_with(output) if going_on else None
+    before, settings = begun or Begun(), recipe.settings
+    threads = before.threads or 0
     torch.set_num_threads(threads if 0 < threads <= MOST_THREADS else cores())
     if settings.device != "cpu":
         to_device(settings.device)
     if settings.bfloat16 is None:
-        before = begun.bfloat16 if begun else None
-        settings = replace(settings, bfloat16=fast_in_bfloat16(settings.device) if before is None else before)
+        usual = before.bfloat16 is None
+        settings = replace(settings, bfloat16=fast_in_bfloat16(settings.device) if usual else before.bfloat16)
     folder, shares = os.path.dirname(output) or ".", (recipe.validation, recipe.held_out)
     data = read(ids, places, folder, *shares, lambda done: reporter.read(done, len(ids)))
     require_enough(data)
