@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -65,7 +66,7 @@ def test_a_row_comes_to_the_same_bits_wherever_it_stands(dim: int, width: int, d
 
 @pytest.mark.parametrize("processor", ["SkylakeX", "Haswell", "Sandybridge"])
 def test_rows_come_to_the_same_bits_on_other_processors(processor: str) -> None:
-    # OpenBLAS chooses its code as it is loaded; what is no name of its own, or no processor of this kind, it ignores.
+    # OpenBLAS chooses its code as it is loaded; what is no name of its own it ignores.
     code = f"""
 import numpy as np
 from fusecli.functional import rows_apart
@@ -75,7 +76,10 @@ for dim, width in {[(768, 1000), (184, 1000), (100, 1336), (131, 790), (1009, 21
     rows = rows_apart(np.tile(row, (33, 1)), weight)
     assert (rows == rows[0]).all(), (dim, width)
 """
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "OPENBLAS_CORETYPE": processor}, check=True)
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "OPENBLAS_CORETYPE": processor})
+    if done.returncode == -signal.SIGILL:
+        pytest.skip(f"no instructions of {processor} here")
+    assert done.returncode == 0
 
 
 @pytest.mark.parametrize(("dim", "width"), [(1009, 216), (1009, 286), (768, 768), (301, 1000), (20, 4096), (64, 768)])
