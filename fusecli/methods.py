@@ -264,7 +264,7 @@ class Pooled:
         row = view.one_row
         if row is None:
             rows = mean_row(view.rows, view.mask)[..., None, :]  # [1, Di]
-            row = pooled(view.tensors, rows, lambda x, weight: x @ weight.mT)  # [1, D]
+            row = pooled(view.tensors, rows, lambda x, weight: dot_by_parts(x, weight.mT))  # [1, D]
         tensors = view.tensors
         self._scale: Array = None
         if "alpha" in tensors:

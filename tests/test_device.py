@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusecli
 from fusecli import ImageTextFusion, Weights, fuse
@@ -21,6 +22,7 @@ from fusecli.batch import together
 from fusecli.batch.job import Job, Options, Task
 from fusecli.batch.store import FolderStore
 from fusecli.collections import Place
+from fusecli.functional import SUM_CHUNK
 from fusecli.fusion import fuse_together, pairs_together
 from fusecli.one_row import single_rows
 from fusecli.pairs import find_features
@@ -101,6 +103,44 @@ def test_together_is_as_good_as_the_article_where_scores_are_large(device: str) 
         move = _move(device)
         result = fuse_together(weights_of(module), move(image[None]), move(text[None]), "float32")
         assert_as_good(to_numpy(result.fused[0]), exact, single)
+
+
+@DEVICES
+@EVERY
+def test_together_is_as_good_as_the_reference(device: str, method: str, options: dict[str, Any]) -> None:
+    for seed in range(10):
+        module, weights = oracle(method, 192, 1, 192, 112, seed, **options)
+        rng = np.random.default_rng(seed)
+        image, text = (_move(device)(features(rng, rows, width, 90)) for rows, width in ((2, 112), (8, 192)))
+        single = module.to(device)(image, text)[0]
+        exact = module.double()(image.double(), text.double())[0]
+        ours = fuse_together(weights, image[None], text[None], "float32").fused[0]
+        assert_as_good(to_numpy(ours), to_numpy(exact), to_numpy(single))
+
+
+class _Sums(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees how many products torch adds up for one number of a result, at most."""
+
+    longest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+            self.longest = max(self.longest, args[-2].shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+@EVERY
+def test_together_on_a_gpu_long_sums_are_taken_in_parts(
+    method: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("functional", "methods"):
+        monkeypatch.setattr(f"fusecli.{name}.is_on_gpu", lambda x: True)
+    module, weights = oracle(method, 384, 1, 384, 600, **options)
+    image, text = torch.randn(7, 600), torch.randn(5, 384)
+    with _Sums() as sums:  # type: ignore[no-untyped-call]
+        fused = fuse_together(weights, image[None], text[None], "float32").fused[0]
+    assert 0 < sums.longest <= SUM_CHUNK
+    torch.testing.assert_close(fused, module(image, text)[0], atol=1e-5, rtol=0)
 
 
 @DEVICES
