@@ -66,12 +66,15 @@ def test_large_scores_are_taken_exactly(order: Order, seed: int) -> None:
     assert_as_good(fused, exact[0], single[0])
     assert_as_good(weights, exact[1], single[1])
     if order is not Order.IMAGE:
-        both = (torch.from_numpy(np.stack([x, x / 1000])) for x in (image, text))
-        alone = (torch.from_numpy(x / 1000)[None] for x in (image, text))
-        fused, weights = _by_plan(order, order, module, *both)
+        small = [(x / 1000).astype(np.float32) for x in (image, text)]
+        mixed, others = (
+            [torch.from_numpy(np.stack(pair)) for pair in zip(beside, small, strict=True)]
+            for beside in ((image, text), small)
+        )
+        fused, weights = _by_plan(order, order, module, *mixed)
         assert_as_good(fused[0], exact[0], single[0])
         assert_as_good(weights[0], exact[1], single[1])
-        torch.testing.assert_close(fused[1:], _by_plan(order, order, module, *alone)[0], atol=1e-7, rtol=0)
+        torch.testing.assert_close(fused[1], _by_plan(order, order, module, *others)[0][1], atol=0, rtol=0)
 
 
 def _table(n: int, m: int, d: int, h: int) -> dict[tuple[Order, Order], int]:
