@@ -196,7 +196,7 @@ def _together_on_gpu(a: Array, b: Array) -> bool:
     A GPU adds up one after the other too, but in parts for the few rows that the reference has of one pair. So one
     transformer in 30 was over the bar.
     """
-    of_many = len(a.shape) == 4 or len(a.shape) == 3 > len(b.shape)  # what has three axes twice is heads of one pair
+    of_many = len(a.shape) == 4 or (len(a.shape) == 3 and len(b.shape) == 2)  # three twice are the heads of one pair
     return of_many and is_on_gpu(a) and dtype_name(a) == "float32" and not needs_grad(a, b)
 
 
