@@ -104,13 +104,23 @@ def plain(x: Array) -> Array:
     """``x`` as a tensor or an array and no kind of its own, such as a matrix, whose operators mean something else.
 
     Raises:
-        ValuesError: it has a mask, which would be lost.
+        ValuesError: it has a mask, which would be lost; it is a sparse or nested tensor, or no array.
     """
     if is_masked(x):
         raise ValuesError(
             "masked arrays are not supported", wanted="an array of numbers", hint="leave out those rows, or x.filled(0)"
         )
-    return x if is_torch(x) else np.asarray(x)
+    if is_torch(x):
+        if x.is_nested:
+            raise ValuesError("nested tensors are not supported", wanted="[rows, width]", hint="fuse pair by pair")
+        if x.layout != sys.modules["torch"].strided:
+            found = str(x.layout).removeprefix("torch.")
+            raise ValuesError("not a dense tensor", found=found, hint="x.to_dense()")
+        return x
+    try:
+        return np.asarray(x)
+    except ValueError as error:
+        raise ValuesError("not an array", found=str(error), wanted="rows of one width") from None
 
 
 def numpy_can_have(*arrays: Array) -> bool:

@@ -181,6 +181,17 @@ def test_a_mask_is_not_lost_in_silence(drawn: tuple[Weights, Any, Any]) -> None:
         fuse(weights, np.ma.masked_invalid(image), text)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_what_is_no_dense_array_is_refused(drawn: tuple[Weights, Any, Any]) -> None:
+    weights, image, text = drawn
+    rows = torch.from_numpy(text)
+    for bad in ([*text.tolist(), [0.0]], rows.to_sparse(), torch.nested.nested_tensor([rows])):
+        with pytest.raises(ValuesError):
+            fuse(weights, image, bad)
+        with pytest.raises(ValuesError):
+            fuse(weights, bad, text)
+
+
 def test_one_vector_and_a_leading_axis_of_one_are_rows(drawn: tuple[Weights, Any, Any]) -> None:
     weights, image, text = drawn
     expected = fuse(weights, image[:1], text)
