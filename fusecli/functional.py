@@ -83,8 +83,6 @@ THIN = 12
 WIDE = 96
 #: OpenBLAS takes so many rows at once, and a rest by 8, 4, 2 and 1: 13 to 15 rows take longer than these.
 STEP = 16
-#: So do rests of 11 rows and more where one thread multiplies, up to `WIDE`; there are so few zeros behind them.
-FEW_ZEROS = 5
 #: Rows that are multiplied together by `rows_apart`. Not any number will do: of 12, 24 or 32, OpenBLAS's AVX2 code
 #: (`OPENBLAS_CORETYPE=Haswell`) adds up some in another order than the rest. Of 8 or 16 it does not.
 ROWS_APART = 16
@@ -93,18 +91,12 @@ SUM_CHUNK = 256
 
 
 @lru_cache(maxsize=1)
-def one_thread_multiplies() -> bool:
-    """Whether OpenBLAS has been told to multiply on one thread, as in the command."""
-    return os.environ.get(BLAS_THREADS) == "1"
-
-
-@lru_cache(maxsize=1)
 def multiplies_in_place() -> bool:
-    """Whether one thread multiplies, and small matrices where they lie.
+    """Whether one thread multiplies, as in the command, and small matrices where they lie.
 
     That it sees by their bits: what is copied first comes to the same, however it lay.
     """
-    if not one_thread_multiplies():
+    if os.environ.get(BLAS_THREADS) != "1":
         return False
     a, b = 1 / np.arange(1, 2049, dtype=np.float32).reshape(2, 16, 64)
     return not np.array_equal(a @ b.T, a @ contiguous(b.T))
@@ -164,9 +156,8 @@ def dot(a: Array, b: Array) -> Array:
     if thin or _sums_in_lanes(a, b):
         # Of rows that do not lie one after the other, from 9 on, sums are taken one by one, which rounds more.
         return _small_products(b.mT, contiguous(a).mT).mT
-    most, zeros = WIDE if one_thread_multiplies() else STEP, -len(a) % STEP
-    if a.ndim == 2 and THIN < len(a) < most and zeros <= FEW_ZEROS:
-        return (b.mT @ padded(a, len(a) + zeros).mT).mT[: len(a)]
+    if a.ndim == 2 and THIN < len(a) < STEP:
+        return (b.mT @ padded(a, STEP).mT).mT[: len(a)]
     return (b.mT @ a.mT).mT
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fusecli.functional import multiplies_in_place, one_thread_multiplies
+from fusecli.functional import multiplies_in_place
 from fusecli.machine import BLAS_THREADS
 from fusecli.weights import Config, Weights
 
@@ -86,14 +86,11 @@ def on_one_thread() -> Iterator[None]:
     """Here NumPy multiplies as it does in the command, on one thread (what it says of their number is believed)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(BLAS_THREADS, "1")
-        _forget_threads()
-        yield
-    _forget_threads()
-
-
-def _forget_threads() -> None:
-    one_thread_multiplies.cache_clear()
-    multiplies_in_place.cache_clear()
+        multiplies_in_place.cache_clear()
+        try:
+            yield
+        finally:
+            multiplies_in_place.cache_clear()
 
 
 #: What makes an array of NumPy's one of each kind, and where that kind is computed with.

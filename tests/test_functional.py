@@ -17,15 +17,13 @@ from fusecli.functional import dot, gelu, layer_norm, linear, multiplies_in_plac
 from tests.oracle import on_one_thread
 
 
-@pytest.mark.parametrize("here", [nullcontext, on_one_thread])
-def test_a_product_is_one_however_many_rows_it_has(here: Any, rng: np.random.Generator) -> None:
-    weight = rng.standard_normal((100, 24))
-    with here():
-        for rows in range(1, 100):
-            x = rng.standard_normal((rows, 24))
-            np.testing.assert_allclose(dot(x, weight.T), np.einsum("nk,dk->nd", x, weight), rtol=1e-12, atol=1e-12)
-            stack = np.stack([x, 2 * x, -x], 1)  # as many stacks as there were rows
-            np.testing.assert_allclose(dot(stack, weight.T)[:, 2], -dot(x, weight.T), rtol=1e-12, atol=1e-12)
+def test_a_product_is_one_however_many_rows_it_has(rng: np.random.Generator) -> None:
+    weight = rng.standard_normal((40, 24))
+    for rows in range(1, 50):
+        x = rng.standard_normal((rows, 24))
+        np.testing.assert_allclose(dot(x, weight.T), np.einsum("nk,dk->nd", x, weight), rtol=1e-12, atol=1e-12)
+        stack = np.stack([x, 2 * x, -x], 1)  # as many stacks as there were rows
+        np.testing.assert_allclose(dot(stack, weight.T)[:, 2], -dot(x, weight.T), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("most", "here"), [(12, nullcontext), (96, on_one_thread)])
