@@ -100,27 +100,28 @@ def is_masked(x: Array) -> bool:
     return getattr(x, "mask", None) is not None
 
 
-def plain(x: Array) -> Array:
+def plain(x: Array, what: str) -> Array:
     """``x`` as a tensor or an array and no kind of its own, such as a matrix, whose operators mean something else.
 
     Raises:
-        ValuesError: it has a mask, which would be lost; it is a sparse or nested tensor, or no array.
+        ValuesError: it has a mask, which would be lost; it is a sparse or nested tensor, or no array; the message calls
+            it ``what``.
     """
     if is_masked(x):
-        raise ValuesError(
-            "masked arrays are not supported", wanted="an array of numbers", hint="leave out those rows, or x.filled(0)"
-        )
+        hint = "leave out those rows, or x.filled(0)"
+        raise ValuesError("masked arrays are not supported", where=what, wanted="an array of numbers", hint=hint)
     if is_torch(x):
         if x.is_nested:
-            raise ValuesError("nested tensors are not supported", wanted="[rows, width]", hint="fuse pair by pair")
+            raise ValuesError("nested tensors are not supported", where=what, hint="fuse pair by pair")
         if x.layout != sys.modules["torch"].strided:
             found = str(x.layout).removeprefix("torch.")
-            raise ValuesError("not a dense tensor", found=found, hint="x.to_dense()")
+            raise ValuesError("not a dense tensor", where=what, found=found, hint="x.to_dense()")
         return x
     try:
         return np.asarray(x)
-    except ValueError as error:
-        raise ValuesError("not an array", found=str(error), wanted="rows of one width") from None
+    except (ValueError, TypeError, RuntimeError):  # rows of different lengths; tensors in a list, with gradients
+        found, wanted = type(x).__name__, "an array or a tensor, [rows, width]"
+        raise ValuesError("not an array", where=what, found=found, wanted=wanted) from None
 
 
 def numpy_can_have(*arrays: Array) -> bool:

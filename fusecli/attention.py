@@ -58,7 +58,7 @@ class Keys:
 
     def query(self, text: Array) -> Array:
         """``text [N, Dt]`` projected: ``[N, D]``; here and below a batch has an axis ``B`` before all of that."""
-        # Not by parts: the bar of numbers was held without, and they take a tenth longer.
+        # Arrays not by parts: the bar of numbers was held without, and they take a tenth longer.
         query = linear(text, self.maps.query, self.maps.query_bias, dot)  # [N, D]
         if self.maps.scale != 1:
             query *= self.maps.scale

@@ -1,7 +1,7 @@
 """What layers compute, on NumPy arrays as on torch tensors: products, norms, activations.
 
 Named as in `torch.nn.functional` where that has the same. torch's own are used on tensors; on arrays OpenBLAS
-does the products, and how it is called decides speed and last digits.
+does the products, and how it is called decides speed and last digits. So it does for many pairs on a GPU.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ STEP = 16
 #: Rows that are multiplied together by `rows_apart`. Not any number will do: of 12, 24 or 32, OpenBLAS's AVX2 code
 #: (`OPENBLAS_CORETYPE=Haswell`) adds up some in another order than the rest. Of 8 or 16 it does not.
 ROWS_APART = 16
-#: Products that are summed at once by `dot_by_parts`.
+#: Products that are summed at once where sums are taken in parts.
 SUM_CHUNK = 256
 
 
@@ -146,7 +146,7 @@ def dot(a: Array, b: Array) -> Array:
 
     OpenBLAS is up to three times as fast with the long side of the result first (the fewer the
     tokens, the more it matters), and the transposed result costs nothing: it is a view. torch's libraries
-    round more that way round.
+    round more that way round. For pairs together on a GPU sums are taken in parts, as `dot_by_parts` does for arrays.
     """
     if is_torch(a):
         return _sum_of_parts(a, b, namespace(a).matmul) if _together_on_gpu(a, b) else a @ b
@@ -182,7 +182,7 @@ def _sum_of_parts(a: Array, b: Array, product: Callable[[Array, Array], Array]) 
 
 
 def _together_on_gpu(a: Array, b: Array) -> bool:
-    """Whether ``a [B, rows, K]`` or ``[B, H, rows, d]`` is of pairs that a GPU fuses together, and nothing is learned.
+    """Whether ``a [B, rows, K]`` or ``[B, H, rows, d]`` is of pairs together on a GPU, and not learned from.
 
     A GPU adds up one after the other too, but in parts for the few rows that the reference has of one pair. So one
     transformer in 30 was over the bar.
@@ -209,7 +209,7 @@ def rows_apart(x: Array, weight: Array) -> Array:
 def linear(x: Array, weight: Array, bias: Array, product: Callable[[Array, Array], Array] = dot_by_parts) -> Array:
     """``x [..., rows, K] @ weightᵀ + bias`` with ``weight [D, K]``: ``[..., rows, D]``, as `torch.nn.Linear`.
 
-    ``product`` is how arrays are multiplied.
+    ``product`` is how arrays, and pairs together on a GPU, are multiplied.
     """
     if is_torch(x) and not _together_on_gpu(x, weight):
         return namespace(x).nn.functional.linear(x, weight, bias)

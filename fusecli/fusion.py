@@ -200,8 +200,8 @@ def fuse(weights: Weights, image: Array, text: Array, *, need_weights: bool = Fa
         raise UsageError("no weights", found=type(weights).__name__, hint="fusecli.load(path)")
     if need_weights:
         require_attention(weights.config)
-    text = as_rows(plain(text), "text", weights.text_dim)
-    image = as_rows(plain(image), "image", weights.image_dim)
+    text = as_rows(plain(text, "text features"), "text", weights.text_dim)
+    image = as_rows(plain(image, "image features"), "image", weights.image_dim)
     dtype, given = compute_dtype(dtype_name(text), dtype_name(image)), text
     training = is_torch(text) and needs_grad(text, image, *weights.tensors.values())
     if is_torch(text) and not is_on_gpu(text) and numpy_can_have(text, image, *weights.tensors.values()):

@@ -185,10 +185,11 @@ def test_a_mask_is_not_lost_in_silence(drawn: tuple[Weights, Any, Any]) -> None:
 def test_what_is_no_dense_array_is_refused(drawn: tuple[Weights, Any, Any]) -> None:
     weights, image, text = drawn
     rows = torch.from_numpy(text)
-    for bad in ([*text.tolist(), [0.0]], rows.to_sparse(), torch.nested.nested_tensor([rows])):
-        with pytest.raises(ValuesError):
+    listed = [row.clone().requires_grad_() for row in rows]
+    for bad in ([*text.tolist(), [0.0]], listed, rows.to_sparse(), torch.nested.nested_tensor([rows])):
+        with pytest.raises(ValuesError, match="text features"):
             fuse(weights, image, bad)
-        with pytest.raises(ValuesError):
+        with pytest.raises(ValuesError, match="image features"):
             fuse(weights, bad, text)
 
 
