@@ -20,6 +20,7 @@ from torch import nn
 from fusecli.errors import FileError, TrainingError, ValuesError
 from fusecli.training.data import Batch, Data, ahead, batches, load
 from fusecli.training.objective import Head, Objective
+from fusecli.training.optim import AdamW
 from fusecli.training.represent import Fusion
 
 #: Gradients are scaled down to this norm.
@@ -164,7 +165,7 @@ class _Run:
             groups.append({"params": [fusion.named[name]], "lr": lr / size, "weight_decay": decay * size})
         self._learned = [*ours, *along]
         # All of an update in one pass over memory; in a pass for each operation it takes a sixth of an epoch.
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=decay, fused=True)
+        self.optimizer = AdamW(groups, weight_decay=decay, fused=True)
         self.steps = len(self._batches(torch.Generator()))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, partial(_rate, self.steps * settings.epochs))
 

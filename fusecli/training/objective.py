@@ -20,6 +20,7 @@ from torch.nn import functional as F  # noqa: N812
 from fusecli.errors import ValuesError
 from fusecli.machine import cores
 from fusecli.training.data import Batch, Data, batches, load
+from fusecli.training.optim import LBFGS
 from fusecli.training.represent import EVALUATED, Fusion, Representation
 
 Head = Mapping[str, nn.Parameter]
@@ -186,7 +187,7 @@ class Supervised:
             return min(pool.map(under, self.penalties), key=lambda pair: pair[0].loss)
 
     def _minimise(self, head: Head, x: torch.Tensor, targets: torch.Tensor, penalty: float) -> None:
-        optimizer = torch.optim.LBFGS(list(head.values()), max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+        optimizer = LBFGS(list(head.values()), max_iter=ITERATIONS, line_search_fn="strong_wolfe")
 
         def closure() -> float:
             optimizer.zero_grad()
