@@ -18,11 +18,13 @@ from torch import nn
 import fusecli
 from fusecli.errors import FileError, InputError, UsageError
 from fusecli.training.data import Rows
-from fusecli.training.files import Begun, Files, begun_with
-from fusecli.training.labels import numbers, read_labels
+from fusecli.training.files import Begun, begun_with
+from fusecli.training.keeper import Files
+from fusecli.training.labels import read_labels
 from fusecli.training.loop import TrainingState
 from fusecli.training.represent import Fusion
 from fusecli.training.run import _best
+from fusecli.training.targets import numbers
 from tests.conftest import Run
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from enum import StrEnum
-from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fusecli.cli.console import emit, note
+from fusecli.cli.lesson import ClassWeights, Objective, Task, check, check_labels, options_of_method, recipe_of
 from fusecli.cli.options import (
     Debug,
     Device,
@@ -23,52 +22,17 @@ from fusecli.cli.options import (
     Quiet,
     Residual,
     SelfAttention,
-    given_options,
-    method_options,
-    require_names,
-    require_safetensors,
 )
 from fusecli.cli.paths import refuse_same_file
 from fusecli.cli.progress import Epochs
-from fusecli.cli.sources import (
-    ImageKey,
-    ImagePattern,
-    Sources,
-    TextKey,
-    TextPattern,
-    check_sources,
-    complete_ids,
-    find_pairs,
-    refuse_inside,
-)
-from fusecli.errors import OutputError, UsageError
+from fusecli.cli.sources import ImageKey, ImagePattern, Sources, TextKey, TextPattern, complete_ids, find_pairs
+from fusecli.errors import UsageError
 
 if TYPE_CHECKING:
-    from fusecli.training.recipe import Recipe
     from fusecli.training.run import Result
-    from fusecli.weights import Weights
 
 #: Held-out pairs, below which intervals of the table are so wide that it says little.
 FEW = 20
-
-
-class Task(StrEnum):
-    """What labels are."""
-
-    classify = "classify"
-    regression = "regression"
-
-
-class Objective(StrEnum):
-    """What to learn without labels."""
-
-    match = "match"
-
-
-class ClassWeights(StrEnum):
-    """How much classes count."""
-
-    balanced = "balanced"
 
 
 def train(
@@ -208,29 +172,33 @@ def train(
     """
     parameters = locals()
     from fusecli import checkpoint
-    from fusecli.training import labels as labelled
-    from fusecli.training.files import files_of
-    from fusecli.training.run import train_on
+    from fusecli.training.files import files_of, goes_on
+    from fusecli.training.labels import read_labels
 
     for where, rate in {"--lr": lr, "--weight-decay": weight_decay}.items():
         if rate == math.inf:
             raise UsageError("is infinite", where=where, wanted="a number")
     sources = Sources(images, texts, manifest, image_key, text_key, image_pattern, text_pattern)
-    _check(sources, output, labels, weights, validation + held_out)
-    _check_labels(parameters)
-    given = _method_options(parameters)
+    check(sources, output, labels, weights, validation + held_out)
+    check_labels(parameters)
+    given = options_of_method(parameters)
+    going_on = goes_on(output, resume, overwrite)
     loaded = None if weights is None else checkpoint.load(weights, num_heads, tell=lambda line: note(line, quiet))
     pairs = find_pairs(sources, [output])
     state = files_of(output)[-1]
     before = _stamp(state)
-    known = labelled.read_labels(labels, label_column or "label") if labels is not None else None
+    known = read_labels(labels, label_column or "label") if labels is not None else None
     ids = complete_ids(pairs, known, allow_missing, quiet)
     features = {place.path for id in ids for place in pairs.places(id)}  # behind links, say
     refuse_same_file([output, *files_of(output)], sorted(features))
-    chosen = _recipe(parameters, known, given, loaded)
+    if resume and not going_on:
+        note("no unfinished run to resume: starting from the beginning", quiet)
     try:
         with Epochs(quiet) as reporter:
-            result = train_on(output, ids, pairs.places, chosen, reporter, resume, overwrite)
+            from fusecli.training.run import train_on  # takes seconds to load, so what is wrong is told before
+
+            chosen = recipe_of(parameters, known, given, loaded)
+            result = train_on(output, ids, pairs.places, chosen, reporter, going_on)
     except KeyboardInterrupt:
         kept = _stamp(state) not in (None, before if overwrite else None)
         note(f"interrupted; {_to_continue(overwrite) if kept else 'nothing is kept'}", quiet)
@@ -248,40 +216,6 @@ def train(
         _show(result, output, quiet)
 
 
-def _recipe(
-    asked: dict[str, Any], labels: dict[str, str] | None, options: dict[str, Any], weights: Weights | None
-) -> Recipe:
-    """What the command's parameters ask for; ``options`` of the method, or ``weights`` that bring their own."""
-    from fusecli.training import labels as labelled
-    from fusecli.training import recipe
-    from fusecli.training.loop import Settings
-
-    usual, smoothing = recipe.pace(labels is not None, options), asked["label_smoothing"]
-    objective = partial(
-        labelled.objective,
-        labels,
-        where=asked["labels"],
-        task=str(asked["task"] or Task.classify),
-        text_dropout=asked["text_dropout"] or 0.0,
-        smoothing=recipe.SMOOTHING if smoothing is None else smoothing,
-        balanced=asked["class_weights"] is not None,
-    )
-    beginning = partial(recipe.from_scratch, labels is not None, asked["feature_dim"], asked["seed"], options)
-    if weights:
-        beginning = partial(recipe.from_checkpoint, weights, asked["weights"])
-    settings = Settings(
-        epochs=asked["epochs"] or usual.epochs,
-        batch_size=asked["batch_size"],
-        lr=usual.lr if asked["lr"] is None else asked["lr"],
-        weight_decay=asked["weight_decay"],
-        patience=asked["patience"] or usual.patience,
-        seed=asked["seed"],
-        device=asked["device"],
-        bfloat16=asked["bfloat16"],
-    )
-    return recipe.Recipe(objective, beginning, settings, asked["validation"], asked["held_out"])
-
-
 def _to_continue(overwrite: bool) -> str:
     return f"run the same command with {'--resume in place of --overwrite' if overwrite else '--resume'} to continue"
 
@@ -294,60 +228,6 @@ def _stamp(path: str) -> tuple[int, ...] | None:
         return stamp_of(os.stat(path))
     except OSError:
         return None
-
-
-def _method_options(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Method and options from the command's parameters; none where a checkpoint brings its own."""
-    method, layer_norm = parameters["method"] or MethodName.gated, parameters["layer_norm"]
-    if parameters["weights"] is None:
-        if layer_norm is None:  # the article's module has none, and what is trained for it has to fit it
-            layer_norm = method is not MethodName.attention
-        return method_options(method, parameters | {"layer_norm": layer_norm})
-    asked = {name: parameters[name] for name in ("method", "feature_dim")}
-    given = given_options(parameters)
-    given.pop("num_heads", None)  # a bare state_dict does not say it
-    extra = [*given, *(name for name, value in asked.items() if value is not None)]
-    if layer_norm is False:  # that was given too
-        extra.append("layer_norm")
-    if extra:
-        where = "--" + extra[0].replace("_", "-")
-        raise UsageError("the checkpoint brings its own", where=where, hint="leave out either")
-    return {}
-
-
-def _check(sources: Sources, output: str, labels: str | None, weights: str | None, kept: float) -> None:
-    from fusecli.formats import require_folder
-    from fusecli.training.files import files_of
-
-    check_sources(sources)
-    require_safetensors(output)
-    if sources.manifest == "-":
-        raise UsageError("pairs are read more than once, so they cannot come on stdin", where="--manifest")
-    if kept >= 1:
-        raise UsageError("nothing is left to train on", where="--validation and --held-out", found=f"{kept:g}")
-    outputs = [output, *files_of(output)]
-    refuse_same_file(outputs, [*(path for path in sources.paths() if os.path.isfile(path)), labels, weights])
-    refuse_inside(output, filter(os.path.isdir, sources.paths()))
-    for path in outputs:
-        if os.path.isdir(path):
-            raise OutputError("is a directory", where=path, wanted="a file name")
-        require_folder(path)
-
-
-def _check_labels(given: dict[str, Any]) -> None:
-    """Raise `UsageError` for options of labels where there are none, and of classes where there are numbers."""
-    of_classes = ("class_weights", "label_smoothing")
-    require_names({"--labels": given["labels"], "--label-column": given["label_column"]})
-    if given["labels"] and given["objective"]:
-        raise UsageError(
-            "--objective match is for training without labels", where="--objective", hint="leave out either"
-        )
-    for name in ("label_column", "task", "text_dropout", *of_classes):
-        where = f"--{name.replace('_', '-')}"
-        if given[name] is not None and given["labels"] is None:
-            raise UsageError("there are no labels", where=where, hint="add --labels FILE")
-        if given[name] is not None and given["task"] is Task.regression and name in of_classes:
-            raise UsageError("numbers have no classes", where=where, hint="leave it out")
 
 
 def _show(result: Result, output: str, quiet: bool) -> None:

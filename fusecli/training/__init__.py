@@ -3,9 +3,9 @@
 From the outside in:
 
 - `recipe`: how it goes unless told otherwise; `run`: a training from beginning to end; `files`: what lies beside a
-  checkpoint; `loop`: the optimizer, epoch by epoch;
+  checkpoint; `keeper`: keeps it; `loop`: learning, epoch by epoch; `optim`: the optimizers;
 - `start`: where new weights begin; `table`: what the trained fusion is worth, beside what could be used instead;
-- `labels`: labels from a table, and what there is to learn; `objective`: classes and numbers; `match`: which picture
-  belongs to a text;
+- `labels`: labels from a table; `targets`: what there is to learn; `objective`: classes and numbers; `match`: which
+  picture belongs to a text;
 - `represent`: what stands for a pair, one vector; `data`: features of all pairs, and batches of them.
 """

@@ -14,11 +14,11 @@ import torch
 from fusecli import checkpoint
 from fusecli.arrays import to_device
 from fusecli.collections import Place
-from fusecli.errors import TrainingError, UsageError, ValuesError
-from fusecli.formats import require_replaceable
+from fusecli.errors import TrainingError, ValuesError
 from fusecli.machine import cores
 from fusecli.training.data import read, require_enough
-from fusecli.training.files import STATE, Begun, Files, begun_with, beside, files_of
+from fusecli.training.files import Begun, begun_with
+from fusecli.training.keeper import Files
 from fusecli.training.loop import Lesson, Listener, TrainingState, fit
 from fusecli.training.objective import Evaluation, Head
 from fusecli.training.recipe import Recipe
@@ -42,9 +42,6 @@ class Reporter(Listener, Protocol):
 
     def unknown_labels(self, pairs: int) -> None:
         """So many pairs have a label that no pair to train on has."""
-
-    def nothing_to_resume(self) -> None:
-        """There is no unfinished run to go on with, so one begins."""
 
     def comparing(self, name: str) -> None:
         """A line of the table is being computed."""
@@ -79,7 +76,6 @@ def train_on(
     recipe: Recipe,
     reporter: Reporter,
     resume: bool = False,
-    overwrite: bool = False,
 ) -> Result:
     """Read the pairs, `train` on them, compare.
 
@@ -89,18 +85,14 @@ def train_on(
         places: where image and text of each lie.
         recipe: what to learn, from what on, and how.
         reporter: is told how far it is.
-        resume: go on with an unfinished run, if there is one.
-        overwrite: forget it.
+        resume: go on with the unfinished run that is there.
 
     Raises:
         FusecliError: the pairs cannot be used, or the training diverged.
     """
-    going_on = _goes_on(output, resume, overwrite)
-    if resume and not going_on:
-        reporter.nothing_to_resume()
     # The command multiplies on one thread for the sake of equal bytes everywhere; here it would take twice as long.
     # What goes on keeps to its number of them, and its precision, or digits would differ.
-    begun = begun_with(output) if going_on else None
+    begun = begun_with(output) if resume else None
     before, settings = begun or Begun(), recipe.settings
     threads = before.threads or 0
     torch.set_num_threads(threads if 0 < threads <= MOST_THREADS else cores())
@@ -120,24 +112,6 @@ def train_on(
     if alone and beginning.untrained.config.can_forget_text:
         reporter.forgets_text(alone)
     return train(output, beginning, lesson, reporter, begun)
-
-
-def _goes_on(output: str, resume: bool, overwrite: bool) -> bool:
-    """Whether there is an unfinished run to go on with; that it is said what to do with it, and can be replaced.
-
-    Raises:
-        UsageError: it is not said, or twice.
-        OutputError: a file of another user is in the way.
-    """
-    if resume and overwrite:
-        raise UsageError("exclude each other", where="--resume --overwrite", hint="leave out either")
-    state = beside(output, STATE)
-    there = os.path.exists(state)
-    if there and not resume and not overwrite:
-        raise UsageError("there is an unfinished run", where=state, hint="--resume or --overwrite")
-    for path in (output, *files_of(output)):
-        require_replaceable(path)
-    return resume and there
 
 
 def train(output: str, beginning: Beginning, lesson: Lesson, reporter: Reporter, begun: Begun | None) -> Result:
