@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import io
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+
+from fusecli.cli import SPINS
 
 settings.register_profile("fusecli", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("fusecli")
@@ -21,10 +26,26 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
         signal.signal(number, handler)
 
 os.environ.pop("PYTHONUNBUFFERED", None)  # it would hide what goes wrong as buffers are written at last
+os.environ.setdefault(*SPINS)  # before torch is loaded, or its threads would keep tests from each other's processors
 
 Run = Callable[..., subprocess.CompletedProcess[bytes]]
+#: With options, and the exit code that is expected; gives the facts, or what is said where the code is not 0.
+Learn = Callable[..., Any]
 
 FUSECLI = [sys.executable, "-W", "error", "-m", "fusecli"]
+
+
+def loaded_by(folder: Path, *arguments: Any, code: int = 0) -> set[str]:
+    """The modules that a command loads, run in ``folder``."""
+    told = (
+        "import sys; from fusecli.cli import main\ncode = 0\ntry: main()\nexcept SystemExit as end: code = end.code\n"
+        "print(*sorted(sys.modules)); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", told, *map(str, arguments)], cwd=folder, capture_output=True, check=False
+    )
+    assert done.returncode == code, done.stderr.decode()
+    return set(done.stdout.decode().splitlines()[-1].split())
 
 
 @pytest.fixture
@@ -93,6 +114,26 @@ def few(tmp_path: Path, rng: np.random.Generator, run: Run) -> Path:
     lines = ["id,image,text", *(f"{id},img/{id}.npy,txt/{id}.npy" for id in FEW)]
     (tmp_path / "m.csv").write_text("\n".join(lines) + "\n")
     return tmp_path
+
+
+@pytest.fixture
+def learn(tmp_path: Path) -> Learn:
+    """Train in ``tmp_path`` as the command does, but in this process, where torch is loaded; see `Learn`."""
+    from fusecli.cli import _run
+    from tests.lessons import QUICK
+
+    def call(*options: Any, code: int = 0, sides: tuple[str, ...] = ("img", "txt")) -> Any:
+        command = ["fusecli", "train", *sides, "-o", "f.safetensors", *QUICK, "--json", *options]
+        out, told = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(told):
+            patch.chdir(tmp_path)
+            patch.setattr(sys, "argv", list(map(str, command)))
+            ended = _run()
+        assert "internal error" not in told.getvalue()
+        assert (ended or 0) == code, told.getvalue()
+        return told.getvalue() if code else json.loads(out.getvalue())
+
+    return call
 
 
 @pytest.fixture

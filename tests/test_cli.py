@@ -16,7 +16,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from fusecli import fuse, init, load
-from tests.conftest import FUSECLI, Run
+from tests.conftest import FUSECLI, Run, loaded_by
 from tests.oracle import article, features
 
 
@@ -219,9 +219,6 @@ def test_cuda_gives_the_cpus_numbers(run: Run, pair: tuple[Any, Any], tmp_path: 
 # Start-up and memory: what can be counted, not timed
 
 
-HEAVY = "import sys; from fusecli.cli import main\ntry: main()\nexcept SystemExit: pass\nprint(*sorted(sys.modules))"
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -234,8 +231,7 @@ def test_a_small_run_imports_nothing_heavy(
     run: Run, pair: tuple[Any, Any], tmp_path: Path, arguments: list[str]
 ) -> None:
     run("init", "-o", "w.safetensors", "-q")
-    done = subprocess.run([sys.executable, "-c", HEAVY, *arguments], cwd=tmp_path, capture_output=True, check=True)
-    loaded = set(done.stdout.decode().splitlines()[-1].split())
+    loaded = loaded_by(tmp_path, *arguments)
     assert "typer" in loaded
     assert not loaded & {"torch", "rich", "pydantic", "safetensors", "ml_dtypes", "hashlib"}
 
