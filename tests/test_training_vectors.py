@@ -18,6 +18,7 @@ from fusecli.collections import open_collection
 from fusecli.errors import is_out_of_memory
 from fusecli.plans import Order, Plan, costs_of_batch, costs_to_learn
 from fusecli.training.data import Batch, load, read
+from fusecli.training.match import Match
 from fusecli.training.represent import Fusion, fast_in_bfloat16
 from tests.oracle_methods import oracle
 from tests.test_methods import EVERY
@@ -56,6 +57,36 @@ def test_an_image_meets_many_texts_as_it_meets_each(method: str, options: dict[s
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()) + 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "self_attention"), [("gated", False), ("transformer", False), ("transformer", True)]
+)
+def test_matching_has_the_same_gradients_every_time(method: str, self_attention: bool) -> None:
+    drawn = torch.Generator().manual_seed(0)
+    sides = [torch.randn(64, rows, D, generator=drawn) for rows in (4, 3)]
+    masks = [torch.ones(x.shape[:2], dtype=torch.bool) for x in sides]
+    batch = Batch(list(range(64)), sides[0], masks[0], sides[1], masks[1])
+    fusion = _fusion(method, {"self_attention": True} if self_attention else {})
+
+    class Overlapping(Match):
+        def _groups(self, text: torch.Tensor) -> torch.Tensor:
+            return torch.randint(len(text), (4, 16))  # threads meet in the texts that groups share
+
+    objective, found = Overlapping(D), []
+    head = objective.head(D)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # which can add up in another order each time
+    try:
+        for _ in range(5):
+            torch.manual_seed(1)
+            found.append(
+                torch.autograd.grad(objective.loss(head, fusion, batch), [*head.values(), *fusion.parameters()])
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
 
 
 @EVERY

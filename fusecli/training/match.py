@@ -72,7 +72,8 @@ class Match:
         mates = groups.repeat_interleave(size, 0)  # [B, G], the texts that each image meets
         images = replace(batch, images=batch.images[order], image_mask=batch.image_mask[order])
         fused = _side(head, "fused", hidden(fusion.each(images, mates)))  # [B, G, space]
-        scores = (fused * text[mates]).sum(2) * _factor(head)  # image by text
+        met = F.embedding(mates, text)  # [B, G, space]; gradients of `text[mates]` are added up in any order
+        scores = (fused * met).sum(2) * _factor(head)  # image by text
         scores = scores.reshape(-1, size, size)  # [groups, G, G]
         true = torch.arange(size, device=scores.device).repeat(len(groups))
         return F.cross_entropy(scores.mT.flatten(0, 1), true)
