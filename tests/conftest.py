@@ -26,7 +26,8 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
         signal.signal(number, handler)
 
 os.environ.pop("PYTHONUNBUFFERED", None)  # it would hide what goes wrong as buffers are written at last
-os.environ.setdefault(*SPINS)  # before torch is loaded, or its threads would keep tests from each other's processors
+if "OMP_WAIT_POLICY" not in os.environ:  # before torch is loaded: its threads would keep tests from the processors
+    os.environ.setdefault(*SPINS)
 
 Run = Callable[..., subprocess.CompletedProcess[bytes]]
 #: With options, and the exit code that is expected; gives the facts, or what is said where the code is not 0.
@@ -119,16 +120,25 @@ def few(tmp_path: Path, rng: np.random.Generator, run: Run) -> Path:
 @pytest.fixture
 def learn(tmp_path: Path) -> Learn:
     """Train in ``tmp_path`` as the command does, but in this process, where torch is loaded; see `Learn`."""
+    import torch
+
     from fusecli.cli import _run
     from tests.lessons import QUICK
 
     def call(*options: Any, code: int = 0, sides: tuple[str, ...] = ("img", "txt")) -> Any:
         command = ["fusecli", "train", *sides, "-o", "f.safetensors", *QUICK, "--json", *options]
         out, told = io.StringIO(), io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(told):
+        threads = torch.get_num_threads()
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            redirect_stdout(out),
+            redirect_stderr(told),
+            torch.random.fork_rng(),
+        ):
             patch.chdir(tmp_path)
             patch.setattr(sys, "argv", list(map(str, command)))
             ended = _run()
+        torch.set_num_threads(threads)
         assert "internal error" not in told.getvalue()
         assert (ended or 0) == code, told.getvalue()
         return told.getvalue() if code else json.loads(out.getvalue())

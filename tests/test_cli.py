@@ -236,6 +236,16 @@ def test_a_small_run_imports_nothing_heavy(
     assert not loaded & {"torch", "rich", "pydantic", "safetensors", "ml_dtypes", "hashlib"}
 
 
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)]
+)
+def test_threads_sleep_soon_unless_told_otherwise(given: dict[str, str], spins: str | None) -> None:
+    code = "import os; from fusecli.cli import main\ntry: main()\nfinally: print(os.environ.get('GOMP_SPINCOUNT'))"
+    env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", code, "--version"], env=env | given, capture_output=True, check=True)
+    assert done.stdout.decode().splitlines()[-1] == str(spins)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("image", "limit"), [("img.npy", 64), ("regions.npy", 300)])
 def test_memory_stays_flat_in_the_text(pair: tuple[Any, Any], tmp_path: Path, image: str, limit: int) -> None:

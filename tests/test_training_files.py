@@ -19,7 +19,7 @@ import fusecli
 from fusecli.errors import FileError, InputError, UsageError
 from fusecli.training.data import Rows
 from fusecli.training.files import Begun, begun_with
-from fusecli.training.keeper import Files
+from fusecli.training.keeper import FileKeeper
 from fusecli.training.labels import read_labels
 from fusecli.training.loop import TrainingState
 from fusecli.training.represent import Fusion
@@ -30,7 +30,7 @@ from tests.conftest import Run
 
 def _files(folder: Path) -> Any:
     objective: Any = SimpleNamespace(name="classify", facts=dict)
-    return Files(str(folder / "f.safetensors"), objective, {"seed": 0})
+    return FileKeeper(str(folder / "f.safetensors"), objective, {"seed": 0})
 
 
 def _fusion(seed: int) -> Fusion:
@@ -120,14 +120,14 @@ def test_a_run_goes_on_in_the_precision_that_it_began_with(tmp_path: Path) -> No
     objective: Any = SimpleNamespace(name="classify", facts=dict)
     facts: dict[str, Any]
     for facts, precision in (({}, False), ({"bfloat16": False}, False), ({"bfloat16": True}, True)):
-        files = Files(str(tmp_path / "f.safetensors"), objective, facts)
+        files = FileKeeper(str(tmp_path / "f.safetensors"), objective, facts)
         files.begin(False)
         files.state({"progress": vars(TrainingState(epoch=1))})
         begun = begun_with(str(tmp_path / "f.safetensors")).bfloat16
         assert begun is precision
-        Files(str(tmp_path / "f.safetensors"), objective, {"bfloat16": begun}).begin(True)
+        FileKeeper(str(tmp_path / "f.safetensors"), objective, {"bfloat16": begun}).begin(True)
         with pytest.raises(UsageError, match=f"found bfloat16 {precision}, wanted bfloat16 {not precision}"):
-            Files(str(tmp_path / "f.safetensors"), objective, {"bfloat16": not precision}).begin(True)
+            FileKeeper(str(tmp_path / "f.safetensors"), objective, {"bfloat16": not precision}).begin(True)
 
 
 def test_rows_that_belong_to_other_pairs_are_other_features(tmp_path: Path) -> None:

@@ -138,11 +138,12 @@ def test_options_that_contradict_each_other(options: Any, told: str, run: Run, l
 
 @pytest.mark.parametrize(
     ("options", "code"),
-    [(("--objective", "match"), 2), (("--label-column", "kind"), 3), (("--resume", "--overwrite"), 2)],
+    [(("--objective", "match"), 2), (("--label-column", "kind"), 3), (("--resume", "--overwrite"), 2), ((), 2)],
 )
 def test_what_is_wrong_is_told_before_torch_is_loaded(
     options: Any, code: int, lesson: list[str], tmp_path: Path
 ) -> None:
+    (tmp_path / "f.state.pt").touch()  # an unfinished run
     command = ("train", "img", "txt", "-o", "f.safetensors", "--labels", "labels.csv", *options)
     assert "torch" not in loaded_by(tmp_path, *command, code=code)
 

@@ -25,9 +25,10 @@ THREADS = (
     "BLIS_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
 )
-#: Where torch has several threads all the same, in `train`, they soon sleep when they have nothing to do. Awake for a
-#: millisecond, as is usual, they would keep others from the processors: beside a busy process learning would take twice
-#: as long, and each of two trainings three times. Alone it takes 4% longer so.
+#: Where torch has several threads all the same, in `train`, they soon sleep when they have nothing to do (those of
+#: libgomp, which torch has on Linux). Awake for a millisecond, as is usual, they would keep others from the processors:
+#: beside a busy process learning would take twice as long, and each of two trainings three times. Alone it takes 4%
+#: longer so.
 SPINS = "GOMP_SPINCOUNT", "1000"
 #: The commands in the order of the help, each with the module that it is in.
 COMMANDS = {

@@ -131,6 +131,10 @@ class Epochs:
         """So many pairs have a label that no pair to train on has."""
         note(f"{pairs:,} of the pairs held out or for validation have a label that none to train on has", self._quiet)
 
+    def nothing_to_resume(self) -> None:
+        """There is no unfinished run to go on with, so one begins."""
+        note("no unfinished run to resume: starting from the beginning", self._quiet)
+
     def step(self, epoch: int, step: int, steps: int, loss: float) -> None:
         """A step was taken."""
         self._show(f"epoch {epoch}, loss {loss:.3f}", step, steps)

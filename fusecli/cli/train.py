@@ -182,7 +182,6 @@ def train(
     check(sources, output, labels, weights, validation + held_out)
     check_labels(parameters)
     given = options_of_method(parameters)
-    going_on = goes_on(output, resume, overwrite)
     loaded = None if weights is None else checkpoint.load(weights, num_heads, tell=lambda line: note(line, quiet))
     pairs = find_pairs(sources, [output])
     state = files_of(output)[-1]
@@ -191,14 +190,13 @@ def train(
     ids = complete_ids(pairs, known, allow_missing, quiet)
     features = {place.path for id in ids for place in pairs.places(id)}  # behind links, say
     refuse_same_file([output, *files_of(output)], sorted(features))
-    if resume and not going_on:
-        note("no unfinished run to resume: starting from the beginning", quiet)
+    goes_on(output, resume, overwrite)  # as `train_on` asks too, but that takes seconds to load
     try:
         with Epochs(quiet) as reporter:
-            from fusecli.training.run import train_on  # takes seconds to load, so what is wrong is told before
+            from fusecli.training.run import train_on
 
             chosen = recipe_of(parameters, known, given, loaded)
-            result = train_on(output, ids, pairs.places, chosen, reporter, going_on)
+            result = train_on(output, ids, pairs.places, chosen, reporter, resume, overwrite)
     except KeyboardInterrupt:
         kept = _stamp(state) not in (None, before if overwrite else None)
         note(f"interrupted; {_to_continue(overwrite) if kept else 'nothing is kept'}", quiet)

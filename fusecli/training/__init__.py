@@ -3,7 +3,7 @@
 From the outside in:
 
 - `recipe`: how it goes unless told otherwise; `run`: a training from beginning to end; `files`: what lies beside a
-  checkpoint; `keeper`: keeps it; `loop`: learning, epoch by epoch; `optim`: the optimizers;
+  checkpoint; `keeper`: keeps a run there; `loop`: learning, epoch by epoch; `optim`: the optimizers;
 - `start`: where new weights begin; `table`: what the trained fusion is worth, beside what could be used instead;
 - `labels`: labels from a table; `targets`: what there is to learn; `objective`: classes and numbers; `match`: which
   picture belongs to a text;

@@ -26,7 +26,7 @@ from fusecli.weights import Weights
 ABOUT_HEAD = "fusecli-head"
 
 
-class Files:
+class FileKeeper:
     """Keeps a run in files: a `fusecli.training.loop.Keeper`."""
 
     def __init__(self, output: str, objective: Objective, facts: dict[str, Any]) -> None:

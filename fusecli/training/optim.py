@@ -2,6 +2,7 @@
 
 They guard some of their methods against `torch.compile`, and import all of it to do so, which takes 2 to 3 s the first
 time: more than a short training. `functools.wraps` keeps what a guard is laid around, and nothing is compiled here.
+That of `AdamW.step` also turns gradients off.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from fusecli.collections import Place
 from fusecli.errors import TrainingError, ValuesError
 from fusecli.machine import cores
 from fusecli.training.data import read, require_enough
-from fusecli.training.files import Begun, begun_with
-from fusecli.training.keeper import Files
+from fusecli.training.files import Begun, begun_with, goes_on
+from fusecli.training.keeper import FileKeeper
 from fusecli.training.loop import Lesson, Listener, TrainingState, fit
 from fusecli.training.objective import Evaluation, Head
 from fusecli.training.recipe import Recipe
@@ -42,6 +42,9 @@ class Reporter(Listener, Protocol):
 
     def unknown_labels(self, pairs: int) -> None:
         """So many pairs have a label that no pair to train on has."""
+
+    def nothing_to_resume(self) -> None:
+        """There is no unfinished run to go on with, so one begins."""
 
     def comparing(self, name: str) -> None:
         """A line of the table is being computed."""
@@ -76,6 +79,7 @@ def train_on(
     recipe: Recipe,
     reporter: Reporter,
     resume: bool = False,
+    overwrite: bool = False,
 ) -> Result:
     """Read the pairs, `train` on them, compare.
 
@@ -85,14 +89,18 @@ def train_on(
         places: where image and text of each lie.
         recipe: what to learn, from what on, and how.
         reporter: is told how far it is.
-        resume: go on with the unfinished run that is there.
+        resume: go on with an unfinished run, if there is one.
+        overwrite: forget it.
 
     Raises:
         FusecliError: the pairs cannot be used, or the training diverged.
     """
+    going_on = goes_on(output, resume, overwrite)
+    if resume and not going_on:
+        reporter.nothing_to_resume()
     # The command multiplies on one thread for the sake of equal bytes everywhere; here it would take twice as long.
     # What goes on keeps to its number of them, and its precision, or digits would differ.
-    begun = begun_with(output) if resume else None
+    begun = begun_with(output) if going_on else None
     before, settings = begun or Begun(), recipe.settings
     threads = before.threads or 0
     torch.set_num_threads(threads if 0 < threads <= MOST_THREADS else cores())
@@ -128,7 +136,7 @@ def train(output: str, beginning: Beginning, lesson: Lesson, reporter: Reporter,
     starts = [_Start(weights, lesson) for weights in beginning.starts]
     which = _best(starts, begun.start if begun else None)
     start = starts[which]
-    keeper = Files(output, objective, _facts(beginning, lesson))
+    keeper = FileKeeper(output, objective, _facts(beginning, lesson))
     state = keeper.begin(begun is not None, which)
     try:
         before = start.loss if state is None else None
