@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from fusecli.cli import SPINS
+from fusecli.machine import have_threads_sleep
 
 settings.register_profile("fusecli", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("fusecli")
@@ -26,8 +26,7 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
         signal.signal(number, handler)
 
 os.environ.pop("PYTHONUNBUFFERED", None)  # it would hide what goes wrong as buffers are written at last
-if "OMP_WAIT_POLICY" not in os.environ:  # before torch is loaded: its threads would keep tests from the processors
-    os.environ.setdefault(*SPINS)
+have_threads_sleep()  # or they would keep tests from each other's processors
 
 Run = Callable[..., subprocess.CompletedProcess[bytes]]
 #: With options, and the exit code that is expected; gives the facts, or what is said where the code is not 0.

@@ -15,7 +15,7 @@ from fusecli import __version__
 from fusecli.cli.console import complain, flush_stdout, open_streams
 from fusecli.cli.light import LightCommand, LightGroup
 from fusecli.errors import FusecliError, is_out_of_memory
-from fusecli.machine import BLAS_THREADS, listen
+from fusecli.machine import BLAS_THREADS, have_threads_sleep, listen
 
 #: What the libraries that NumPy and torch multiply with take the number of their threads from.
 THREADS = (
@@ -25,11 +25,6 @@ THREADS = (
     "BLIS_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
 )
-#: Where torch has several threads all the same, in `train`, they soon sleep when they have nothing to do (those of
-#: libgomp, which torch has on Linux). Awake for a millisecond, as is usual, they would keep others from the processors:
-#: beside a busy process learning would take twice as long, and each of two trainings three times. Alone it takes 4%
-#: longer so.
-SPINS = "GOMP_SPINCOUNT", "1000"
 #: The commands in the order of the help, each with the module that it is in.
 COMMANDS = {
     "fuse": "fuse",
@@ -77,8 +72,7 @@ def main() -> None:
     # gives the same bytes on every machine size, from `fuse` and from any number of workers of `batch`.
     for name in THREADS:
         os.environ[name] = "1"
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault(*SPINS)
+    have_threads_sleep()  # torch has several all the same, in `train`
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # they are for us, not for users
     for number in (signal.SIGTERM, signal.SIGHUP):
