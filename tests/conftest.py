@@ -122,22 +122,21 @@ def learn(tmp_path: Path) -> Learn:
     import torch
 
     from fusecli.cli import _run
-    from tests.lessons import QUICK
+    from tests.lessons import QUICK, on_threads
 
     def call(*options: Any, code: int = 0, sides: tuple[str, ...] = ("img", "txt")) -> Any:
         command = ["fusecli", "train", *sides, "-o", "f.safetensors", *QUICK, "--json", *options]
         out, told = io.StringIO(), io.StringIO()
-        threads = torch.get_num_threads()
         with (
             pytest.MonkeyPatch.context() as patch,
             redirect_stdout(out),
             redirect_stderr(told),
             torch.random.fork_rng(),
+            on_threads(torch.get_num_threads()),  # a training takes as many as there are
         ):
             patch.chdir(tmp_path)
             patch.setattr(sys, "argv", list(map(str, command)))
             ended = _run()
-        torch.set_num_threads(threads)
         assert "internal error" not in told.getvalue()
         assert (ended or 0) == code, told.getvalue()
         return told.getvalue() if code else json.loads(out.getvalue())

@@ -128,12 +128,11 @@ def test_packed_attention_has_the_gates_beside_it(run: Run, many: Any, tmp_path:
         one = load_file(tmp_path / "a.safetensors")
         assert as_npy(packed[id]) == as_npy(one["attention"])
         assert as_npy(packed[f"{id}.gate"]) == as_npy(one["gate"])
-    for id in IDS[:2]:  # several image rows, and one
-        expected(run, tmp_path, [id], "-a", "a.safetensors", *extra)
-        shown = [json.loads(run("show", "att.safetensors", "--json", "--id", id).stdout)["tokens"]]
-        shown.append(json.loads(run("show", "a.safetensors", "--json").stdout)["tokens"])
-        assert all("gate" in token for token in shown[0])
-        assert shown[0] == shown[1]
+        if id in IDS[:2]:  # several image rows, and one
+            shown = [json.loads(run("show", "att.safetensors", "--json", "--id", id).stdout)["tokens"]]
+            shown.append(json.loads(run("show", "a.safetensors", "--json").stdout)["tokens"])
+            assert all("gate" in token for token in shown[0])
+            assert shown[0] == shown[1]
 
 
 def test_a_packed_dump_of_one_gated_pair_is_told_like_any_other(run: Run, many: Any, tmp_path: Path) -> None:

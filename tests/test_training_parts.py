@@ -22,6 +22,7 @@ from fusecli.training.match import Match, Moments, _heads, _moments, _side, cano
 from fusecli.training.objective import Classes, Evaluation, Numbers
 from fusecli.training.represent import Fusion, Means
 from fusecli.training.start import laid_apart
+from tests.lessons import on_threads
 
 D = 16
 
@@ -165,15 +166,11 @@ def test_a_head_is_found_on_one_thread(rng: np.random.Generator) -> None:
             seen.add(torch.get_num_threads())
             return super().loss_of(*args, **options)
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    with on_threads(2):
         objective = Watched(torch.arange(12) % 2, ["a", "b"], 0.0, 0.0, None)
         data: Any = SimpleNamespace(parts={"train": list(range(8)), "validation": list(range(8, 12))})
         objective._fitted(torch.from_numpy(rng.standard_normal((12, D)).astype(np.float32)), data, [D])
         assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
     assert seen == {1}
 
 

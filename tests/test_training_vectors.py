@@ -20,6 +20,7 @@ from fusecli.plans import Order, Plan, costs_of_batch, costs_to_learn
 from fusecli.training.data import Batch, load, read
 from fusecli.training.match import Match
 from fusecli.training.represent import Fusion, fast_in_bfloat16
+from tests.lessons import on_threads
 from tests.oracle_methods import oracle
 from tests.test_methods import EVERY
 
@@ -75,16 +76,11 @@ def test_matching_has_the_same_gradients_every_time(method: str, self_attention:
 
     objective, found = Overlapping(D), []
     head = objective.head(D)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)  # which can add up in another order each time
-    try:
+    with on_threads(2):  # which can add up in another order each time
         for _ in range(5):
             torch.manual_seed(1)
-            found.append(
-                torch.autograd.grad(objective.loss(head, fusion, batch), [*head.values(), *fusion.parameters()])
-            )
-    finally:
-        torch.set_num_threads(threads)
+            loss = objective.loss(head, fusion, batch)
+            found.append(torch.autograd.grad(loss, [*head.values(), *fusion.parameters()]))
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
 
