@@ -54,16 +54,21 @@ def load(path: str | os.PathLike[str], num_heads: int | None = None, *, tell: Ca
         UsageError: ``num_heads`` contradicts the checkpoint.
     """
     path = os.fspath(path)
-    return load_from(open_source(path), path, num_heads, tell)
+    return load_from(open_source(path), num_heads, tell)
 
 
-def load_from(source: Source, path: str, num_heads: int | None, tell: Callable[[str], None]) -> Weights:
+def load_from(source: Source, num_heads: int | None, tell: Callable[[str], None]) -> Weights:
     """The same as `load`, for a file that is open."""
+    path = source.name
     if is_pt(source):
-        return _bare(read_pt(source, path), path, num_heads, tell)
-    if sniff(source, "checkpoint") != "safetensors":
+        return _bare(read_pt(source), path, num_heads, tell)
+    if sniff(source, checkpoint=True) != "safetensors":
         raise FileError(
-            "not a checkpoint", where=path, found=".npy", wanted=".safetensors", hint="make one with fusecli init"
+            "not a checkpoint",
+            where=path,
+            found=".npy",
+            wanted=".safetensors or .pt",
+            hint="make one with fusecli init",
         )
     tensors = {}
     for name, stored in safetensors.open_tensors(source).items():

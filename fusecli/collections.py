@@ -84,7 +84,8 @@ class Folder:
 
     root: str
     key: str | None = None
-    _found: dict[str, str] = field(default_factory=dict)  # id: what follows it, or all that do with | between
+    _found: dict[str, str] = field(default_factory=dict)  # id: its suffix
+    _twice: dict[str, list[str]] = field(default_factory=dict)  # ids that more than one file has: all their suffixes
     _links: list[str] = field(default_factory=list)
 
     @classmethod
@@ -97,19 +98,23 @@ class Folder:
             FileError: it cannot be listed.
         """
         found: dict[str, str] = {}
+        twice: dict[str, list[str]] = {}
         links: list[str] = []
         if pattern is None:
             for path in _walk(root, without, links):
                 stem, dot, ending = path.rpartition(".")
-                if (suffix := dot + ending).lower() in SUFFIXES:
-                    found[stem] = f"{found[stem]}|{suffix}" if stem in found else suffix
-            return cls(root, key, {id: found[id] for id in sorted(found)}, links)
+                if (suffix := dot + ending).lower() not in SUFFIXES:
+                    continue
+                if stem in found:
+                    twice.setdefault(stem, [found[stem]]).append(suffix)
+                found[stem] = suffix
+            return cls(root, key, {id: found[id] for id in sorted(found)}, twice, links)
         match = matcher(pattern)
         for path in _walk(root, without, links):
             id = match(path)
             if id is not None:
                 found[id] = path
-        return _Patterned(root, key, {id: found[id] for id in sorted(found)}, links)
+        return _Patterned(root, key, {id: found[id] for id in sorted(found)}, twice, links)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._found)
@@ -122,16 +127,16 @@ class Folder:
 
     def place(self, id: str) -> Place:
         """See `Collection`."""
-        suffix = self._found[id]
-        if "|" in suffix:
-            found = " and ".join(f"{id}{each}" for each in sorted(suffix.split("|")))
+        if id in self._twice:
+            found = " and ".join(f"{id}{suffix}" for suffix in sorted(self._twice[id]))
             raise FileError("two files for one id", where=self.root, found=found, wanted="one of them")
+        suffix = self._found[id]
         return Place(f"{self.root}/{id}{suffix}", key_for(suffix, self.key))
 
     def paths(self) -> Iterator[str]:
         """See `Collection`."""
         for id, suffix in self._found.items():
-            for each in suffix.split("|"):
+            for each in self._twice.get(id, (suffix,)):
                 yield f"{self.root}/{id}{each}"
 
     def links(self) -> Iterator[str]:

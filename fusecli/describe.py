@@ -40,7 +40,7 @@ def describe(
     """
     source = open_source(path)
     if is_pt(source):
-        weights = checkpoint.load_from(source, path, num_heads, tell)
+        weights = checkpoint.load_from(source, num_heads, tell)
         listed = [{"name": name, **_facts(tensor)} for name, tensor in sorted(weights.tensors.items())]
         return {"file": path, **_of_checkpoint(weights), "tensors": listed}
     tensors = tensors_of(source)
@@ -48,7 +48,7 @@ def describe(
     stochastic = [row.pop("stochastic") for row in rows]
     if are_of_weights(tensors):
         try:
-            facts = _of_checkpoint(checkpoint.load_from(source, path, num_heads, tell))
+            facts = _of_checkpoint(checkpoint.load_from(source, num_heads, tell))
         except CheckpointError as error:
             facts = {"kind": "no checkpoint", "problem": str(error)}
         return {"file": path, **facts, "tensors": rows}

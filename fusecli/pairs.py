@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from fusecli.arrays import first_nonfinite
 from fusecli.errors import FileError, ShapeError, ValuesError, listed
-from fusecli.formats import NumpyArray, Stored, open_tensors
-from fusecli.weights import are_of_weights
+from fusecli.formats import NumpyArray, Stored, open_source, tensors_of
+from fusecli.weights import Config, Weights, are_of_weights
 
 #: Names that encoders and dataset tools give their tensors, the most telling first.
 KNOWN_NAMES = {
@@ -31,35 +34,36 @@ def find_features(path: str, side: str, key: str | None = None, at_once: int = 0
         FileError: the file cannot be used, or it does not say which tensor is meant.
         ShapeError, ValuesError: the tensor holds no rows of floats.
     """
-    return choose(open_tensors(path, at_once=at_once), path, side, key)
+    source = open_source(path, at_once=at_once)
+    return choose(tensors_of(source), source.name, side, key)
 
 
-def choose(tensors: dict[str, Stored], path: str, side: str, key: str | None) -> Stored:
+def choose(tensors: dict[str, Stored], file: str, side: str, key: str | None) -> Stored:
     """The one of a file's tensors that holds the features of a side; see `find_features`."""
-    stored = _choose(tensors, path, side, key)
+    stored = _choose(tensors, file, side, key)
     stored.require_float()
     return stored.as_rows()
 
 
-def _choose(tensors: dict[str, Stored], path: str, side: str, key: str | None) -> Stored:
+def _choose(tensors: dict[str, Stored], file: str, side: str, key: str | None) -> Stored:
     if key is None and len(tensors) == 1:
         return next(iter(tensors.values()))
     if not tensors:
-        raise FileError("no tensors in it", where=path, wanted=f"{side} features")
+        raise FileError("no tensors in it", where=file, wanted=f"{side} features")
     found = listed(sorted(tensors), 10)
     hint = GIVE_WEIGHTS if are_of_weights(tensors) else None
     if key is not None and "" not in tensors:
         if key in tensors:
             return tensors[key]
-        raise FileError("no such tensor", where=f"{path}[{key}]", found=found, hint=hint)
+        raise FileError("no such tensor", where=f"{file}[{key}]", found=found, hint=hint)
     if key is not None:
-        raise FileError("a .npy has one array without a name", where=path, hint=f"leave out --{side}-key")
+        raise FileError("a .npy has one array without a name", where=file, hint=f"leave out --{side}-key")
     for known in (KNOWN_NAMES[side], SHARED_NAMES):
         for name in known:
             if name in tensors:
                 return tensors[name]
     hint = hint or f"name it with --{side}-key"
-    raise FileError(f"cannot tell which tensor holds the {side}", where=path, found=found, hint=hint)
+    raise FileError(f"cannot tell which tensor holds the {side}", where=file, found=found, hint=hint)
 
 
 def read_finite(stored: Stored, finite: bool = True, rows: slice | None = None) -> NumpyArray:
@@ -83,19 +87,17 @@ def read_finite(stored: Stored, finite: bool = True, rows: slice | None = None) 
     return block
 
 
-def require_widths(image: Stored, text: Stored, image_dim: int, text_dim: int) -> None:
+def require_widths(image: Stored, text: Stored, weights: Weights) -> None:
     """Raise `ShapeError` if the rows of a pair are not as wide as the weights want them."""
-    found = image.shape[1], text.shape[1]
-    if found == (image_dim, text_dim):
+    found, wanted = (image.shape[1], text.shape[1]), (weights.image_dim, weights.text_dim)
+    if found == wanted:
         return
-    hint = "fusecli init -o other.safetensors --image-dim {} --text-dim {}".format(*found)
-    if found == (text_dim, image_dim):
-        hint = "image and text look swapped"
-    require_width(image, image_dim, "image", hint)
-    require_width(text, text_dim, "text", hint)
+    hint = "image and text look swapped" if found == wanted[::-1] else _init_like(weights, *found)
+    for stored, width in zip((image, text), wanted, strict=True):
+        require_width(stored, width, hint)
 
 
-def require_width(stored: Stored, width: int, side: str, hint: str | None = None) -> None:
+def require_width(stored: Stored, width: int, hint: str) -> None:
     """Raise `ShapeError` if the rows of a side are not ``width`` wide."""
     if stored.shape[1] != width:
         raise ShapeError(
@@ -103,5 +105,18 @@ def require_width(stored: Stored, width: int, side: str, hint: str | None = None
             where=stored.where,
             found=f"{list(stored.shape)}, width {stored.shape[1]}",
             wanted=f"width {width}",
-            hint=hint or f"other weights: fusecli init with --{side}-dim {stored.shape[1]}",
+            hint=hint,
         )
+
+
+def _init_like(weights: Weights, image_dim: int, text_dim: int) -> str:
+    """The command that makes weights of the same kind for other widths."""
+    config, dim = weights.config, weights.dim if text_dim == weights.text_dim else text_dim
+    asked: dict[str, Any] = {"method": config.method, **config.options()}
+    if "num_heads" in asked:
+        asked["num_heads"] = math.gcd(config.num_heads, dim)
+    other = {name: value for name, value in asked.items() if value != getattr(Config, name)}
+    widths = {"feature_dim": dim, "text_dim": text_dim, "image_dim": image_dim}
+    other |= {name: width for name, width in widths.items() if name == "feature_dim" or width != dim}
+    flags = (f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in other.items())
+    return f"fusecli init -o other.safetensors {' '.join(flags)}"

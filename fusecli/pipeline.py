@@ -55,9 +55,11 @@ def gate_shape(attention: tuple[int, ...]) -> tuple[int, ...]:
     return (attention[-2],)
 
 
-def arrays_of(name: str, shape: tuple[int, ...], dtype: str, gate: bool) -> list[tuple[str, tuple[int, ...], str]]:
-    """Name, shape and dtype of a result and, with ``gate``, of the gates that stand behind it in its file."""
-    return [(name, shape, dtype), ("gate", gate_shape(shape), dtype)] if gate else [(name, shape, dtype)]
+def arrays_of(
+    name: str, shape: tuple[int, ...], dtype: str, gate: bool, gates: str = "gate"
+) -> list[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and dtype of a result and, with ``gate``, of the ``gates`` that stand behind it in its file."""
+    return [(name, shape, dtype), (gates, gate_shape(shape), dtype)] if gate else [(name, shape, dtype)]
 
 
 def to_file(
@@ -138,7 +140,7 @@ def fuse_pair(weights: Weights, pair: Pair, output: Output, to_device: Mover = N
         OutputError: the result cannot be written, or finite features gave numbers that its dtype cannot hold.
     """
     image, text = pair.image, pair.text
-    require_widths(image, text, weights.image_dim, weights.text_dim)
+    require_widths(image, text, weights)
     n, m, dtype, finite = text.shape[0], image.shape[0], output.dtype or text.dtype, output.finite
     alike = to_device is not None and pair.result is None and pairs_together(weights, n, m) > 1
     work = (_Whole if alike or pair.result else _Blocks)(weights, pair, output, to_device)
@@ -278,7 +280,7 @@ class _Blocks:
             seconds = Seconds()
             with np.errstate(all="ignore"):
                 for block in blocks[start::threads]:
-                    if bad and block.start > min(start for start, _ in bad):
+                    if bad and block.start > min(first for first, _ in bad):
                         break
                     try:
                         self._do(results, seconds, block)

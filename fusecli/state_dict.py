@@ -81,7 +81,7 @@ def is_pt(source: Source) -> bool:
     return pickled or (start.startswith(ZIP) and not first.endswith(b".npy"))
 
 
-def read_pt(source: Source, path: str) -> dict[str, NumpyArray]:
+def read_pt(source: Source) -> dict[str, NumpyArray]:
     """The tensors of a file of `torch.save`, by name; wrappers around the ``state_dict`` go.
 
     Raises:
@@ -92,7 +92,7 @@ def read_pt(source: Source, path: str) -> dict[str, NumpyArray]:
     torch = import_torch()
     data = read_bytes(source, 0, EVERYTHING)
     if data.startswith(ZIP) and not _has_end(data):
-        raise FileError("cut short", where=path, found=f"{len(data)} bytes, no end of the archive")
+        raise FileError("cut short", where=source.name, found=f"{len(data)} bytes, no end of the archive")
     try:
         with warnings.catch_warnings(action="ignore"):  # of what may fail, and then does
             found: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -107,14 +107,14 @@ def read_pt(source: Source, path: str) -> dict[str, NumpyArray]:
             found, hint = "a pickle protocol that is not loaded safely", f"{hint}, without pickle_protocol"
         elif "Weights only load failed" in str(error):
             found = "objects other than tensors, which are never loaded"
-        raise FileError("not a PyTorch checkpoint of tensors", where=path, found=found, hint=hint) from error
+        raise FileError("not a PyTorch checkpoint of tensors", where=source.name, found=found, hint=hint) from error
     for _ in range(MAX_WRAPPERS):  # one may be in itself
         inner = [found[name] for name in WRAPPERS if isinstance(found, dict) and isinstance(found.get(name), dict)]
         found = inner[0] if inner else found
     others = _no_tensors(found)
     if others:
-        raise FileError("holds no state_dict", where=path, found=others, wanted="names and tensors")
-    return {str(name): _plain(tensor, f"{path}[{name}]") for name, tensor in found.items()}
+        raise FileError("holds no state_dict", where=source.name, found=others, wanted="names and tensors")
+    return {str(name): _plain(tensor, f"{source.name}[{name}]") for name, tensor in found.items()}
 
 
 def _no_tensors(found: Any) -> str:

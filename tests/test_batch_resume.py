@@ -221,6 +221,7 @@ def test_the_runner_for_a_gpu_gives_the_same_on_a_cpu(run: Run, many: Any, tmp_p
 
     from fusecli import load
     from fusecli.batch import inline, worker
+    from fusecli.batch.apart import Inputs
     from fusecli.batch.feed import ListFeed, from_collections
     from fusecli.batch.job import Job, Options, Stop
     from fusecli.batch.plan import match
@@ -229,7 +230,7 @@ def test_the_runner_for_a_gpu_gives_the_same_on_a_cpu(run: Run, many: Any, tmp_p
 
     images, texts = open_collection(str(tmp_path / "img")), open_collection(str(tmp_path / "txt"))
     found = match(images, texts)
-    feed = ListFeed(from_collections(images, texts, found), found.both, lambda _: None, 5, None)
+    feed = ListFeed(from_collections(images, texts, found, Inputs(())), found.both, lambda _: None, 5, None)
     (tmp_path / "tmp").mkdir()
     folder = FolderStore(str(tmp_path / output), ".npy", str(tmp_path / "tmp"))
     parts = PartStore(str(tmp_path / output), str(tmp_path), "fused")

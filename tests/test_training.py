@@ -215,6 +215,12 @@ def test_a_run_to_resume_that_is_not_there_begins(run: Run, lesson: list[str], t
     command = ("train", "img", "txt", "-o", "f.safetensors", *QUICK, "--labels", "labels.csv", "--epochs", 2)
     run(*command)
     whole = _bytes(tmp_path)
+    again = run(*command, "--resume", "--json")  # what a scheduler starts once more
+    assert "done before" in again.stderr.decode()
+    assert scores_of(json.loads(again.stdout))["text only"] > 0
+    assert "from the beginning" in run(*command[:-1], 1, "--resume").stderr.decode()  # other options
+    run(*command, "--overwrite")
+    assert _bytes(tmp_path) == whole
     (tmp_path / "f.safetensors").unlink()
     told = run(*command, "--resume").stderr.decode()
     assert "no unfinished run to resume: starting from the beginning" in told

@@ -125,7 +125,7 @@ def test_three_pairs_are_too_few(learn: Learn, lesson: list[str], tmp_path: Path
         (("--labels", "labels.csv", "--task", "regression", "--label-smoothing", 0.2), "no classes"),
         (("--held-out", 0), "0.01"),
         (("--lr", "inf"), "--lr: is infinite"),
-        (("--resume", "--overwrite"), "leave out either"),
+        (("--resume", "--overwrite"), "leave one of them out"),
         (("-w", "w.safetensors", "--no-layer-norm"), "the checkpoint brings its own"),
         (("-w", "w.safetensors", "--dropout", 0), "the checkpoint brings its own"),
         (("--num-heads", 5), "heads do not divide"),

@@ -33,16 +33,14 @@ class Pairs:
     inside: set[str] = field(default_factory=set)  # inputs that lie in an output
 
 
-def from_collections(images: Collection, texts: Collection, found: Matched, inputs: Inputs | None = None) -> Pairs:
+def from_collections(images: Collection, texts: Collection, found: Matched, inputs: Inputs) -> Pairs:
     """What `fusecli.batch.plan.match` brought together."""
     known = [Outcome(id, "missing", {"missing": "text"}) for id in found.no_text]
     known += [Outcome(id, "missing", {"missing": "image"}) for id in found.no_image]
-    if inputs:
-        for side in (images, texts):
-            inputs.see_all(side)
-    inside = inputs.found if inputs else set()
+    for side in (images, texts):
+        inputs.see_all(side)
     rows = list(images) if found.no_text else found.both
-    return Pairs(found.both, lambda name: (images.place(name), texts.place(name)), known, rows, inside)
+    return Pairs(found.both, lambda name: (images.place(name), texts.place(name)), known, rows, inputs.found)
 
 
 def from_manifest(reader: Manifest, path: str, shard: Shard | None, inputs: Inputs) -> Pairs:

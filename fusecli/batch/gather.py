@@ -37,7 +37,7 @@ from fusecli.formats import (
     open_source,
     safetensors,
 )
-from fusecli.pipeline import gate_shape
+from fusecli.pipeline import arrays_of
 
 #: Bytes copied at once.
 BLOCK = 2**22
@@ -128,9 +128,7 @@ def _tensors(results: Iterator[Result], gate: bool) -> Iterator[tuple[str, tuple
     """What a packed file holds, in order."""
     for id, piece in results:
         if piece:
-            yield id, piece.shape, piece.dtype
-            if gate:
-                yield id + GATE, gate_shape(piece.shape), piece.dtype
+            yield from arrays_of(id, piece.shape, piece.dtype, gate, id + GATE)
 
 
 @contextlib.contextmanager
@@ -156,7 +154,7 @@ def _common(store: PartStore, results: Iterator[Result]) -> tuple[tuple[int, ...
 
 def _copy(store: PartStore, results: Iterator[Result], sink: Sink, begin: int, hole: bytes) -> None:
     at = begin
-    for part, start, nbytes in _runs(results, len(hole), store.gate):
+    for part, start, nbytes in _stretches(results, len(hole), store.gate):
         if part is None:
             for offset in range(0, nbytes, len(hole)):
                 sink.put(at + offset, hole)
@@ -170,7 +168,7 @@ def _copy(store: PartStore, results: Iterator[Result], sink: Sink, begin: int, h
         at += nbytes
 
 
-def _runs(results: Iterator[Result], hole: int, gate: bool) -> Iterator[tuple[str | None, int, int]]:
+def _stretches(results: Iterator[Result], hole: int, gate: bool) -> Iterator[tuple[str | None, int, int]]:
     """(part, offset, bytes) of results that follow one another in one part."""
     part: str | None = None
     start = nbytes = 0
@@ -219,12 +217,12 @@ def is_whole(store: PartStore, rows: list[str] | None = None) -> bool:
     if rows is None or not is_stack(store):
         return True
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
-        there = chain((id for id, *_ in _lines(path)), repeat(None))
+        there = chain((id for id, *_ in _index_lines(path)), repeat(None))
         return all(map(operator.eq, rows, there)) and next(there) is None
     return False
 
 
-def _lines(path: str) -> Iterator[Any]:
+def _index_lines(path: str) -> Iterator[Any]:
     """What an index says of each result."""
     with open(path, "rb") as file:
         file.readline()
@@ -261,7 +259,7 @@ def gathered(store: PartStore) -> Iterator[Result]:
         return
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         end = 0
-        for id, shape, dtype, at in _lines(path):
+        for id, shape, dtype, at in _index_lines(path):
             piece = believed(shape, dtype, GATHERED, at) if shape is not None else None
             if type(id) is not str or at < end:
                 return

@@ -12,7 +12,6 @@ import fnmatch
 import json
 import math
 import os
-import shlex
 import time
 from array import array
 from bisect import bisect_right
@@ -279,20 +278,22 @@ class Ledger:
         os.close(self._fd)
 
 
-def require_same_run(runs: Iterable[dict[str, Any]], new: dict[str, Any], output: str, shard: bool = False) -> None:
-    """Raise `UsageError` with the difference if an output was begun with other weights or options."""
+def require_same_run(runs: Iterable[dict[str, Any]], new: dict[str, Any], output: str, over: str) -> None:
+    """Raise `UsageError` with the difference if an output was begun with other weights or options.
+
+    ``over`` says how to start over.
+    """
     for old in runs:
-        _require_same(old, new, output, shard)
+        _require_same(old, new, output, over)
 
 
-def _require_same(old: dict[str, Any], new: dict[str, Any], output: str, shard: bool) -> None:
+def _require_same(old: dict[str, Any], new: dict[str, Any], output: str, over: str) -> None:
     names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     if not names:
         return
     if "method" in names:  # its own options would say nothing more
         names = [name for name in names if name in old and name in new]
     changes = (f"{name} {_shown(old.get(name))} -> {_shown(new.get(name))}" for name in names)
-    over = f"rm -r {shlex.quote(output)}, then start all shards" if shard else "start over with --overwrite"
     raise UsageError(
         f"was begun with other weights or options: {', '.join(changes)}",
         where=output,

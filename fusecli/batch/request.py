@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -88,6 +89,13 @@ def state_folder(output: str) -> str:
     if not is_one_file(output):
         return f"{output}/{STATE}"
     return f"{os.path.realpath(output) if os.path.islink(output) else output}{STATE}"
+
+
+def removal(output: str) -> str:
+    """The command that removes an output, and what is known of it."""
+    if not is_one_file(output):
+        return f"rm -r {shlex.quote(output)}"
+    return f"rm -rf {shlex.quote(output)} {shlex.quote(state_folder(output))}"  # some may not be there yet
 
 
 def is_one_file(output: str) -> bool:

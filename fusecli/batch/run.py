@@ -18,13 +18,13 @@ from fusecli.batch.lock import Lock, claim, require_unclaimed
 from fusecli.batch.manifest import Manifest
 from fusecli.batch.order import gather_what_is_there
 from fusecli.batch.plan import Shard, item_size
-from fusecli.batch.request import Request, is_one_file, named_like
+from fusecli.batch.request import Request, is_one_file, named_like, removal
 from fusecli.batch.stacks import Stacks, is_stack
 from fusecli.batch.store import STATE, FolderStore, PartStore, Piece, Store
 from fusecli.batch.summary import Recorder, Reporter, Summary
 from fusecli.batch.worker import work
 from fusecli.errors import UsageError, unwritable
-from fusecli.formats import require_replaceable, safetensors
+from fusecli.formats import has_names, require_replaceable
 from fusecli.machine import undisturbed
 from fusecli.pipeline import takes_gate
 
@@ -44,8 +44,9 @@ def run(request: Request, plan: Callable[[], Pairs | Manifest], reporter: Report
     """
     folder, attended = request.states()
     job, lock, stop = _job(request, folder), Lock(), Stop()
-    pool = Pool(unfailing(partial(work, job)), request.workers if request.device == "cpu" else 0, lock.release)
+    pool: Pool | None = None
     try:
+        pool = Pool(unfailing(partial(work, job)), request.workers if request.device == "cpu" else 0, lock.release)
         pairs = plan()
         if isinstance(pairs, Pairs):
             require_apart(pairs.ids, pairs.inside, request.targets())
@@ -61,7 +62,8 @@ def run(request: Request, plan: Callable[[], Pairs | Manifest], reporter: Report
                 raise
             raise unwritable(error.filename, error) from error
     finally:
-        pool.close()
+        if pool:
+            pool.close()
         stop.close()
         lock.release()
 
@@ -114,10 +116,15 @@ def _begin(ledger: Ledger, request: Request, after: float) -> None:
     if request.shard:
         try:
             ledger.show()
-            require_same_run(runs_beside(ledger.path), request.run_facts(), request.output, shard=True)
+            require_same_run(runs_beside(ledger.path), request.run_facts(), request.output, _start_over(request))
         except BaseException:
             ledger.take_back()
             raise
+
+
+def _start_over(request: Request) -> str:
+    """How to."""
+    return f"{removal(request.output)}, then start all shards" if request.shard else "start over with --overwrite"
 
 
 def _require_fitting(request: Request, job: Job, history: History, pairs: Pairs | Manifest) -> None:
@@ -125,7 +132,7 @@ def _require_fitting(request: Request, job: Job, history: History, pairs: Pairs 
     folder, attended = request.states()
     if not request.overwrite:
         require_unclaimed(folder, attended)
-    require_same_run(history.runs, request.run_facts(), request.output, request.shard is not None)
+    require_same_run(history.runs, request.run_facts(), request.output, _start_over(request))
     hint = "write to another output, or start over with --overwrite"
     if not history.runs and next(history.ids(), None) is not None:
         raise UsageError("the ledger does not say which weights and options its results had", where=folder, hint=hint)
@@ -173,7 +180,7 @@ def _forget(folder: str) -> None:
 def _job(request: Request, folder: str) -> Job:
     def store(path: str, kind: str) -> Store:
         written, dumps = named_like(path, request.suffix), kind == "attention"
-        label = request.label() if dumps and written.endswith(safetensors.SUFFIXES) else None
+        label = request.label() if dumps and has_names(written) else None
         gate = dumps and takes_gate(request.weights, written)
         if is_one_file(path):
             return PartStore(path, folder, kind, gate, label)
@@ -208,7 +215,9 @@ def _feed(
     if isinstance(pairs, Manifest):
         return StreamFeed(pairs, 0, request.shard, keep, request.limit, wanted)
     ids = list(filter(wanted, pairs.ids)) if wanted else pairs.ids
-    return ListFeed(pairs, ids, keep, item_size(len(ids), request.workers), request.limit)
+    # A GPU has no workers to share the pairs with, and computes those of an item together.
+    size = item_size(min(len(ids), request.limit or len(ids)), request.workers if request.device == "cpu" else 0)
+    return ListFeed(pairs, ids, keep, size, request.limit)
 
 
 def _is_there(job: Job, id: str, fused: Piece, attention: Piece | None) -> bool:

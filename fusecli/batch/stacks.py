@@ -8,12 +8,12 @@ from typing import Any
 from fusecli.batch.job import Outcome
 from fusecli.batch.store import PartStore, Store
 from fusecli.errors import OutputError
-from fusecli.formats import safetensors
+from fusecli.formats import has_names
 
 
 def is_stack(store: Store) -> bool:
     """Whether results share a file, and have rows there instead of names."""
-    return isinstance(store, PartStore) and not store.path.endswith(safetensors.SUFFIXES)
+    return isinstance(store, PartStore) and not has_names(store.path)
 
 
 class OneShape:

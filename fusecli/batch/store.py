@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 from fusecli.arrays import FLOAT_NAMES
 from fusecli.dumps import GATE, DumpMetadata
 from fusecli.errors import FusecliError, OutputError
-from fusecli.formats import FileSink, Replacing, Sink, format_of, itemsize, keep_mode, safetensors
+from fusecli.formats import FileSink, Replacing, Sink, format_of, has_names, itemsize, keep_mode, safetensors
 from fusecli.pipeline import arrays_of, gate_shape
 
 #: The folder in the output (or beside it, where that is a file) with the ledger and what is not finished.
@@ -99,13 +99,15 @@ def _require_name(id: str, path: str, gate: bool) -> None:
         id.encode()
     except UnicodeEncodeError:
         raise OutputError("the id is not valid UTF-8", where=path, found=repr(id), hint="write to a folder") from None
-    if not path.endswith(safetensors.SUFFIXES):
+    if not has_names(path):
         return
     if id == safetensors.METADATA:
         raise OutputError("the id is a name that the format reserves", where=path, found=id)
     if gate and id.endswith(GATE):
         hint = "write the attention to a folder"
-        raise OutputError("the id clashes with the name of another pair's gate", where=path, found=id, hint=hint)
+        raise OutputError(
+            "an id that ends like the name of a gate cannot be told from one", where=path, found=id, hint=hint
+        )
 
 
 @dataclass

@@ -152,7 +152,9 @@ def open_side(job: Job, id: str, place: Place, side: str) -> Stored | Outcome:
     """The features of one side of a pair, or why it has failed."""
     try:
         stored = features_at(place, side)
-        require_width(stored, job.weights.image_dim if side == "image" else job.weights.text_dim, side)
+        width, other = (job.weights.image_dim, "text") if side == "image" else (job.weights.text_dim, "image")
+        both = f"--{side}-dim {stored.shape[1]}, and --{other}-dim as the {other}s have it"
+        require_width(stored, width, f"other weights: fusecli init with {both}")
     except Exception as error:
         return failed(id, error)
     return stored

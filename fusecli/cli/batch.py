@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -158,7 +157,7 @@ def batch(
     if summary.one_row and loaded.config.can_forget_text:
         note(f"{summary.one_row:,} of the pairs: {ONE_ROW}", quiet)
     came = summary.fused or summary.skipped or summary.failures or summary.missed or retry_failed
-    if manifest == "-" and not came and not shard and limit != 0:
+    if manifest == "-" and not (came or summary.interrupted or shard or limit == 0):
         raise InputError("no pairs arrived", where=STDIN, wanted="lines with id,image,text")
     code = report(summary, request, allow_missing, quiet)
     if code:
@@ -189,12 +188,12 @@ def _request(given: dict[str, Any], weights: Weights, sources: Sources) -> Reque
 def _refuse_contradictions(given: dict[str, Any]) -> None:
     """Raise `UsageError` for options of which one makes nonsense of the other."""
     from fusecli.arrays import cuda_number
-    from fusecli.batch.request import named_like
+    from fusecli.batch.request import named_like, removal
 
     if given["overwrite"] and given["retry_failed"]:
         raise UsageError("--overwrite forgets what has failed", where="--retry-failed", hint="leave one of them out")
     if given["overwrite"] and given["shard"]:
-        hint = f"rm -r {shlex.quote(given['output'])}, then start the shards"
+        hint = f"{removal(given['output'])}, then start the shards"
         raise UsageError("one shard cannot restart all of them", where="--overwrite", hint=hint)
     if given["dry_run"] and given["manifest"] == "-":
         raise UsageError("lines that have not arrived yet cannot be planned", where="--dry-run")
@@ -269,7 +268,8 @@ def _tell_plan(request: Request, pairs: Pairs, quiet: bool) -> None:
     from fusecli.batch.run import look
 
     done, bad, todo = look(request, pairs)
-    note(f"{len(pairs.ids):,} pairs: {done:,} done, {bad:,} failed or incomplete before, {todo:,} to do", quiet)
+    count = f"{len(pairs.ids):,} pair{'s' * (len(pairs.ids) != 1)}"
+    note(f"{count}: {done:,} done, {bad:,} failed or incomplete before, {todo:,} to do", quiet)
     for outcome in pairs.known[:5]:
         what = outcome.facts.get("message") or f"no {outcome.facts['missing']} for {outcome.id}"
         note(what, quiet)

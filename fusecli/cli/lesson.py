@@ -62,7 +62,7 @@ def check_labels(given: dict[str, Any]) -> None:
     require_names({"--labels": given["labels"], "--label-column": given["label_column"]})
     if given["labels"] and given["objective"]:
         raise UsageError(
-            "--objective match is for training without labels", where="--objective", hint="leave out either"
+            "--objective match is for training without labels", where="--objective", hint="leave one of them out"
         )
     for name in ("label_column", "task", "text_dropout", *of_classes):
         where = f"--{name.replace('_', '-')}"
@@ -87,7 +87,7 @@ def options_of_method(parameters: dict[str, Any]) -> dict[str, Any]:
         extra.append("layer_norm")
     if extra:
         where = "--" + extra[0].replace("_", "-")
-        raise UsageError("the checkpoint brings its own", where=where, hint="leave out either")
+        raise UsageError("the checkpoint brings its own", where=where, hint="leave one of them out")
     return {}
 
 

@@ -135,6 +135,10 @@ class Epochs:
         """There is no unfinished run to go on with, so one begins."""
         note("no unfinished run to resume: starting from the beginning", self._quiet)
 
+    def finished_before(self) -> None:
+        """The same run has been finished, so nothing is done."""
+        note("done before: nothing is trained; --overwrite would start over", self._quiet)
+
     def step(self, epoch: int, step: int, steps: int, loss: float) -> None:
         """A step was taken."""
         self._show(f"epoch {epoch}, loss {loss:.3f}", step, steps)

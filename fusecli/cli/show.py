@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shlex
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fusecli.cli.console import emit, note, printable
-from fusecli.cli.options import Debug, GridSize, Quiet, SkipRows, refuse_stdin_twice, require_names, to_grid
+from fusecli.cli.options import Debug, GridSize, Json, Quiet, SkipRows, refuse_stdin_twice, require_names, to_grid
 from fusecli.cli.paths import refuse_same_file
 from fusecli.errors import UsageError
 
@@ -86,7 +85,7 @@ def show(
         typer.Option(help="How the encoder fitted the picture: padded, cut or stretched.  [default: cover]"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier report.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one machine-readable object on stdout.")] = False,
+    json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -182,7 +181,7 @@ def _draw(view: HeatMaps, output: str, image: str | None, fit: str, scale: str, 
         for line in write_figure(view, output, image, fit, scale):
             note(line, quiet)
     else:
-        hint, wanted = f"-o {shlex.quote(output)}/ for a report in a folder", ".png, .svg or .html"
+        hint, wanted = "a folder, for a report, ends with /", ".png, .svg or .html"
         raise UsageError("cannot tell what to draw", where=output, found=suffix, wanted=wanted, hint=hint)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,7 +29,7 @@ from fusecli.cli.sources import ImageKey, ImagePattern, Sources, TextKey, TextPa
 from fusecli.errors import UsageError
 
 if TYPE_CHECKING:
-    from fusecli.training.run import Result
+    pass
 
 #: Held-out pairs, below which intervals of the table are so wide that it says little.
 FEW = 20
@@ -196,7 +196,7 @@ def train(
             from fusecli.training.run import train_on
 
             chosen = recipe_of(parameters, known, given, loaded)
-            result = train_on(output, ids, pairs.places, chosen, reporter, resume, overwrite)
+            facts = train_on(output, ids, pairs.places, chosen, reporter, resume, overwrite)
     except KeyboardInterrupt:
         kept = _stamp(state) not in (None, before if overwrite else None)
         note(f"interrupted; {_to_continue(overwrite) if kept else 'nothing is kept'}", quiet)
@@ -205,13 +205,12 @@ def train(
         if _stamp(state) not in (None, before):  # written by this run
             note(f"stopped; {_to_continue(overwrite)}", quiet)
         raise
-    held = len(result.rows[0].scores)
-    if held < FEW:
-        note(f"only {held} held-out pairs: too few for a reliable table", quiet)
+    if facts["held_out"] < FEW:
+        note(f"only {facts['held_out']} held-out pairs: too few for a reliable table", quiet)
     if json:
-        emit({"output": output, **result.facts()})
+        emit({"output": output, **facts})
     else:
-        _show(result, output, quiet)
+        _show(facts, output, quiet)
 
 
 def _to_continue(overwrite: bool) -> str:
@@ -228,8 +227,7 @@ def _stamp(path: str) -> tuple[int, ...] | None:
         return None
 
 
-def _show(result: Result, output: str, quiet: bool) -> None:
-    facts = result.facts()
+def _show(facts: dict[str, Any], output: str, quiet: bool) -> None:
     best = facts["best_epoch"]
     what = f"weights of epoch {best}" if best else "the weights that it began with: no epoch was clearly better"
     note(f"{output}: {what}; fingerprint {facts['fingerprint']}", quiet)

@@ -1,8 +1,8 @@
 """Bytes to arrays and back: one module a format, and the table that lists them.
 
 A format is a module with ``SUFFIXES``, ``open_tensors(source)`` (the arrays of a file by name, none of them
-read yet) and ``header(name, shape, dtype, metadata, second)`` (the bytes before the data of a file with one array,
-and with a ``second`` behind it where the format has room).
+read yet) and ``header(tensors, metadata)`` (the bytes before the data of a file with tensors ``(name, shape, dtype)``,
+one where the format has no names).
 Files are told apart by their first bytes when read, by their suffix when written.
 """
 
@@ -68,14 +68,14 @@ __all__ = [
 FORMATS: dict[str, ModuleType] = {"npy": npy, "safetensors": safetensors}
 
 
-def sniff(source: Source, what: str = "feature file") -> str:
-    """The format that the first bytes speak of: a name in `FORMATS`; ``what`` the file should be, for messages.
+def sniff(source: Source, checkpoint: bool = False) -> str:
+    """The format that the first bytes speak of: a name in `FORMATS`; messages say what is wanted, features or weights.
 
     Raises:
         FileError: the file is empty, or of no known format.
     """
-    start, weights = read_bytes(source, 0, 9), what == "checkpoint"
-    wanted = ".safetensors or a file of torch.save" if weights else ".npy or .safetensors"
+    start = read_bytes(source, 0, 9)
+    wanted = ".safetensors or a file of torch.save" if checkpoint else ".npy or .safetensors"
     if not start:
         what = "ended before an array arrived" if source.name == STDIN else "is empty"
         raise FileError(what, where=source.name, wanted=wanted)
@@ -90,9 +90,10 @@ def sniff(source: Source, what: str = "feature file") -> str:
         found, hint = "a zip archive (.npz or .pt)", "features: numpy.save; weights: fusecli convert"
     elif start[:1] == b"\x80":
         found, hint = "a pickle", "load it where it was made, and save the array with numpy.save"
-    if weights:
+    if checkpoint:
         hint = "torch.save(model.state_dict(), path)"
-    raise FileError(f"not a {what}", where=source.name, found=found, wanted=wanted, hint=hint)
+    what = "not a checkpoint" if checkpoint else "not a feature file"
+    raise FileError(what, where=source.name, found=found, wanted=wanted, hint=hint)
 
 
 def open_tensors(path: str, *, regular: bool = False, at_once: int = 0) -> dict[str, Stored]:
@@ -121,14 +122,16 @@ def format_of(path: str, wanted: str | None = None) -> ModuleType:
     """The format to write ``path`` in: ``wanted`` if given, else by its suffix, ``.npy`` for streams.
 
     Raises:
-        UsageError: the suffix is unknown.
+        UsageError: the suffix is unknown, or is that of another format than the one ``wanted``.
     """
-    if wanted is not None:
-        return FORMATS[wanted]
     suffix = os.path.splitext(path)[1].lower()
-    for module in FORMATS.values():
-        if suffix in module.SUFFIXES:
-            return module
+    told = next((name for name, module in FORMATS.items() if suffix in module.SUFFIXES), None)
+    if wanted and told and wanted != told:
+        raise UsageError(
+            "the name says another format", where=path, found=suffix, wanted=wanted, hint="leave out --format"
+        )
+    if wanted or told:
+        return FORMATS[wanted or told or ""]
     if is_stream(path):
         return npy
     raise UsageError(

@@ -174,7 +174,9 @@ def _on_descriptor(name: str, fd: int, regular: bool) -> Source:
     info = os.fstat(fd)
     if stat.S_ISDIR(info.st_mode):
         os.close(fd)
-        raise FileError("is a directory", where=name, wanted="a file", hint="name a file in it")
+        raise FileError(
+            "is a directory", where=name, wanted="a file", hint="name a file in it; fusecli batch takes folders"
+        )
     if regular and not stat.S_ISREG(info.st_mode):
         os.close(fd)
         raise FileError("is a pipe or a device", where=name, wanted="a file")

@@ -288,7 +288,7 @@ def _of_stack(path: str, stored: Stored, about: About) -> Dumps:
 def _of_folder(path: str) -> Dumps:
     folder = Folder.open(path.rstrip("/") or "/")
     if not len(folder):
-        raise FileError("no dumps in it", where=path, wanted="files .npy or .safetensors")
+        raise FileError("no dumps in it", where=path, wanted=".npy or .safetensors files")
 
     def one(id: str) -> _Found:
         inside = open_dumps(folder.place(id).path, regular=True)

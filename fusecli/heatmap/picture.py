@@ -25,7 +25,7 @@ MIME = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "
 
 def need(package: str) -> MissingPackageError:
     """The error for a package of the extra that is not there."""
-    return MissingPackageError("is needed for this", where=package, hint="pip install 'fusecli[plot]'")
+    return MissingPackageError("not installed, and needed for this", where=package, hint="pip install 'fusecli[plot]'")
 
 
 def load_picture(path: str) -> Image.Image:

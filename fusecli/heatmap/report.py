@@ -82,7 +82,7 @@ def write_report(
             raise UsageError(what, where=output, hint="write to another folder")
     pictures = _pictures(images) if images else {}
     hidden = f"{os.path.dirname(target)}/.{os.path.basename(target)}.fusecli-"
-    building = f"{hidden}{os.getpid()}"
+    building = f"{hidden}{os.urandom(6).hex()}"  # containers give the same number to processes of many runs
     try:
         os.mkdir(building)
         with alone_in(building):  # so that no other report takes it for litter

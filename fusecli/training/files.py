@@ -32,7 +32,7 @@ def goes_on(output: str, resume: bool, overwrite: bool) -> bool:
         OutputError: a file of another user is in the way.
     """
     if resume and overwrite:
-        raise UsageError("exclude each other", where="--resume --overwrite", hint="leave out either")
+        raise UsageError("exclude each other", where="--resume --overwrite", hint="leave one of them out")
     state = beside(output, STATE)
     there = os.path.exists(state)
     if there and not resume and not overwrite:

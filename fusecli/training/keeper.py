@@ -49,6 +49,21 @@ class FileKeeper:
         write_whole(self._log, "".join(json.dumps(line) + "\n" for line in lines).encode())
         return state
 
+    def finished(self) -> dict[str, Any] | None:
+        """What a run of the same data and options came to, if it was finished and its weights are still there."""
+        damaged = ValueError, AttributeError, TypeError, KeyError, RecursionError
+        with contextlib.suppress(OSError, InputError, *damaged), open(self._log, "rb") as file:
+            first, *_, last = map(json.loads, file)
+            weights, (about, _) = checkpoint.load(self._output), self._read_head("cpu")
+            whole = last["fingerprint"] == checkpoint.fingerprint(weights) == about["fusion"]
+            if whole and not self._other_than(first["run"]):
+                return dict(last)
+        return None
+
+    def _other_than(self, facts: dict[str, Any]) -> list[str]:
+        """What a run with those ``facts`` had that this one has not."""
+        return [name for name in self._facts if json.loads(json.dumps(self._facts[name])) != facts.get(name)]
+
     def _read(self) -> dict[str, Any]:
         try:
             with open(self._state, "rb") as file:
@@ -61,8 +76,7 @@ class FileKeeper:
                 raise ValueError
         except Exception:  # torch raises a dozen kinds for a bad file
             raise self.damaged() from None
-        other = [name for name in self._facts if json.loads(json.dumps(self._facts[name])) != facts.get(name)]
-        if other:
+        if other := self._other_than(facts):
             found = ", ".join(f"{name} {_apart(facts.get(name), self._facts[name])}" for name in other)
             wanted = ", ".join(f"{name} {_apart(self._facts[name], facts.get(name))}" for name in other)
             hint = "the same options as before, or --overwrite"

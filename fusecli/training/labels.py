@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
-from fusecli.errors import FileError
+from fusecli.errors import STDIN, FileError
 
 
 def read_labels(path: str, column: str = "label") -> dict[str, str]:
@@ -17,23 +17,24 @@ def read_labels(path: str, column: str = "label") -> dict[str, str]:
         FileError: it cannot be read, lacks a column or has it twice, or has an id twice.
     """
     labels: dict[str, str] = {}
+    name = STDIN if path == "-" else path
     try:
         with open(0 if path == "-" else path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             lines = iter(file)
             head = next(lines, "")
-            tabs = "id" in (name.strip('"') for name in head.rstrip("\r\n").split("\t"))
+            tabs = "id" in (title.strip('"') for title in head.rstrip("\r\n").split("\t"))
             reader = csv.DictReader(
                 chain([head], lines), delimiter="\t" if tabs else ",", strict=True, skipinitialspace=not tabs
             )
             columns = reader.fieldnames or []
             if "\0" in head:
-                raise FileError("not text", where=path, wanted="CSV with id,label, in UTF-8")
-            _require_columns(columns, column, path)
+                raise FileError("not text", where=name, wanted="CSV with id,label, in UTF-8")
+            _require_columns(columns, column, name)
             for record in reader:
-                where = f"{path}, line {reader.line_num}"
+                where = f"{name}, line {reader.line_num}"
                 _require_no_more(record, len(columns), where)
                 id, label = record["id"], record[column]
-                if not any(str(record[name] or "").strip() for name in columns):
+                if not any(str(record[title] or "").strip() for title in columns):
                     continue  # spreadsheets leave such lines behind
                 if not id or label is None:
                     raise FileError("an id or a label is missing", where=where)
@@ -42,11 +43,11 @@ def read_labels(path: str, column: str = "label") -> dict[str, str]:
                 if label:  # an empty one is as good as no line
                     labels[id] = label
     except FileNotFoundError:
-        raise FileError("no such file", where=path) from None
+        raise FileError("no such file", where=name) from None
     except OSError as error:
-        raise FileError("cannot be read", where=path, found=error.strerror) from None
+        raise FileError("cannot be read", where=name, found=error.strerror) from None
     except csv.Error as error:
-        raise FileError("not a table", where=path, found=str(error), wanted="CSV with id,label") from None
+        raise FileError("not a table", where=name, found=str(error), wanted="CSV with id,label") from None
     return labels
 
 
@@ -55,7 +56,7 @@ def _require_columns(columns: Sequence[str], column: str, path: str) -> None:
     for wanted in ("id", column):
         hint = "columns are set apart by commas or tabs, in UTF-8"
         if wanted == column and len(columns) > 1:
-            hint = "name the column with --label-column"
+            hint = "name one of these with --label-column"
         if wanted not in columns:
             raise FileError("no such column", where=path, found=found, wanted=wanted, hint=hint)
         if columns.count(wanted) > 1:

@@ -42,7 +42,7 @@ class Match:
     """
 
     name, score_name, baseline_name = "match", "recall@1", "chance"
-    #: None: over three splits of the emoji, what was better on the pairs for validation was so on those held out.
+    #: No margin: over three splits of the emoji, what was better on the pairs for validation was so on those held out.
     margin = 0.0
     unknown = 0
     #: Width that text and fusion are compared in at most; pairs of a group; pairs that are measured.

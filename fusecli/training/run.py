@@ -46,6 +46,9 @@ class Reporter(Listener, Protocol):
     def nothing_to_resume(self) -> None:
         """There is no unfinished run to go on with, so one begins."""
 
+    def finished_before(self) -> None:
+        """The same run has been finished, so nothing is done."""
+
     def comparing(self, name: str) -> None:
         """A line of the table is being computed."""
 
@@ -60,7 +63,7 @@ class Result:
     fingerprint: str
 
     def facts(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """As JSON and the log have it."""
         return {
             "fingerprint": self.fingerprint,
             "epochs": self.progress.epoch,
@@ -80,8 +83,8 @@ def train_on(
     reporter: Reporter,
     resume: bool = False,
     overwrite: bool = False,
-) -> Result:
-    """Read the pairs, `train` on them, compare.
+) -> dict[str, Any]:
+    """Read the pairs, `train` on them, compare; returns what the training came to, as the log has it.
 
     Args:
         output: the checkpoint to write; head, log and state are named after it.
@@ -89,15 +92,13 @@ def train_on(
         places: where image and text of each lie.
         recipe: what to learn, from what on, and how.
         reporter: is told how far it is.
-        resume: go on with an unfinished run, if there is one.
+        resume: go on with an unfinished run, if there is one; if the same has been finished, nothing is done.
         overwrite: forget it.
 
     Raises:
         FusecliError: the pairs cannot be used, or the training diverged.
     """
     going_on = goes_on(output, resume, overwrite)
-    if resume and not going_on:
-        reporter.nothing_to_resume()
     # The command multiplies on one thread for the sake of equal bytes everywhere; here it would take twice as long.
     # What goes on keeps to its number of them, and its precision, or digits would differ.
     begun = begun_with(output) if going_on else None
@@ -119,11 +120,17 @@ def train_on(
     alone = sum(data.images.length(at) == 1 for at in range(len(data.ids)))
     if alone and beginning.untrained.config.can_forget_text:
         reporter.forgets_text(alone)
-    return train(output, beginning, lesson, reporter, begun)
+    keeper = FileKeeper(output, objective, _facts(beginning, lesson))
+    if resume and not going_on:
+        if done := keeper.finished():
+            reporter.finished_before()
+            return done
+        reporter.nothing_to_resume()
+    return train(keeper, beginning, lesson, reporter, begun).facts()
 
 
-def train(output: str, beginning: Beginning, lesson: Lesson, reporter: Reporter, begun: Begun | None) -> Result:
-    """Train from ``beginning`` on and write the best weights to ``output``; then compare on the held-out pairs.
+def train(keeper: FileKeeper, beginning: Beginning, lesson: Lesson, reporter: Reporter, begun: Begun | None) -> Result:
+    """Train from ``beginning`` on and keep the best weights; then compare on the held-out pairs.
 
     A run that was ``begun`` and not finished is gone on with.
 
@@ -136,7 +143,6 @@ def train(output: str, beginning: Beginning, lesson: Lesson, reporter: Reporter,
     starts = [_Start(weights, lesson) for weights in beginning.starts]
     which = _best(starts, begun.start if begun else None)
     start = starts[which]
-    keeper = FileKeeper(output, objective, _facts(beginning, lesson))
     state = keeper.begin(begun is not None, which)
     try:
         before = start.loss if state is None else None
