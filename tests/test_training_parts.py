@@ -21,7 +21,7 @@ from fusecli.training.loop import _rate
 from fusecli.training.match import Match, Moments, _heads, _moments, _side, canonical
 from fusecli.training.objective import Classes, Evaluation, Numbers
 from fusecli.training.represent import Fusion, Means
-from fusecli.training.start import laid_apart
+from fusecli.training.start import aligned, laid_apart
 from tests.lessons import on_threads
 
 D = 16
@@ -169,7 +169,7 @@ def test_a_head_is_found_on_one_thread(rng: np.random.Generator) -> None:
     with on_threads(2):
         objective = Watched(torch.arange(12) % 2, ["a", "b"], 0.0, 0.0, None)
         data: Any = SimpleNamespace(parts={"train": list(range(8)), "validation": list(range(8, 12))})
-        objective._fitted(torch.from_numpy(rng.standard_normal((12, D)).astype(np.float32)), data, [D])
+        objective.fitted(torch.from_numpy(rng.standard_normal((12, D)).astype(np.float32)), data, [D])
         assert torch.get_num_threads() == 2
     assert seen == {1}
 
@@ -255,7 +255,7 @@ def test_a_head_is_judged_without_smoothing(tmp_path: Path) -> None:
     data, _ = _drawn(tmp_path, 60)
     vectors = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
     losses = {
-        Classes(torch.arange(60) % 2, ["a", "b"], 0.0, smoothing, None)._fitted(vectors, data, [4])[0].loss
+        Classes(torch.arange(60) % 2, ["a", "b"], 0.0, smoothing, None).fitted(vectors, data, [4])[0].loss
         for smoothing in (0.0, 0.5)
     }
     assert len(losses) == 1
@@ -297,10 +297,10 @@ def test_a_head_minds_no_unit(rng: np.random.Generator, scale: float) -> None:
     x[:, 0] += 2 * targets
     data: Any = SimpleNamespace(parts={"train": list(range(40)), "validation": list(range(40, 60))})
     objective = Classes(targets, list("abc"), 0.0, 0.0, None)
-    expected = objective._fitted(x, data, [D])[0].loss
-    assert objective._fitted(scale * x, data, [D])[0].loss == pytest.approx(expected, rel=1e-3)
+    expected = objective.fitted(x, data, [D])[0].loss
+    assert objective.fitted(scale * x, data, [D])[0].loss == pytest.approx(expected, rel=1e-3)
     beside = torch.cat([x[:, :1], scale * x[:, 1:]], 1)  # two sides, of which one has another unit
-    assert objective._fitted(beside, data, [1, D - 1])[0].loss == pytest.approx(expected, rel=1e-3)
+    assert objective.fitted(beside, data, [1, D - 1])[0].loss == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
@@ -319,9 +319,10 @@ def test_matching_minds_no_unit_of_a_side(rng: np.random.Generator, scale: float
 
 
 def test_training_may_begin_with_what_has_seen_no_pairs(tmp_path: Path) -> None:
-    data, _ = _drawn(tmp_path, 30)
+    data, _ = _drawn(tmp_path, 60)
+    classes = Classes(torch.arange(60) % 2, ["a", "b"], 0.0, 0.0, None)
     for gate, may in (("sigmoid", True), ("tanh", False)):  # shut, nothing behind it would learn
-        beginning = recipe.from_scratch(True, None, 0, {"method": "gated", "num_heads": 2, "gate": gate}, data)
+        beginning = recipe.from_scratch(None, 0, {"method": "gated", "num_heads": 2, "gate": gate}, data, classes)
         assert any(start is beginning.untrained for start in beginning.starts) == may
 
 
@@ -340,6 +341,33 @@ def test_the_image_begins_as_a_share_of_the_text_and_its_middle_as_nothing(tmp_p
     spread = float(text.var(0).sum())
     assert float(np.square(image.mean(0)).sum()) < 1e-3 * spread
     np.testing.assert_allclose(image.var(0).sum(), 0.25 * spread, rtol=0.05)
+
+
+@pytest.mark.parametrize("options", [{"method": "gated"}, {"method": "weighted-sum"}, {"residual": True}], ids=str)
+def test_a_fusion_may_begin_as_good_as_both_sides_next_to_each_other(tmp_path: Path, options: dict[str, Any]) -> None:
+    data, _ = _drawn(tmp_path)  # in all directions alike: there is no room to lay the image apart
+    sides = [side.means().double() @ torch.linspace(1, 2, 8).double() for side in (data.texts, data.images)]
+    objective = Numbers(sides[0] / sides[0].std() + sides[1] / sides[1].std(), data.parts["train"], 0.0)
+    weights = checkpoint.orthogonal(data.texts.width, 2, image_dim=data.images.width, **options)
+
+    def loss(represent: Any) -> float:
+        return objective.fit_head(represent, data)[0].loss
+
+    [apart], [along] = laid_apart(weights, data, [1.0]), aligned(weights, data, objective, [1.0])
+    assert loss(Means(data, text=True, image=True)) < 0.01
+    assert loss(Fusion(along, learned=False)) < 0.05 < 0.3 < loss(Fusion(apart, learned=False))
+
+
+@pytest.mark.parametrize("said", [0.0, 1e-30])
+def test_an_image_is_not_blown_up_to_reach_a_text_that_says_nothing(rng: np.random.Generator, said: float) -> None:
+    images, texts = rng.standard_normal((2, 60, 3, 8)).astype(np.float32)
+    parts = {"train": list(range(40)), "validation": list(range(40, 60))}
+    data: Any = SimpleNamespace(ids=list(range(60)), images=images, texts=texts, parts=parts)
+    head = {"head.weight": torch.cat([torch.full((1, 8), said), torch.ones(1, 8)], 1)}  # of the text, of the image
+    told: Any = SimpleNamespace(fitted=lambda *_: (None, head))
+    for start in aligned(checkpoint.orthogonal(8, 2, method="gated"), data, told):
+        fused = np.stack([fusecli.fuse(start, image, text) for image, text in zip(images, texts, strict=True)])
+        assert np.abs(fused).max() < 1e4
 
 
 def test_a_head_is_as_good_when_it_is_used_as_when_it_was_made(tmp_path: Path) -> None:

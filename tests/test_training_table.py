@@ -54,6 +54,7 @@ def test_the_majority_is_that_of_the_pairs_to_train_on() -> None:
         ([1.0] * 20, "beats {} by 1.000 (95% interval +1.000 to +1.000)"),
         ([1.0] * 3 + [0.0] * 15 + [-1.0] * 2, ", perhaps by chance)"),
         ([0.0] * 20, "does not beat {}"),
+        ([-0.5] * 20, "does not beat {} here (-0.500, 95% interval -0.500 to -0.500)"),
     ],
 )
 def test_the_verdict_is_about_the_difference(gains: list[float], told: str) -> None:
@@ -70,3 +71,4 @@ def test_the_verdict_is_about_the_difference(gains: list[float], told: str) -> N
     assert told.format("text only") in verdict(half, nothing, nothing, gain + 0.5)[1]
     assert ("chance" in verdict(nothing, half, nothing, gain)[0]) == ("chance" in told)
     assert verdict(nothing, half, half, half)[0] == "the fusion does not beat side by side here"
+    assert verdict(half, nothing, nothing, nothing)[-1] == "does not even beat the text only"  # that is the first line

@@ -108,7 +108,7 @@ def recipe_of(
         smoothing=recipe.SMOOTHING if smoothing is None else smoothing,
         balanced=asked["class_weights"] is not None,
     )
-    beginning = partial(recipe.from_scratch, labels is not None, asked["feature_dim"], asked["seed"], options)
+    beginning = partial(recipe.from_scratch, asked["feature_dim"], asked["seed"], options)
     if weights:
         beginning = partial(recipe.from_checkpoint, weights, asked["weights"])
     settings = Settings(

@@ -155,11 +155,11 @@ class Supervised:
     def fit_head(self, represent: Representation, data: Data) -> tuple[Evaluation, Head]:
         """See `Objective`."""
         x = vectors(represent, data, data.parts["train"] + data.parts["validation"])
-        measured, best = self._fitted(x, data, represent.widths)
+        measured, best = self.fitted(x, data, represent.widths)
         return measured, {name: nn.Parameter(tensor.to(represent.device)) for name, tensor in best.items()}
 
     @one_thread()
-    def _fitted(self, x: torch.Tensor, data: Data, widths: list[int]) -> tuple[Evaluation, Head]:
+    def fitted(self, x: torch.Tensor, data: Data, widths: list[int]) -> tuple[Evaluation, Head]:
         """The best linear head on ``x [pairs, width]``, and how the pairs for validation come out under it.
 
         Trained to the end (L-BFGS: Liu and Nocedal 1989) on standardised vectors, with the penalty that suits the pairs

@@ -10,8 +10,8 @@ from fusecli import checkpoint
 from fusecli.errors import ShapeError, UsageError
 from fusecli.training.data import Data
 from fusecli.training.loop import Settings
-from fusecli.training.objective import Objective
-from fusecli.training.start import SHARES, Beginning, laid_apart, sized
+from fusecli.training.objective import Objective, Supervised
+from fusecli.training.start import MOST, Beginning, aligned, laid_apart, sized
 from fusecli.weights import Weights
 
 #: Label smoothing.
@@ -23,7 +23,7 @@ class Recipe:
     """All that decides what is learned from pairs, once they have been read."""
 
     objective: Callable[[Data], Objective]
-    beginning: Callable[[Data], Beginning]
+    beginning: Callable[[Data, Objective], Beginning]
     settings: Settings
     validation: float  # share of the pairs that choose the best epoch
     held_out: float  # share of the pairs that are compared on at the end
@@ -50,8 +50,8 @@ def pace(labelled: bool, options: Mapping[str, Any]) -> Pace:
     return FROM_NOTHING if options.get("method") == "attention" and "residual" not in options else WITH_LABELS
 
 
-def from_checkpoint(weights: Weights, path: str | None, data: Data) -> Beginning:
-    """Begin with the weights of a checkpoint.
+def from_checkpoint(weights: Weights, path: str | None, data: Data, objective: Objective) -> Beginning:
+    """Begin with the weights of a checkpoint, whatever the ``objective``.
 
     Raises:
         ShapeError: the features of the pairs have other widths.
@@ -64,7 +64,7 @@ def from_checkpoint(weights: Weights, path: str | None, data: Data) -> Beginning
 
 
 def from_scratch(
-    labelled: bool, feature_dim: int | None, seed: int, options: Mapping[str, Any], data: Data
+    feature_dim: int | None, seed: int, options: Mapping[str, Any], data: Data, objective: Objective
 ) -> Beginning:
     """Begin with new weights of ``feature_dim``, or else the text's width, and of a method and its ``options``.
 
@@ -78,14 +78,15 @@ def from_scratch(
         return how(feature_dim or data.texts.width, seed=seed, **widths, **{"num_heads": 8, **options})
 
     try:
-        untrained = draw(checkpoint.init)
+        untrained, labelled = draw(checkpoint.init), isinstance(objective, Supervised)
         if untrained.config.can_forget_text:
             return sized(untrained, untrained if labelled else draw(checkpoint.orthogonal), data)
-        # Without labels it is only the image that is to be told: of all shares the largest suits best.
-        shares = SHARES if labelled else SHARES[-1:]
-        starts = laid_apart(draw(checkpoint.orthogonal), data, shares)
+        drawn = draw(checkpoint.orthogonal)
+        if not isinstance(objective, Supervised):
+            return Beginning(untrained, laid_apart(drawn, data, [MOST]))
+        starts = [*laid_apart(drawn, data), *aligned(drawn, data, objective)]
         shut = untrained.config.gate == "tanh"  # so that nothing behind it would be learned
-        return Beginning(untrained, [untrained, *starts] if labelled and not shut else starts)
+        return Beginning(untrained, starts if shut else [untrained, *starts])
     except UsageError as error:
         error.hint = error.hint or ("leave out --feature-dim" if feature_dim else None)
         raise

@@ -113,7 +113,8 @@ def train_on(
     folder, shares = os.path.dirname(output) or ".", (recipe.validation, recipe.held_out)
     data = read(ids, places, folder, *shares, lambda done: reporter.read(done, len(ids)))
     require_enough(data)
-    objective, beginning = recipe.objective(data), recipe.beginning(data)
+    objective = recipe.objective(data)
+    beginning = recipe.beginning(data, objective)
     lesson = Lesson(objective, data, settings, beginning.sizes)
     if unknown := lesson.objective.unknown:
         reporter.unknown_labels(unknown)

@@ -4,8 +4,11 @@ A fusion adds what the image says to what the text says, in one space of `D` cha
 apart again. From random projections much of that falls together, and few pairs do not teach it to keep clear. So the
 last matrix on the image's way begins as a turn that brings the direction in which the images of the pairs vary most to
 the one in which their texts vary least, and so on: principal axes (Hotelling 1933) against principal axes in reverse.
-How much varies by the image then, compared with the text, is tried out, beside weights that have seen no pairs; the
-middle of all images adds nothing.
+How much varies by the image then, compared with the text, is tried out; the middle of all images adds nothing.
+
+Where texts vary in all directions alike there is no such room. So with labels it is also tried to bring the image to
+where a head reads the text: then the fusion begins as good as both sides next to each other. Weights that have seen
+no pairs are tried beside all these.
 """
 
 from __future__ import annotations
@@ -16,19 +19,29 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from fusecli.drawing import HALF_OPEN
 from fusecli.errors import ValuesError
 from fusecli.formats import NumpyArray
 from fusecli.functional import layer_norm, linear
 from fusecli.training.data import Data, Rows
+from fusecli.training.objective import Supervised
 from fusecli.weights import Config, Weights
 
 #: Rows ``[n, width]`` to rows of another width.
 Map = Callable[[NumpyArray], NumpyArray]
 #: How much varies by the image, as shares of how much varies by the text (standard deviations): what is tried. Of 0.125
 #: to 1.4, half as much did best where the texts say nearly all, as much or more where they are blurred.
-SHARES = (0.35, 0.7, 1.4)
+#: With labels `aligned` stands in for the most; without, when only the image is to be told, the most is best.
+SHARES, MOST = (0.35, 0.7), 1.4
+#: How much of what a head adds by the image, where it is brought to what the head reads of the text: what is tried.
+#: Less than all, since a head makes too much of a side that says little.
+PARTS = (0.5, 1.0)
+#: Directions that a head reads with less than this share of the most are noise.
+FAINT = 1e-2
+#: By the image there varies at most so many times what varies by the text.
+LARGEST = 1e3
 #: What varies less than this share of the whole (squares) is not scaled up further.
 FLAT = 1e-6
 #: Numbers of features are taken to be at least so large, and at most one over that.
@@ -74,14 +87,45 @@ def laid_apart(weights: Weights, data: Data, shares: Sequence[float] = SHARES) -
     Raises:
         ValuesError: the features are too large.
     """
+    images, texts, last = _ends(weights, data, data.parts["train"])
+    turn = _turn(images, texts)  # [D, width]
+    return [_with_turn(weights, last, share * turn, images.mean(0)) for share in shares]
+
+
+def aligned(weights: Weights, data: Data, objective: Supervised, parts: Sequence[float] = PARTS) -> list[Weights]:
+    """``weights`` from `fusecli.checkpoint.orthogonal` with the image brought to where a head reads the text.
+
+    Of a head on both sides next to each other, ``W_t T + W_i I``, the image's part is carried by ``W_t⁺ W_i`` (Penrose
+    1955), as ``W_t (T + W_t⁺ W_i I)`` is the same wherever the rows of ``W_t`` do not depend on each other. One for
+    each of ``parts``, which that is multiplied by. The fusion must hold the text in its result.
+
+    Raises:
+        ValuesError: the features are too large.
+    """
+    seen = data.parts["train"] + data.parts["validation"]
+    images, texts, last = _ends(weights, data, seen)
+    x = torch.zeros(len(data.ids), texts.shape[1] + images.shape[1])
+    x[seen] = torch.from_numpy(np.concatenate([texts, images], 1)).float()
+    _, head = objective.fitted(x, data, [texts.shape[1], images.shape[1]])
+    weight = head["head.weight"].detach().double().numpy()
+    if len(weight) > 1:
+        weight = weight - weight.mean(0)  # what all classes have in common tells none from another
+    by_text, by_image = np.split(weight, [texts.shape[1]], axis=1)
+    turn = np.linalg.pinv(by_text, rcond=FAINT) @ by_image  # [D, width]
+    spread, most = (images @ turn.T).std(0).max(), LARGEST * texts.std(0).max()
+    turn *= min(1.0, most / spread) if spread > 0 else 1.0
+    middle = images[: len(data.parts["train"])].mean(0)
+    return [_with_turn(weights, last, part * turn, middle) for part in parts]
+
+
+def _ends(weights: Weights, data: Data, part: list[int]) -> tuple[NumpyArray, NumpyArray, str]:
+    """The means of images and of texts where their ways end, and the name of the last matrix of the image's way."""
     text, image, last = _ways(weights)
-    part = data.parts["train"]
     with np.errstate(all="ignore"):  # what overflows is found by looking
         images, texts = _means(data.images, part, image), _means(data.texts, part, text)
     if not (np.isfinite(images).all() and np.isfinite(texts).all()):
         raise ValuesError("numbers too large to learn from", hint="scale the features down")
-    turn = _turn(images, texts)  # [D, width]
-    return [_with_turn(weights, last, share * turn, images.mean(0)) for share in shares]
+    return images, texts, last
 
 
 def _with_turn(weights: Weights, last: str, turn: NumpyArray, middle: NumpyArray) -> Weights:

@@ -112,17 +112,23 @@ def compare(
 
 
 def verdict(rows: list[Row]) -> str:
-    """In words, whether the fusion beats both sides without it, and the better one of them alone."""
+    """In words, whether the fusion beats both sides without it, and the better one of them alone.
+
+    What looks at no features is named only where the fusion does not beat that either.
+    """
     named, shares = {row.name: row for row in rows}, rows[0].shares
+    trained, side_by_side, blind = named[TRAINED], named[SIDE_BY_SIDE], rows[0]
     alone = max(named[TEXT], named[IMAGE], key=lambda row: row.score)
-    both = _beaten(named[TRAINED].scores - named[SIDE_BY_SIDE].scores, "side by side", shares)
-    return f"the fusion {both}; it {_beaten(named[TRAINED].scores - alone.scores, alone.name, shares)}"
+    both = _beaten(trained.scores - side_by_side.scores, "side by side", shares)
+    told = f"the fusion {both}; it {_beaten(trained.scores - alone.scores, alone.name, shares)}"
+    return told if trained.score > blind.score else f"{told}; it does not even beat the {blind.name}"
 
 
 def _beaten(gain: torch.Tensor, what: str, shares: torch.Tensor | None) -> str:
     # Pair by pair: the interval is narrower than those of the two lines.
-    if gain.mean() <= 0:
-        return f"does not beat {what} here"
-    low, high = resampled(gain, shares)
+    mean, (low, high) = float(gain.mean()), resampled(gain, shares)
+    interval = f"95% interval {low:+.3f} to {high:+.3f}"
+    if mean <= 0:
+        return f"does not beat {what} here" + (f" ({mean:+.3f}, {interval})" if high < 0 else "")
     chance = "" if low > 0 else ", perhaps by chance"
-    return f"beats {what} by {float(gain.mean()):.3f} (95% interval {low:+.3f} to {high:+.3f}{chance})"
+    return f"beats {what} by {mean:.3f} ({interval}{chance})"
