@@ -112,10 +112,11 @@ def require_width(stored: Stored, width: int, hint: str) -> None:
 def _init_like(weights: Weights, image_dim: int, text_dim: int) -> str:
     """The command that makes weights of the same kind for other widths."""
     config, dim = weights.config, weights.dim if text_dim == weights.text_dim else text_dim
-    asked: dict[str, Any] = {"method": config.method, **config.options()}
-    if "num_heads" in asked:
+    asked, usual = config.options(), Config(config.method).options()
+    if config.has_attention:
         asked["num_heads"] = math.gcd(config.num_heads, dim)
-    other = {name: value for name, value in asked.items() if value != getattr(Config, name)}
+    other: dict[str, Any] = {"method": config.method} if config.method != Config().method else {}
+    other |= {name: value for name, value in asked.items() if value != usual[name]}
     widths = {"feature_dim": dim, "text_dim": text_dim, "image_dim": image_dim}
     other |= {name: width for name, width in widths.items() if name == "feature_dim" or width != dim}
     flags = (f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in other.items())

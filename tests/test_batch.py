@@ -324,6 +324,8 @@ def test_a_side_that_is_missing(run: Run, many: Any, tmp_path: Path) -> None:
     assert b"no image" in done.stderr
     assert results(tmp_path / "out") == expected(run, tmp_path, IDS[:3])
     batch(run, "img", "txt", "-o", "out", "--allow-missing")
+    ledger = (tmp_path / "out" / ".fusecli" / "ledger.jsonl").read_text()
+    assert ledger.count('"missing": "') == len(IDS[3:])  # however often it is looked for
     nothing = batch(run, "img/animals", "txt", "-o", "o2", code=3).stderr.decode()
     assert "ant" in nothing
     assert "b" in nothing
@@ -365,3 +367,26 @@ def test_two_runs_at_once(run: Run, many: Any, tmp_path: Path) -> None:
         child.stdin.close()
         assert child.wait(timeout=60) == 0
     batch(run, "--manifest", "-", "-o", "out", input=line)
+
+
+def test_a_gpu_gets_whole_items_and_workers_get_equal_ones() -> None:
+    from types import SimpleNamespace
+
+    from fusecli import checkpoint
+    from fusecli.batch.feed import Pairs
+    from fusecli.batch.plan import ITEM_PAIRS
+    from fusecli.batch.request import Request
+    from fusecli.batch.run import _feed
+
+    ids = [str(k) for k in range(1000)]
+    unread: Any = SimpleNamespace(path="x", key=None)
+    nothing: Any = SimpleNamespace(pieces=lambda _: None, undone=None)
+
+    def first(**asked: Any) -> int:
+        request = Request(checkpoint.init(8, 1), "out", workers=16, **asked)
+        feed: Any = _feed(request, Pairs(ids, lambda _: (unread, unread)), nothing, nothing, nothing)
+        return len(feed.take())
+
+    assert first(device="cuda") == ITEM_PAIRS
+    assert first() * 16 <= 1000
+    assert first(limit=64) * 16 <= 64

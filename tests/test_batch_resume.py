@@ -304,3 +304,23 @@ def test_a_dry_run_keeps_to_what_is_asked_for(run: Run, few: Path) -> None:
     batch(run, "img", "txt", "-o", "out", "--limit", 3, code=4)
     for options, told in (([], b"4 to do"), (["--limit", 2], b"2 to do"), (["--retry-failed"], b"1 to do")):
         assert told in run("batch", "img", "txt", "-o", "out", "-w", "w.safetensors", "--dry-run", *options).stderr
+
+
+def test_ctrl_c_before_the_first_line_of_a_stream(run: Run, many: Any, tmp_path: Path) -> None:
+    command = [*FUSECLI, "batch", "--manifest", "-", "-o", "out", "-w", "w.safetensors", "-j", "1"]
+    with subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        while not list(tmp_path.glob("out/.fusecli/ledger*")):
+            assert child.poll() is None
+            time.sleep(0.01)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(timeout=60) == 130
+        assert child.stderr
+        assert b"no pairs" not in child.stderr.read()
+
+
+def test_shards_start_over_as_the_hint_says(run: Run, few: Path) -> None:
+    command = ("img", "txt", "-o", "o.safetensors", "--shard", "1/2")
+    batch(run, *command)
+    hint = batch(run, *command, "--overwrite", code=2).stderr.decode().rpartition("hint: ")[2].partition(",")[0]
+    subprocess.run(hint, shell=True, check=True, cwd=few)
+    assert b"skipped" not in batch(run, *command).stderr

@@ -85,14 +85,18 @@ def test_a_clock_that_was_wrong_does_not_make_old_words_the_last(run: Run, few: 
     )
 
 
-def test_the_last_word_on_a_pair_is_that_of_the_last_run(run: Run, few: Path) -> None:
+@pytest.mark.parametrize("ahead", [0, 3600], ids="clock ahead by {} s".format)
+def test_the_last_word_on_a_pair_is_that_of_the_last_run(run: Run, few: Path, ahead: int) -> None:
     good = (few / "img" / "a.npy").read_bytes()
     (few / "img" / "a.npy").write_bytes(b"junk")
     shard = next(part for part in ("1/2", "2/2") if Shard(int(part[0]), 2).has("a"))
     batch(run, "img", "txt", "-o", "out", "--shard", shard, code=4)
+    [ledger] = (few / "out" / ".fusecli").glob("ledger-*.jsonl")
+    ledger.write_text(re.sub('(?<="began": )[^,]+', lambda told: str(float(told[0]) + ahead), ledger.read_text()))
     (few / "img" / "a.npy").write_bytes(good)
     batch(run, "img", "txt", "-o", "out")
-    batch(run, "img", "txt", "-o", "out", "--shard", shard)  # its ledger has the older word, and is the newer file
+    again = batch(run, "img", "txt", "-o", "out", "--shard", shard, "--json")
+    assert set(statuses(again).values()) == {"skipped"}  # its ledger has the older word, and is the newer file
     told = run("batch", "img", "txt", "-o", "out", "-w", "w.safetensors", "--dry-run").stderr
     assert b"6 done, 0 failed or incomplete before, 0 to do" in told
 

@@ -438,6 +438,12 @@ def test_features_of_other_widths_are_told_with_weights_that_would_fit(run: Run,
     hint = told.splitlines()[-1].removeprefix("hint: fusecli ")
     run(*hint.split())
     run("fuse", "i.npy", "t.npy", "-o", "o.npy", "-w", "other.safetensors")
+    assert np.load(tmp_path / "o.npy").shape == (3, 5)
+    run("init", "-o", "gated.safetensors", "--method", "gated", "--layer-norm", "--feature-dim", 15, "--num-heads", 3)
+    told = run("fuse", "i.npy", "t.npy", "-o", "o.npy", "-w", "gated.safetensors", code=3).stderr.decode()
+    run(*told.splitlines()[-1].removeprefix("hint: fusecli ").split())
+    other = load(tmp_path / "other.safetensors")
+    assert (other.config.method, other.config.layer_norm, other.dim) == ("gated", True, 5)
     assert b"swapped" in run("fuse", "t.npy", "i.npy", "-o", "o.npy", "-w", "other.safetensors", code=3).stderr
 
 
@@ -446,3 +452,9 @@ def test_no_rows_before_the_grid_is_something_said(run: Run, pair: Any) -> None:
     assert b"add --attention" in run(*command, code=2).stderr
     assert b"only .safetensors" in run(*command, "-a", "a.npy", code=2).stderr
     run(*command, "-a", "a.safetensors")
+
+
+def test_a_format_that_the_name_denies_is_refused(run: Run, pair: Any) -> None:
+    command = ("fuse", "img.npy", "txt.npy", "-o")
+    assert b"another format" in run(*command, "o.npy", "--format", "safetensors", code=2).stderr
+    run(*command, "o.npy", "--format", "npy")

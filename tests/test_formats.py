@@ -228,6 +228,17 @@ def test_what_is_no_feature_file_is_called_by_its_name(tmp_path: Path) -> None:
             open_tensors(str(tmp_path / name))
 
 
+def test_an_empty_tensor_may_stand_behind_one_that_begins_where_it_does(tmp_path: Path) -> None:
+    shapes = {"full": ([1, 2], [0, 8]), "empty": ([0, 2], [0, 0]), "last": ([1, 1], [8, 12])}
+    tensors = {k: {"dtype": "F32", "shape": shape, "data_offsets": at} for k, (shape, at) in shapes.items()}
+    head = json.dumps(tensors).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + bytes(12))
+    theirs = load_file(tmp_path / "a.safetensors")
+    assert {k: x.shape for k, x in open_tensors(str(tmp_path / "a.safetensors")).items()} == {
+        k: x.shape for k, x in theirs.items()
+    }
+
+
 def test_safetensors_metadata_are_those_of_the_library(tmp_path: Path) -> None:
     save_file({"x": np.ones(2, np.float32)}, tmp_path / "x.safetensors", metadata={"a": "ü"})
     source = open_tensors(str(tmp_path / "x.safetensors"))["x"].source

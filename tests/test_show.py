@@ -519,6 +519,21 @@ def test_what_a_killed_report_left_goes_with_the_next_one(run: Run, tmp_path: Pa
     assert {path.name for path in tmp_path.glob(".*")} == {".report.fusecli-2", ".report2.fusecli-3"}
 
 
+def test_a_report_leaves_that_of_another_process_of_its_number(tmp_path: Path) -> None:
+    from fusecli.cli import _app
+
+    (tmp_path / "dumps").mkdir()
+    plant(tmp_path / "dumps" / "a.npy", [0], 4)
+    other = tmp_path / f".report.fusecli-{os.getpid()}"  # in another container, say
+    other.mkdir()
+    held = os.open(other, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    _app("show")(["show", str(tmp_path / "dumps"), "-o", str(tmp_path / "report"), "-q"], standalone_mode=False)
+    os.close(held)
+    assert other.is_dir()
+    assert (tmp_path / "report" / "index.html").is_file()
+
+
 def test_a_report_never_takes_the_place_of_something_else(run: Run, tmp_path: Path) -> None:
     (tmp_path / "dumps").mkdir()
     plant(tmp_path / "dumps" / "a.npy", [0], 4)

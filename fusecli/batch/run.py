@@ -123,7 +123,7 @@ def _begin(ledger: Ledger, request: Request, after: float) -> None:
 
 
 def _start_over(request: Request) -> str:
-    """How to."""
+    """What to do instead of going on."""
     return f"{removal(request.output)}, then start all shards" if request.shard else "start over with --overwrite"
 
 
