@@ -21,7 +21,7 @@ from fusecli.training.loop import _rate
 from fusecli.training.match import Match, Moments, _heads, _moments, _side, canonical
 from fusecli.training.objective import Classes, Evaluation, Numbers
 from fusecli.training.represent import Fusion, Means
-from fusecli.training.start import aligned, laid_apart
+from fusecli.training.start import PARTS, SHARES, aligned, ends_of, laid_apart
 from tests.lessons import on_threads
 
 D = 16
@@ -324,6 +324,7 @@ def test_training_may_begin_with_what_has_seen_no_pairs(tmp_path: Path) -> None:
     for gate, may in (("sigmoid", True), ("tanh", False)):  # shut, nothing behind it would learn
         beginning = recipe.from_scratch(None, 0, {"method": "gated", "num_heads": 2, "gate": gate}, data, classes)
         assert any(start is beginning.untrained for start in beginning.starts) == may
+        assert len(beginning.starts) == may + len(SHARES) + len(PARTS)
 
 
 @pytest.mark.parametrize("method", ["attention", "gated", "weighted-sum", "concat"])
@@ -331,7 +332,7 @@ def test_the_image_begins_as_a_share_of_the_text_and_its_middle_as_nothing(tmp_p
     data, _ = _drawn(tmp_path, 60)
     options: dict[str, Any] = {"residual": True} if method == "attention" else {}
     weights = checkpoint.orthogonal(data.texts.width, 2, method=method, image_dim=data.images.width, **options)
-    bare, laid = laid_apart(weights, data, [0.0, 0.5])
+    bare, laid = laid_apart(weights, ends_of(weights, data), [0.0, 0.5])
 
     def vectors(weights: fusecli.Weights) -> Any:
         fused = [fusecli.fuse(weights, data.images[at], data.texts[at]).mean(0) for at in data.parts["train"]]
@@ -353,7 +354,8 @@ def test_a_fusion_may_begin_as_good_as_both_sides_next_to_each_other(tmp_path: P
     def loss(represent: Any) -> float:
         return objective.fit_head(represent, data)[0].loss
 
-    [apart], [along] = laid_apart(weights, data, [1.0]), aligned(weights, data, objective, [1.0])
+    ends = ends_of(weights, data)
+    [apart], [along] = laid_apart(weights, ends, [1.0]), aligned(weights, ends, data, objective, [1.0])
     assert loss(Means(data, text=True, image=True)) < 0.01
     assert loss(Fusion(along, learned=False)) < 0.05 < 0.3 < loss(Fusion(apart, learned=False))
 
@@ -365,7 +367,8 @@ def test_an_image_is_not_blown_up_to_reach_a_text_that_says_nothing(rng: np.rand
     data: Any = SimpleNamespace(ids=list(range(60)), images=images, texts=texts, parts=parts)
     head = {"head.weight": torch.cat([torch.full((1, 8), said), torch.ones(1, 8)], 1)}  # of the text, of the image
     told: Any = SimpleNamespace(fitted=lambda *_: (None, head))
-    for start in aligned(checkpoint.orthogonal(8, 2, method="gated"), data, told):
+    weights = checkpoint.orthogonal(8, 2, method="gated")
+    for start in aligned(weights, ends_of(weights, data), data, told):
         fused = np.stack([fusecli.fuse(start, image, text) for image, text in zip(images, texts, strict=True)])
         assert np.abs(fused).max() < 1e4
 

@@ -71,4 +71,6 @@ def test_the_verdict_is_about_the_difference(gains: list[float], told: str) -> N
     assert told.format("text only") in verdict(half, nothing, nothing, gain + 0.5)[1]
     assert ("chance" in verdict(nothing, half, nothing, gain)[0]) == ("chance" in told)
     assert verdict(nothing, half, half, half)[0] == "the fusion does not beat side by side here"
-    assert verdict(half, nothing, nothing, nothing)[-1] == "does not even beat the text only"  # that is the first line
+    assert verdict(half, nothing, nothing, nothing)[-1] == 'does not even beat "text only"'  # that is the first line
+    assert len(verdict(half, nothing, nothing, half)) == 3  # as good is not better
+    assert len(verdict(nothing, nothing, nothing, half)) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -27,9 +27,6 @@ from fusecli.cli.paths import refuse_same_file
 from fusecli.cli.progress import Epochs
 from fusecli.cli.sources import ImageKey, ImagePattern, Sources, TextKey, TextPattern, complete_ids, find_pairs
 from fusecli.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 #: Held-out pairs, below which intervals of the table are so wide that it says little.
 FEW = 20

@@ -128,7 +128,11 @@ def format_of(path: str, wanted: str | None = None) -> ModuleType:
     told = next((name for name, module in FORMATS.items() if suffix in module.SUFFIXES), None)
     if wanted and told and wanted != told:
         raise UsageError(
-            "the name says another format", where=path, found=suffix, wanted=wanted, hint="leave out --format"
+            "the name says another format",
+            where=path,
+            found=suffix,
+            wanted=wanted,
+            hint="leave out --format, which is of -o",
         )
     if wanted or told:
         return FORMATS[wanted or told or ""]

@@ -11,7 +11,7 @@ from fusecli.errors import ShapeError, UsageError
 from fusecli.training.data import Data
 from fusecli.training.loop import Settings
 from fusecli.training.objective import Objective, Supervised
-from fusecli.training.start import MOST, Beginning, aligned, laid_apart, sized
+from fusecli.training.start import MOST, Beginning, aligned, ends_of, laid_apart, sized
 from fusecli.weights import Weights
 
 #: Label smoothing.
@@ -82,9 +82,10 @@ def from_scratch(
         if untrained.config.can_forget_text:
             return sized(untrained, untrained if labelled else draw(checkpoint.orthogonal), data)
         drawn = draw(checkpoint.orthogonal)
+        ends = ends_of(drawn, data)
         if not isinstance(objective, Supervised):
-            return Beginning(untrained, laid_apart(drawn, data, [MOST]))
-        starts = [*laid_apart(drawn, data), *aligned(drawn, data, objective)]
+            return Beginning(untrained, laid_apart(drawn, ends, [MOST]))
+        starts = [*laid_apart(drawn, ends), *aligned(drawn, ends, data, objective)]
         shut = untrained.config.gate == "tanh"  # so that nothing behind it would be learned
         return Beginning(untrained, starts if shut else [untrained, *starts])
     except UsageError as error:

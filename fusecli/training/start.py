@@ -24,7 +24,7 @@ import torch
 from fusecli.drawing import HALF_OPEN
 from fusecli.errors import ValuesError
 from fusecli.formats import NumpyArray
-from fusecli.functional import layer_norm, linear
+from fusecli.functional import layer_norm
 from fusecli.training.data import Data, Rows
 from fusecli.training.objective import Supervised
 from fusecli.weights import Config, Weights
@@ -79,20 +79,44 @@ def sized(untrained: Weights, drawn: Weights, data: Data) -> Beginning:
     return Beginning(untrained, [Weights(drawn.config, tensors)], found)
 
 
-def laid_apart(weights: Weights, data: Data, shares: Sequence[float] = SHARES) -> list[Weights]:
-    """``weights`` from `fusecli.checkpoint.orthogonal` with the image laid apart from the text, as pairs to train show.
+class Ends(NamedTuple):
+    """What pairs come to where the ways of text and image meet: those to train on, then those for validation."""
 
-    One for each of ``shares``. The fusion must hold the text in its result.
+    texts: NumpyArray  # [pairs, D], means
+    images: NumpyArray  # [pairs, width], likewise
+    last: str  # the name of the last matrix of the image's way, which is not in that
+    train: int  # pairs to train on
+
+
+def ends_of(weights: Weights, data: Data) -> Ends:
+    """See `Ends`.
 
     Raises:
         ValuesError: the features are too large.
     """
-    images, texts, last = _ends(weights, data, data.parts["train"])
+    text, image, last = _ways(weights)
+    train = data.parts["train"]
+    part = train + data.parts["validation"]
+    with np.errstate(all="ignore"):  # what overflows is found by looking
+        ends = Ends(_means(data.texts, part, text), _means(data.images, part, image), last, len(train))
+    if not (np.isfinite(ends.images).all() and np.isfinite(ends.texts).all()):
+        raise ValuesError("numbers too large to learn from", hint="scale the features down")
+    return ends
+
+
+def laid_apart(weights: Weights, ends: Ends, shares: Sequence[float] = SHARES) -> list[Weights]:
+    """``weights`` from `fusecli.checkpoint.orthogonal` with the image laid apart from the text, as pairs to train show.
+
+    One for each of ``shares``. The fusion must hold the text in its result.
+    """
+    images, texts = ends.images[: ends.train], ends.texts[: ends.train]
     turn = _turn(images, texts)  # [D, width]
-    return [_with_turn(weights, last, share * turn, images.mean(0)) for share in shares]
+    return [_with_turn(weights, ends, share * turn) for share in shares]
 
 
-def aligned(weights: Weights, data: Data, objective: Supervised, parts: Sequence[float] = PARTS) -> list[Weights]:
+def aligned(
+    weights: Weights, ends: Ends, data: Data, objective: Supervised, parts: Sequence[float] = PARTS
+) -> list[Weights]:
     """``weights`` from `fusecli.checkpoint.orthogonal` with the image brought to where a head reads the text.
 
     Of a head on both sides next to each other, ``W_t T + W_i I``, the image's part is carried by ``W_t⁺ W_i`` (Penrose
@@ -102,33 +126,22 @@ def aligned(weights: Weights, data: Data, objective: Supervised, parts: Sequence
     Raises:
         ValuesError: the features are too large.
     """
+    images, texts, width = ends.images, ends.texts, ends.texts.shape[1]
+    x = torch.zeros(len(data.ids), width + images.shape[1])
     seen = data.parts["train"] + data.parts["validation"]
-    images, texts, last = _ends(weights, data, seen)
-    x = torch.zeros(len(data.ids), texts.shape[1] + images.shape[1])
-    x[seen] = torch.from_numpy(np.concatenate([texts, images], 1)).float()
-    _, head = objective.fitted(x, data, [texts.shape[1], images.shape[1]])
+    x[seen, :width], x[seen, width:] = torch.from_numpy(texts).float(), torch.from_numpy(images).float()
+    _, head = objective.fitted(x, data, [width, images.shape[1]])
     weight = head["head.weight"].detach().double().numpy()
     if len(weight) > 1:
         weight = weight - weight.mean(0)  # what all classes have in common tells none from another
-    by_text, by_image = np.split(weight, [texts.shape[1]], axis=1)
-    turn = np.linalg.pinv(by_text, rcond=FAINT) @ by_image  # [D, width]
+    turn = np.linalg.pinv(weight[:, :width], rcond=FAINT) @ weight[:, width:]  # [D, width]
     spread, most = (images @ turn.T).std(0).max(), LARGEST * texts.std(0).max()
     turn *= min(1.0, most / spread) if spread > 0 else 1.0
-    middle = images[: len(data.parts["train"])].mean(0)
-    return [_with_turn(weights, last, part * turn, middle) for part in parts]
+    return [_with_turn(weights, ends, part * turn) for part in parts]
 
 
-def _ends(weights: Weights, data: Data, part: list[int]) -> tuple[NumpyArray, NumpyArray, str]:
-    """The means of images and of texts where their ways end, and the name of the last matrix of the image's way."""
-    text, image, last = _ways(weights)
-    with np.errstate(all="ignore"):  # what overflows is found by looking
-        images, texts = _means(data.images, part, image), _means(data.texts, part, text)
-    if not (np.isfinite(images).all() and np.isfinite(texts).all()):
-        raise ValuesError("numbers too large to learn from", hint="scale the features down")
-    return images, texts, last
-
-
-def _with_turn(weights: Weights, last: str, turn: NumpyArray, middle: NumpyArray) -> Weights:
+def _with_turn(weights: Weights, ends: Ends, turn: NumpyArray) -> Weights:
+    last, middle = ends.last, ends.images[: ends.train].mean(0)
     tensors = {name: np.array(tensor) for name, tensor in weights.tensors.items()}
     if weights.config.method == "concat":
         tensors[last][:, weights.text_dim :] = turn
@@ -153,12 +166,20 @@ def _before(weights: Weights) -> float:
     return 2.0 if weights.config.method == "gated" else 1.0
 
 
-def _ways(weights: Weights) -> tuple[Map, Map, str]:
-    """The ways of text rows and of image rows, and the name of the last matrix of the image's way."""
+class _Way(NamedTuple):
+    """What a side goes through: each row by itself, and then what is linear, where their mean does as well."""
+
+    rows: Map
+    means: Map
+
+
+def _ways(weights: Weights) -> tuple[_Way, _Way, str]:
+    """The ways of text and of image, and the name of the last matrix of the image's way."""
     tensors, config, dim = weights.tensors, weights.config, weights.dim
 
     def through(name: str) -> Map:
-        return lambda x: linear(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+        weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
+        return lambda x: np.add(x @ weight.T, bias)
 
     def values(name: str, x: NumpyArray) -> NumpyArray:
         value: NumpyArray = x @ tensors[f"{name}.in_proj_weight"][2 * dim :].T
@@ -172,25 +193,28 @@ def _ways(weights: Weights) -> tuple[Map, Map, str]:
     text, image, projected = normed("text"), normed("image"), through("image_proj")
     if config.method == "weighted-sum":
         rest = 1 - float(tensors["alpha"][0])
-        return lambda x: rest * through("text_proj")(text(x)), image, "image_proj.weight"
+        by_text = _Way(text, lambda x: rest * through("text_proj")(x))
+        return by_text, _Way(image, lambda x: x), "image_proj.weight"
     if config.method == "concat":
         columns = tensors["concat_proj.weight"][:, : weights.text_dim]
-        return lambda x: text(x) @ columns.T, lambda x: projected(image(x)), "concat_proj.weight"
+        return _Way(text, lambda x: x @ columns.T), _Way(image, projected), "concat_proj.weight"
     if config.method == "transformer":
         name, norm = "layers.0.multihead_attn", "layers.0.norm_memory"
 
         def memory(x: NumpyArray) -> NumpyArray:
-            x = layer_norm(projected(image(x)), tensors[f"{norm}.weight"], tensors[f"{norm}.bias"])
-            return values(name, x)
+            rows: NumpyArray = layer_norm(projected(image(x)), tensors[f"{norm}.weight"], tensors[f"{norm}.bias"])
+            return rows
 
-        return lambda x: through("text_proj")(text(x)), memory, f"{name}.out_proj.weight"
-    return text, lambda x: values("attention", projected(image(x))), "attention.out_proj.weight"
+        by_image = _Way(memory, lambda x: values(name, x))
+        return _Way(text, through("text_proj")), by_image, f"{name}.out_proj.weight"
+    by_image = _Way(image, lambda x: values("attention", projected(x)))
+    return _Way(text, lambda x: x), by_image, "attention.out_proj.weight"
 
 
-def _means(rows: Rows, part: list[int], way: Map) -> NumpyArray:
+def _means(rows: Rows, part: list[int], way: _Way) -> NumpyArray:
     """The mean row of each pair, ``[pairs, width]``, where ``way`` ends."""
-    means = [way(np.asarray(rows[at], np.float32)).mean(0, dtype=np.float64) for at in part]
-    return np.stack(means)
+    means = [way.rows(np.asarray(rows[at], np.float32)).mean(0, dtype=np.float64) for at in part]
+    return way.means(np.stack(means))
 
 
 def _turn(images: NumpyArray, texts: NumpyArray) -> NumpyArray:

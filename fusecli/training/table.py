@@ -121,7 +121,7 @@ def verdict(rows: list[Row]) -> str:
     alone = max(named[TEXT], named[IMAGE], key=lambda row: row.score)
     both = _beaten(trained.scores - side_by_side.scores, "side by side", shares)
     told = f"the fusion {both}; it {_beaten(trained.scores - alone.scores, alone.name, shares)}"
-    return told if trained.score > blind.score else f"{told}; it does not even beat the {blind.name}"
+    return told if trained.score > blind.score else f'{told}; it does not even beat "{blind.name}"'
 
 
 def _beaten(gain: torch.Tensor, what: str, shares: torch.Tensor | None) -> str:
