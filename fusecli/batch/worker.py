@@ -153,8 +153,9 @@ def open_side(job: Job, id: str, place: Place, side: str) -> Stored | Outcome:
     try:
         stored = features_at(place, side)
         width, other = (job.weights.image_dim, "text") if side == "image" else (job.weights.text_dim, "image")
-        both = f"--{side}-dim {stored.shape[1]}, and --{other}-dim as the {other}s have it"
-        require_width(stored, width, f"other weights: fusecli init with {both}")
+        if stored.shape[1] != width:
+            both = f"--{side}-dim {stored.shape[1]}, and --{other}-dim as the {other}s have it"
+            require_width(stored, width, f"other weights: fusecli init with {both}")
     except Exception as error:
         return failed(id, error)
     return stored

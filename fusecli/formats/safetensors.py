@@ -163,7 +163,7 @@ def _check_layout(source: Source, index: Index) -> None:
         raise FileError("the header names a tensor twice", where=source.name, found=twice, wanted="once")
     end = 0
     order: Iterable[int] = range(len(index.names))
-    if any(one > next for one, next in pairwise(zip(index.firsts, index.lasts, strict=True))):
+    if any(one > later for one, later in pairwise(zip(index.firsts, index.lasts, strict=True))):
         order = sorted(order, key=lambda at: (index.firsts[at], index.lasts[at]))
     for at in order:
         if index.firsts[at] != end:
