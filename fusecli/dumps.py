@@ -131,7 +131,7 @@ def _are_tokens(value: Any) -> bool:
 def require_tokens(tokens: list[str] | None, n: int, where: str) -> None:
     """Raise `ShapeError` if there are tokens, and not one for each of ``n`` text rows."""
     if tokens is not None and len(tokens) != n:
-        found, wanted = f"{len(tokens)} of them", f"{n}, one for each text row"
+        found, wanted = f"{len(tokens)} token{'s' * (len(tokens) != 1)}", f"{n}, one for each text row"
         hint = "the tokenizer's own tokens, with those it adds at the ends"
         raise ShapeError("tokens do not match the text", where=where, found=found, wanted=wanted, hint=hint)
 

@@ -150,7 +150,7 @@ def test_an_id_cannot_be_the_name_of_a_gate(run: Run, many: Any, tmp_path: Path)
     both = ["img", "txt", "-o", "out.safetensors"]
     batch(run, *both)
     told = batch(run, *both, "-a", "a.safetensors", "--overwrite", "--json", code=4).stdout
-    assert b"another pair's gate" in told
+    assert b"ends like the name of a gate" in told
     assert "c.gate" not in load_file(tmp_path / "out.safetensors")
 
 
