@@ -94,19 +94,19 @@ def require_widths(image: Stored, text: Stored, weights: Weights) -> None:
         return
     hint = "image and text look swapped" if found == wanted[::-1] else _init_like(weights, *found)
     for stored, width in zip((image, text), wanted, strict=True):
-        require_width(stored, width, hint)
+        if stored.shape[1] != width:
+            raise of_other_width(stored, width, hint)
 
 
-def require_width(stored: Stored, width: int, hint: str) -> None:
-    """Raise `ShapeError` if the rows of a side are not ``width`` wide."""
-    if stored.shape[1] != width:
-        raise ShapeError(
-            "features do not fit the weights",
-            where=stored.where,
-            found=f"{list(stored.shape)}, width {stored.shape[1]}",
-            wanted=f"width {width}",
-            hint=hint,
-        )
+def of_other_width(stored: Stored, width: int, hint: str) -> ShapeError:
+    """What to say of a side whose rows are not ``width`` wide."""
+    return ShapeError(
+        "features do not fit the weights",
+        where=stored.where,
+        found=f"{list(stored.shape)}, width {stored.shape[1]}",
+        wanted=f"width {width}",
+        hint=hint,
+    )
 
 
 def _init_like(weights: Weights, image_dim: int, text_dim: int) -> str:

@@ -278,16 +278,13 @@ class Ledger:
         os.close(self._fd)
 
 
-def require_same_run(runs: Iterable[dict[str, Any]], new: dict[str, Any], output: str, over: str) -> None:
-    """Raise `UsageError` with the difference if an output was begun with other weights or options.
-
-    ``over`` says how to start over.
-    """
+def require_same_run(runs: Iterable[dict[str, Any]], new: dict[str, Any], output: str, hint: str) -> None:
+    """Raise `UsageError` with the difference, and a hint, if an output was begun with other weights or options."""
     for old in runs:
-        _require_same(old, new, output, over)
+        _require_same(old, new, output, hint)
 
 
-def _require_same(old: dict[str, Any], new: dict[str, Any], output: str, over: str) -> None:
+def _require_same(old: dict[str, Any], new: dict[str, Any], output: str, hint: str) -> None:
     names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     if not names:
         return
@@ -297,7 +294,7 @@ def _require_same(old: dict[str, Any], new: dict[str, Any], output: str, over: s
     raise UsageError(
         f"was begun with other weights or options: {', '.join(changes)}",
         where=output,
-        hint=f"write to another output, or {over}",
+        hint=hint,
     )
 
 

@@ -48,5 +48,5 @@ def match(images: Collection, texts: Collection, shard: Shard | None = None) -> 
 
 
 def item_size(pairs: int, workers: int) -> int:
-    """Pairs of one item, where ``workers`` share ``pairs``; 0 of them: the process itself does all."""
+    """Pairs of one item, where ``workers`` share ``pairs``; without any, a GPU computes those of an item together."""
     return max(1, min(ITEM_PAIRS, pairs // (workers * ITEMS_PER_WORKER))) if workers else ITEM_PAIRS

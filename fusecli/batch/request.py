@@ -45,6 +45,11 @@ class Request:
         """Of the weights."""
         return fingerprint(self.weights)
 
+    @property
+    def processes(self) -> int:
+        """That share the pairs; 0 where a GPU has them all, and this process does them."""
+        return self.workers if self.device == "cpu" else 0
+
     def label(self) -> DumpMetadata:
         """What dumps of attention say of themselves."""
         facts = dump_facts(self.weights.config, self.fingerprint, self.options.attention_mean)

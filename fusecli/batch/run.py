@@ -46,7 +46,7 @@ def run(request: Request, plan: Callable[[], Pairs | Manifest], reporter: Report
     job, lock, stop = _job(request, folder), Lock(), Stop()
     pool: Pool | None = None
     try:
-        pool = Pool(unfailing(partial(work, job)), request.workers if request.device == "cpu" else 0, lock.release)
+        pool = Pool(unfailing(partial(work, job)), request.processes, lock.release)
         pairs = plan()
         if isinstance(pairs, Pairs):
             require_apart(pairs.ids, pairs.inside, request.targets())
@@ -116,15 +116,16 @@ def _begin(ledger: Ledger, request: Request, after: float) -> None:
     if request.shard:
         try:
             ledger.show()
-            require_same_run(runs_beside(ledger.path), request.run_facts(), request.output, _start_over(request))
+            require_same_run(runs_beside(ledger.path), request.run_facts(), request.output, _way_out(request))
         except BaseException:
             ledger.take_back()
             raise
 
 
-def _start_over(request: Request) -> str:
-    """What to do instead of going on."""
-    return f"{removal(request.output)}, then start all shards" if request.shard else "start over with --overwrite"
+def _way_out(request: Request) -> str:
+    """What to do where an output cannot be gone on with; one shard cannot start over for all."""
+    over = f"{removal(request.output)}, then start all shards" if request.shard else "start over with --overwrite"
+    return f"write to another output, or {over}"
 
 
 def _require_fitting(request: Request, job: Job, history: History, pairs: Pairs | Manifest) -> None:
@@ -132,8 +133,8 @@ def _require_fitting(request: Request, job: Job, history: History, pairs: Pairs 
     folder, attended = request.states()
     if not request.overwrite:
         require_unclaimed(folder, attended)
-    require_same_run(history.runs, request.run_facts(), request.output, _start_over(request))
-    hint = "write to another output, or start over with --overwrite"
+    hint = _way_out(request)
+    require_same_run(history.runs, request.run_facts(), request.output, hint)
     if not history.runs and next(history.ids(), None) is not None:
         raise UsageError("the ledger does not say which weights and options its results had", where=folder, hint=hint)
     stacked = any(map(is_stack, _stores(job)))
@@ -215,8 +216,7 @@ def _feed(
     if isinstance(pairs, Manifest):
         return StreamFeed(pairs, 0, request.shard, keep, request.limit, wanted)
     ids = list(filter(wanted, pairs.ids)) if wanted else pairs.ids
-    # A GPU has no workers to share the pairs with, and computes those of an item together.
-    size = item_size(min(len(ids), request.limit or len(ids)), request.workers if request.device == "cpu" else 0)
+    size = item_size(min(len(ids), request.limit or len(ids)), request.processes)
     return ListFeed(pairs, ids, keep, size, request.limit)
 
 

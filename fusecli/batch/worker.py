@@ -21,7 +21,7 @@ from fusecli.fusion import NUMBERS_IN_TURN, PAIRS_IN_TURN, InTurn, fuse_in_turn,
 from fusecli.machine import alone_in
 from fusecli.methods import FusedRows
 from fusecli.one_row import single_rows
-from fusecli.pairs import read_finite, require_width
+from fusecli.pairs import of_other_width, read_finite
 from fusecli.pipeline import FUSED_ROWS, Output, Pair, Seconds, fuse_pair
 from fusecli.places import features_at
 
@@ -155,7 +155,7 @@ def open_side(job: Job, id: str, place: Place, side: str) -> Stored | Outcome:
         width, other = (job.weights.image_dim, "text") if side == "image" else (job.weights.text_dim, "image")
         if stored.shape[1] != width:
             both = f"--{side}-dim {stored.shape[1]}, and --{other}-dim as the {other}s have it"
-            require_width(stored, width, f"other weights: fusecli init with {both}")
+            raise of_other_width(stored, width, f"other weights: fusecli init with {both}")
     except Exception as error:
         return failed(id, error)
     return stored

@@ -134,8 +134,8 @@ def format_of(path: str, wanted: str | None = None) -> ModuleType:
             wanted=wanted,
             hint="leave out --format, which is of -o",
         )
-    if wanted or told:
-        return FORMATS[wanted or told or ""]
+    if name := wanted or told:
+        return FORMATS[name]
     if is_stream(path):
         return npy
     raise UsageError(

@@ -85,7 +85,8 @@ class Ends(NamedTuple):
     texts: NumpyArray  # [pairs, D], means
     images: NumpyArray  # [pairs, width], likewise
     last: str  # the name of the last matrix of the image's way, which is not in that
-    train: int  # pairs to train on
+    part: list[int]  # which pairs these are
+    train: int  # of these, pairs to train on
 
 
 def ends_of(weights: Weights, data: Data) -> Ends:
@@ -98,7 +99,7 @@ def ends_of(weights: Weights, data: Data) -> Ends:
     train = data.parts["train"]
     part = train + data.parts["validation"]
     with np.errstate(all="ignore"):  # what overflows is found by looking
-        ends = Ends(_means(data.texts, part, text), _means(data.images, part, image), last, len(train))
+        ends = Ends(_means(data.texts, part, text), _means(data.images, part, image), last, part, len(train))
     if not (np.isfinite(ends.images).all() and np.isfinite(ends.texts).all()):
         raise ValuesError("numbers too large to learn from", hint="scale the features down")
     return ends
@@ -128,8 +129,7 @@ def aligned(
     """
     images, texts, width = ends.images, ends.texts, ends.texts.shape[1]
     x = torch.zeros(len(data.ids), width + images.shape[1])
-    seen = data.parts["train"] + data.parts["validation"]
-    x[seen, :width], x[seen, width:] = torch.from_numpy(texts).float(), torch.from_numpy(images).float()
+    x[ends.part, :width], x[ends.part, width:] = torch.from_numpy(texts).float(), torch.from_numpy(images).float()
     _, head = objective.fitted(x, data, [width, images.shape[1]])
     weight = head["head.weight"].detach().double().numpy()
     if len(weight) > 1:
